@@ -1,0 +1,58 @@
+"""Settings as frozen dataclasses; each default is written once, here, with its reason."""
+
+from dataclasses import dataclass
+
+SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The shape of a head. Names are DeepSpec's where DeepSpec has one."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    vocab_size: int
+    draft_vocab_size: int
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    markov_rank: int
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    # Tokens of each row that the sequential head may choose from: its bias is needed for these only.
+    shortlist: int = 64
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a head is trained. The paper's recipe (AdamW, cosine, clip 1.0, exp(-k/4)) scaled to two cores."""
+
+    seed: int = 0
+    num_prompts: int = 3000  # instructions the target invents when it is given none
+    max_answer_tokens: int = 160
+    steps: int = 2000
+    sequences_per_step: int = 12
+    anchors_per_sequence: int = 64
+    warmup: float = 0.04
+    learning_rate: float = 6e-4
+    muon_learning_rate: float = 0.01
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    teacher_ce: bool = False  # cross entropy with the teacher law instead of the sampled token
+    ce_weight: float = 0.1
+    l1_weight: float = 0.9
+    confidence_weight: float = 1.0
+    decay: float = 4.0  # position weights exp(-k/decay), as in DeepSpec's code
+    teacher_tokens: int = 32  # target probabilities kept a token; the softmax over all costs as much as the head
+    held_out: int = 64  # answers never trained on
+    checkpoint_seconds: float = 50.0
+    cache_gigabytes: float = 4.0

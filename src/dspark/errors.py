@@ -1,0 +1,33 @@
+"""The one family of errors that a user can cause; the edge prints them once (exit 2)."""
+
+
+class UserError(ValueError):
+    """Something the user can put right. `hint` says how."""
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class TargetError(UserError):
+    """The target cannot be found, loaded or rolled back."""
+
+
+class HeadError(UserError):
+    """The head folder is incomplete, damaged, or made for another target."""
+
+
+class PromptError(UserError):
+    """A prompt or a prompts file cannot be used."""
+
+
+class SettingError(UserError):
+    """A setting has a value that cannot take effect."""
+
+
+class LogitsError(UserError):
+    """The target produced logits that define no distribution (NaN, or every token masked)."""

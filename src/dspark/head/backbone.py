@@ -1,0 +1,93 @@
+"""The parallel backbone: draft layers whose keys and values include the target's features (paper eq. 3).
+
+Shapes: N sequences, R draft rows, S context tokens, D hidden, H query heads, K key heads, E head dim.
+Qwen3 layers in DeepSpec's names, whatever the target's family (formats.md, section 5)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dspark.config import HeadConfig
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary:
+    """Rotary angles for any position; computed in float32."""
+
+    def __init__(self, config: HeadConfig):
+        E = config.head_dim
+        self.inverse = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)
+
+    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of shape [..., 1, T, E], ready to meet [..., heads, T, E]."""
+        angles = positions[..., None].float() * self.inverse.to(positions.device)
+        angles = torch.cat([angles, angles], dim=-1).unsqueeze(-3)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    cos, sin = angles
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, E
+        self.q_proj = nn.Linear(D, self.num_heads * E, bias=False)
+        self.k_proj = nn.Linear(D, self.num_kv_heads * E, bias=False)
+        self.v_proj = nn.Linear(D, self.num_kv_heads * E, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * E, D, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(E, config.rms_norm_eps), RMSNorm(E, config.rms_norm_eps)
+
+    def keys_values(self, x: torch.Tensor, angles) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, T, D] -> keys and values [N, K, T, E]; the same projections serve context and block."""
+        shape = (*x.shape[:-1], self.num_kv_heads, self.head_dim)
+        k = rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2), angles)
+        return k, self.v_proj(x).view(shape).transpose(1, 2)
+
+    def forward(self, x, angles, context_kv, mask=None):
+        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], self.num_heads, self.head_dim)).transpose(1, 2)
+        q = rotate(q, angles)
+        k, v = self.keys_values(x, angles)
+        k, v = torch.cat([context_kv[0], k], dim=2), torch.cat([context_kv[1], v], dim=2)
+        groups = self.num_heads // self.num_kv_heads
+        if groups > 1:  # SDPA's own enable_gqa takes a slow path on CPUs
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        D, W = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(D, W, bias=False), nn.Linear(D, W, bias=False)
+        self.down_proj = nn.Linear(W, D, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, angles, context_kv, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), angles, context_kv, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))

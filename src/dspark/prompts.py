@@ -1,0 +1,50 @@
+"""Prompts files: one JSON object a line, `{"prompt": "..."}` or `{"messages": [...]}`; other keys are kept."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dspark.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn (`str`) or a chat (list of messages), and whatever else its line carried."""
+
+    content: str | list[dict]
+    extra: dict = field(default_factory=dict)
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """All prompts of a file. Raises `PromptError` naming the line that cannot be used."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PromptError(f"cannot read prompts file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"prompts file {path} is not UTF-8 text (byte {error.start})") from error
+    prompts = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise PromptError(f"prompts file {path} holds no prompt")
+    return prompts
+
+
+def parse(line: str, where: str) -> Prompt:
+    hint = 'a line is one object: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno})", hint) from error
+    if not isinstance(record, dict):
+        raise PromptError(f"{where}: expected an object, found {type(record).__name__}", hint)
+    extra = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
+    text, messages = record.get("prompt"), record.get("messages")
+    if (text is None) == (messages is None):
+        raise PromptError(f"{where}: give either `prompt` or `messages`", hint)
+    if messages is None:
+        if not isinstance(text, str) or not text:
+            raise PromptError(f"{where}: `prompt` must be a text that is not empty", hint)
+        return Prompt(text, extra)
+    if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages):
+        raise PromptError(f"{where}: `messages` must be a list of objects with `role` and `content`", hint)
+    return Prompt(messages, extra)

@@ -1,0 +1,1 @@
+"""Any Hugging Face causal LM: load it, tap its layers, score tokens, roll back exactly."""

@@ -1,0 +1,41 @@
+"""Which caches can forget rejected tokens exactly, and how."""
+
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from dspark.errors import TargetError
+
+# `cache.is_croppable` is True for layers whose crop fails later (transformers 5.23, DeepSeek-V4),
+# so the exact classes whose crop our tests prove equal to plain decoding are listed instead.
+EXACT_CROP = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache whose sliding layers keep what a rejection must bring back."""
+    cache = DynamicCache(config=model.config)
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.activate_past_recording()
+    return cache
+
+
+def rollback(cache: DynamicCache, num_rejected: int) -> None:
+    """Forget the last `num_rejected` tokens. Call it with 0 too: sliding layers trim only here."""
+    for layer in cache.layers:
+        layer.crop(-num_rejected)
+
+
+def refuse_unless_exact(model: PreTrainedModel) -> None:
+    """Raise `TargetError` by name for a model whose state cannot be rolled back by crop.
+
+    Recurrent and compressed caches are refused here: a wrong roll-back gives fluent text
+    from another law (vllm#39273), which nobody notices."""
+    name = type(model).__name__
+    hint = "targets with attention caches only are supported (Llama, Qwen2/3, Gemma 3, GPT-OSS, GLM-4, ...)"
+    if model.config.is_encoder_decoder:
+        raise TargetError(f"{name} is an encoder-decoder model; dspark drafts for causal language models", hint)
+    if getattr(model, "_is_stateful", False):
+        raise TargetError(f"{name} keeps a recurrent state that cannot be rolled back exactly", hint)
+    foreign = sorted({type(layer).__name__ for layer in new_cache(model).layers if type(layer) not in EXACT_CROP})
+    if foreign:
+        raise TargetError(f"{name} uses cache layers that cannot be rolled back exactly: {', '.join(foreign)}", hint)

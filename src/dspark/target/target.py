@@ -1,0 +1,166 @@
+"""The target: a frozen Hugging Face causal LM seen as score / roll back.
+
+Shapes: T rows of one forward pass, V vocabulary, M tapped layers, D hidden size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from dspark.errors import LogitsError, PromptError, TargetError
+from dspark.target.rollback import new_cache, refuse_unless_exact, rollback
+
+# Rows per prefill pass: bounds activation memory on long prompts; any value gives the same state.
+PREFILL_ROWS = 1024
+
+
+@dataclass
+class State:
+    """What the target remembers of one request: its cache holds `num_tokens` tokens."""
+
+    cache: DynamicCache
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One target pass: `logits_TV` in float32, and the tapped states `features_TMD`."""
+
+    logits_TV: torch.Tensor
+    features_TMD: torch.Tensor
+
+
+@dataclass
+class Target:
+    """A loaded model. `model` and `tokenizer` are the user's own and stay usable as they are.
+
+    Raises `TargetError` for models that cannot be rolled back exactly."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
+    name: str = ""
+    layer_ids: tuple[int, ...] = ()
+    _captured: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    _hooks: list = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        refuse_unless_exact(self.model)
+        self.model.eval()
+        self.text_config = self.model.config.get_text_config()
+        self.layers = decoder_layers(self.model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens the model's positions were made for; prompt and answer together must fit."""
+        return self.text_config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        eos = self.text_config.eos_token_id if eos is None else eos
+        return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The target's own input embedding, called as a module so that built-in scales apply (Gemma)."""
+        return self.model.get_input_embeddings()(ids)
+
+    def tap(self, layer_ids: Sequence[int]) -> None:
+        """Record the outputs of these decoder layers (0-based, -1 = embeddings) in every pass.
+
+        The states are the raw residual stream, before any norm, as DeepSpec trains on them."""
+        self.untap()
+        for layer_id in layer_ids:
+            if not -1 <= layer_id < self.num_layers:
+                raise TargetError(f"cannot tap layer {layer_id}: {self.name or 'target'} has {self.num_layers} layers")
+            module = self.layers[layer_id] if layer_id >= 0 else self.model.get_input_embeddings()
+            self._hooks.append(module.register_forward_hook(self._recorder(layer_id)))
+        self.layer_ids = tuple(layer_ids)
+
+    def untap(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.layer_ids = [], ()
+        self._captured.clear()
+
+    def _recorder(self, layer_id: int):
+        def record(module, args, output):
+            self._captured[layer_id] = output[0] if isinstance(output, tuple) else output
+
+        return record
+
+    def captured(self) -> torch.Tensor:
+        """The tapped states of the last pass, [B, T, M, D]."""
+        return torch.stack([self._captured[layer_id] for layer_id in self.layer_ids], dim=2)
+
+    def start(self) -> State:
+        return State(new_cache(self.model))
+
+    @torch.inference_mode()
+    def score(self, state: State, tokens: Sequence[int], num_logits: int | None = None) -> Scored:
+        """Append `tokens` to the state in one pass; logits for all rows, or the last `num_logits`.
+
+        Raises `LogitsError` if the target's logits are not numbers."""
+        ids = torch.tensor([list(tokens)], device=self.device)
+        output = self.model(
+            input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=num_logits or len(tokens)
+        )
+        logits_TV = output.logits[0].float()
+        if torch.isnan(logits_TV).any():
+            raise LogitsError(
+                f"{self.name or type(self.model).__name__} produced NaN logits at token {state.num_tokens}",
+                "the weights may be damaged, or the precision too low: try `--dtype float32`",
+            )
+        state.num_tokens += len(tokens)
+        features = self.captured()[0] if self.layer_ids else torch.empty(len(tokens), 0, self.hidden_size)
+        return Scored(logits_TV, features)
+
+    def prefill(self, state: State, tokens: Sequence[int]) -> torch.Tensor:
+        """Append prompt tokens in bounded passes; returns their features_TMD."""
+        parts = [torch.empty(0, len(self.layer_ids), self.hidden_size, dtype=self.model.dtype, device=self.device)]
+        for start in range(0, len(tokens), PREFILL_ROWS):
+            parts.append(self.score(state, tokens[start : start + PREFILL_ROWS], num_logits=1).features_TMD)
+            self.rollback(state, 0)
+        return torch.cat(parts)
+
+    def rollback(self, state: State, num_rejected: int) -> None:
+        """Forget the last `num_rejected` scored tokens; call it after every `score`, with 0 too."""
+        rollback(state.cache, num_rejected)
+        state.num_tokens -= num_rejected
+
+    def prompt_ids(self, messages: str | list[dict], raw: bool = False) -> list[int]:
+        """Token ids of one user turn, or of a chat, with the generation prompt; `raw` skips the template."""
+        if self.tokenizer is None:
+            raise PromptError("this target has no tokenizer", "pass token ids instead of text")
+        if raw or self.tokenizer.chat_template is None:
+            if not isinstance(messages, str):
+                raise PromptError("a chat needs a chat template, and none applies here", "give `prompt` instead of `messages`")
+            return self.tokenizer(messages).input_ids
+        chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The list of decoder layers, under the names the families use."""
+    decoder = model.get_decoder()
+    for attribute in ("layers", "h"):
+        if hasattr(decoder, attribute):
+            return getattr(decoder, attribute)
+    raise TargetError(f"cannot find the decoder layers of {type(model).__name__}")

@@ -1,0 +1,103 @@
+"""The training text: instructions the target invents, and its own answers, on disk as it goes.
+
+Both stages append to a JSON-lines file batch by batch, so a killed run resumes at the batch it
+was in; batch i draws with seed + i, so a resumed run writes what an unbroken one would have."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from dspark.target.target import Target
+from dspark.train.openers import all_openers
+from dspark.train.sample import sample_batch
+
+BATCH = 128  # rows a batch: matrix products are near their peak rate here, the cache still fits
+INVENT_TOKENS = 80  # an instruction longer than this is cut; it is still an instruction
+INVENT_TEMPERATURE = 0.8  # at 1 a small model's instructions wander off
+# Greedy, mild and full sampling: the head is measured at T = 0 and T = 1, and features differ.
+TEMPERATURES = (0.0, 0.7, 1.0)
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: Progress) -> list[dict]:
+    """`count` user turns the target makes up from the openers: records of text and kind."""
+    before, after = turn_template(target)
+    openers = all_openers()
+    jobs = [openers[i % len(openers)] for i in range(count)]
+    stop = target.eos_ids | frozenset(target.tokenizer(after, add_special_tokens=False).input_ids[:1])
+
+    def run(batch: Sequence[tuple[str, str]], batch_seed: int) -> list[dict]:
+        ids = [target.tokenizer(before + opener, add_special_tokens=False).input_ids for _, opener in batch]
+        invented = sample_batch(target, ids, [INVENT_TEMPERATURE] * len(ids), INVENT_TOKENS, batch_seed, stop)
+        texts = [
+            (opener + target.tokenizer.decode([t for t in new if t not in stop])).strip()
+            for (_, opener), new in zip(batch, invented, strict=True)
+        ]
+        return [{"prompt": text or "Hello", "kind": kind} for (kind, _), text in zip(batch, texts, strict=True)]
+
+    return resumable(jobs, run, seed, path, lambda done: progress("inventing instructions", done, count))
+
+
+def answer_prompts(
+    target: Target, prompts: Sequence[dict], max_new_tokens: int, seed: int, path: Path, progress: Progress
+) -> list[dict]:
+    """The target's own answers: records of prompt_ids, answer_ids (stop token included), temperature, kind.
+
+    Prompts are sorted by length within windows of eight batches: little padding, still a mix at any point."""
+    jobs = []
+    for index, record in enumerate(prompts):
+        ids = target.prompt_ids(record.get("prompt") or record["messages"])
+        if len(ids) + max_new_tokens <= target.max_context:
+            jobs.append((ids, TEMPERATURES[index % len(TEMPERATURES)], record.get("kind") or record.get("set") or "user"))
+    window = 8 * BATCH
+    jobs = [job for start in range(0, len(jobs), window) for job in sorted(jobs[start : start + window], key=lambda j: len(j[0]))]
+
+    def run(batch: Sequence[tuple[list[int], float, str]], batch_seed: int) -> list[dict]:
+        answers = sample_batch(target, [j[0] for j in batch], [j[1] for j in batch], max_new_tokens, batch_seed)
+        return [
+            {"prompt_ids": ids, "answer_ids": answer, "temperature": temperature, "kind": kind}
+            for (ids, temperature, kind), answer in zip(batch, answers, strict=True)
+        ]
+
+    return resumable(jobs, run, seed, path, lambda done: progress("sampling answers", done, len(jobs)))
+
+
+def turn_template(target: Target) -> tuple[str, str]:
+    """What the chat template writes before and after the text of one user turn."""
+    if target.tokenizer.chat_template is None:
+        return target.tokenizer.bos_token or "", "\n"
+    mark = "\u2603\u2603mark\u2603\u2603"
+    text = target.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+    before, _, after = text.partition(mark)
+    return before, after
+
+
+def resumable(jobs: Sequence, run: Callable, seed: int, path: Path, progress: Callable[[int], None]) -> list[dict]:
+    """Run `jobs` batch by batch, appending each batch's records to `path`; start where the file ends."""
+    records = read_records(path)
+    done_batches = len(records) // BATCH
+    if len(records) < len(jobs):
+        records = records[: done_batches * BATCH]
+        write_records(path, records)  # drops a batch that was being written when the run was killed
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(len(records), len(jobs), BATCH):
+            progress(start)
+            new = run(jobs[start : start + BATCH], seed + start // BATCH)
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
+            file.flush()
+            records += new
+    progress(len(jobs))
+    return records[: len(jobs)]
+
+
+def read_records(path: Path) -> list[dict]:
+    """Complete lines of a records file; an unfinished last line is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")

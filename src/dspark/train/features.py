@@ -1,0 +1,92 @@
+"""Training samples: the target's features and its law over each answer token, computed once.
+
+Features are computed by the same pass that serving uses and kept in memory-mapped files up to
+a bound; what does not fit is computed again when it is needed. 38 TB are not required
+(DeepSpec#21): five layers of SmolLM2-135M take 6 kB a token.
+
+Shapes: S tokens of one sequence, n rows with a known next token, M tapped layers, D hidden, P teacher tokens."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dspark.target.target import Target
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its answer. Row i of the teacher is the law of token `start + 1 + i`."""
+
+    ids_S: torch.Tensor
+    start: int  # the first anchor: the last prompt token
+    features_SMD: torch.Tensor
+    teacher_ids_nP: torch.Tensor
+    teacher_probs_nP: torch.Tensor
+
+
+class FeatureStore:
+    """`store[i]` is the sample of record i; bounded by `gigabytes` of disk."""
+
+    def __init__(self, target: Target, records: Sequence[dict], directory: Path, num_teacher: int, gigabytes: float):
+        self.target, self.records, self.num_teacher = target, records, num_teacher
+        M, D = len(target.layer_ids), target.hidden_size
+        self.lengths = [len(r["prompt_ids"]) + len(r["answer_ids"]) - 1 for r in records]
+        per_token = M * D * 2 + num_teacher * (4 + 2)
+        self.offsets, used = [], 0
+        for length in self.lengths:
+            fits = (used + length) * per_token <= gigabytes * 1e9
+            self.offsets.append(used if fits else None)
+            used += length if fits else 0
+        directory.mkdir(parents=True, exist_ok=True)
+        self._forget_if_foreign(directory)
+        self.features = mapped(directory / "features.bf16", (max(used, 1), M, D), torch.bfloat16)
+        self.teacher_ids = mapped(directory / "teacher_ids.i32", (max(used, 1), num_teacher), torch.int32)
+        self.teacher_probs = mapped(directory / "teacher_probs.f16", (max(used, 1), num_teacher), torch.float16)
+        self.filled = mapped(directory / "filled.u8", (len(records),), torch.uint8)
+
+    def _forget_if_foreign(self, directory: Path) -> None:
+        """A cache of other records, layers or weights is deleted, not trusted."""
+        weight = self.target.model.get_output_embeddings().weight
+        described = json.dumps([
+            self.target.layer_ids, self.num_teacher, str(self.target.model.dtype), weight.float().std().item(),
+            hashlib.sha256(json.dumps([(r["prompt_ids"], r["answer_ids"]) for r in self.records]).encode()).hexdigest(),
+            self.offsets.count(None),
+        ])  # fmt: skip
+        label = directory / "cache.json"
+        if not label.exists() or label.read_text() != described:
+            for file in directory.glob("*.*"):
+                file.unlink()
+            label.write_text(described)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record, offset = self.records[index], self.offsets[index]
+        ids = torch.tensor(record["prompt_ids"] + record["answer_ids"])
+        start, S = len(record["prompt_ids"]) - 1, self.lengths[index]
+        if offset is None:
+            return Sample(ids, start, *self._compute(ids[:-1], S - start))
+        rows = slice(offset, offset + S)
+        answer_rows = slice(offset + start, offset + S)
+        if not self.filled[index]:
+            computed = self._compute(ids[:-1], S - start)
+            self.features[rows], self.teacher_ids[answer_rows], self.teacher_probs[answer_rows] = computed
+            self.filled[index] = 1
+        return Sample(ids, start, self.features[rows], self.teacher_ids[answer_rows], self.teacher_probs[answer_rows])
+
+    def _compute(self, ids: torch.Tensor, num_answer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scored = self.target.score(self.target.start(), ids.tolist(), num_logits=num_answer)
+        top = scored.logits_TV.topk(self.num_teacher, dim=-1)
+        probs = (top.values - scored.logits_TV.logsumexp(-1, keepdim=True)).exp()
+        return scored.features_TMD.bfloat16(), top.indices.int(), probs.half()
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor backed by a file, created sparse when missing."""
+    size = torch.Size(shape).numel()
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

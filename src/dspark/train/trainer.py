@@ -1,0 +1,134 @@
+"""The training loop: batch, loss, step, checkpoint."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dspark.config import TrainConfig
+from dspark.head.head import Head
+from dspark.target.target import Target
+from dspark.train.batch import Batch, make_batch
+from dspark.train.features import FeatureStore
+from dspark.train.loss import Losses, losses
+from dspark.train.optimizer import make_optimizers, set_learning_rate
+
+
+def train_steps(
+    head: Head,
+    target: Target,
+    store: FeatureStore,
+    config: TrainConfig,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, Losses], None] = lambda step, result: None,
+) -> Head:
+    """Train `head` in place for `config.steps` steps over every record but the first `held_out` ones.
+
+    Which answers and anchors a step sees depends on (seed, step) alone, so a run resumed from
+    its checkpoint continues as if it had never stopped. A kill loses at most
+    `config.checkpoint_seconds` of work."""
+    optimizers = make_optimizers(head, config)
+    index = draft_index(head)
+    step = load_checkpoint(checkpoint, head, optimizers) if checkpoint else 0
+    saved = time.monotonic()
+    head.train()
+    while step < config.steps:
+        set_learning_rate(optimizers, step, config)
+        batch = step_batch(store, config, step, head.config.block_size)
+        result = forward(head, target, batch, index, config)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        result.total.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        on_step(step, result)
+        if checkpoint and (step == config.steps or time.monotonic() - saved > config.checkpoint_seconds):
+            save_checkpoint(checkpoint, head, optimizers, step)
+            saved = time.monotonic()
+    return head.eval()
+
+
+def forward(head: Head, target: Target, batch: Batch, index: torch.Tensor, config: TrainConfig) -> Losses:
+    """One pass of the head over a batch, matrix products in bfloat16, loss in float32."""
+    S = batch.features_NSMD.shape[1]
+    with torch.no_grad():
+        anchors = target.embed(batch.previous_NAG[:, :, 0]).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        context_kv = head.context_kv(batch.features_NSMD, torch.arange(S)[None])
+        h = head.hidden(anchors, batch.anchors_NA, context_kv, batch.mask)
+        logits, confidence = head(h, batch.previous_NAG)
+    return losses(logits, confidence, batch, index, config)
+
+
+def step_batch(store: FeatureStore, config: TrainConfig, step: int, block_size: int) -> Batch:
+    """The batch of one step: sequences in a new order each epoch, anchors drawn anew each step."""
+    train = len(store) - config.held_out
+    first = step * config.sequences_per_step
+    orders: dict[int, torch.Tensor] = {}
+    chosen = []
+    for position in range(first, first + config.sequences_per_step):
+        epoch = position // train
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(train, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        chosen.append(config.held_out + int(orders[epoch][position % train]))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_000 + step)
+    return make_batch([store[i] for i in chosen], config.anchors_per_sequence, block_size, generator)
+
+
+@torch.no_grad()
+def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig, count: int) -> dict:
+    """Expected tau on held-out answers with the real tokens as prefix: `tau_t1` from overlaps, `tau_t0`
+    from runs of greedy agreement, each over the answers sampled at that temperature; and by position
+    the acceptance given that all before it were accepted. Decoding rounds decide; this is the quick look."""
+    was_training = head.training
+    head.eval()
+    index, runs = draft_index(head), {0.0: [], 1.0: []}
+    for i in range(min(count, config.held_out)):
+        temperature = store.records[i]["temperature"]
+        if temperature not in runs:
+            continue
+        sample = store[i]
+        batch = make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None)
+        result = forward(head, target, batch, index, config)
+        accepted = result.agree_NAG.float() if temperature == 0 else result.overlap_NAG
+        runs[temperature].append(accepted[0].cumprod(-1))
+    head.train(was_training)
+    report = {}
+    for temperature, parts in runs.items():
+        if parts:
+            survival = torch.cat(parts).mean(0)
+            before = torch.cat([torch.ones(1), survival[:-1]])
+            name = f"t{temperature:.0f}"
+            report[f"tau_{name}"] = 1 + survival.sum().item()
+            report[f"acceptance_{name}"] = [round(a, 3) for a in (survival / before.clamp_min(1e-9)).tolist()]
+    return report
+
+
+def draft_index(head: Head) -> torch.Tensor:
+    """[V] target id -> row of the draft vocabulary, or -1."""
+    index = torch.full((head.config.vocab_size,), -1, dtype=torch.long)
+    index[head.draft_ids] = torch.arange(len(head.draft_ids))
+    return index
+
+
+def save_checkpoint(path: Path, head: Head, optimizers: list, step: int) -> None:
+    """Written beside and renamed: a kill or a full disk leaves the previous checkpoint whole."""
+    partial = path.with_suffix(".partial")
+    state = {"step": step, "head": head.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path, head: Head, optimizers: list) -> int:
+    """Restore head and optimisers; the step to continue with, 0 when there is no checkpoint."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    head.load_state_dict(state["head"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"]

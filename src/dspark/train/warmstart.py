@@ -1,0 +1,55 @@
+"""A new head that starts from the target's own last layers instead of from noise."""
+
+import torch
+from torch import nn
+
+from dspark.config import HeadConfig
+from dspark.head.head import Head
+from dspark.target.target import Target
+
+
+def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: int) -> Head:
+    """Draft layers copy the target's last layers where the shapes allow; the rest is drawn from `seed`.
+
+    The context projection starts as the identity on the deepest tapped layer, so that the copied
+    key and value projections meet the states they were made for. W1 starts as the leading
+    components of the embedding: tokens that mean alike start with like biases; W2 starts at 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = target.model.get_output_embeddings().weight.detach().float()
+        mask = target.embed(torch.tensor(config.mask_token_id)).detach().float()
+        head = Head(config, draft_ids, output[draft_ids].clone(), mask)
+        for name, parameter in head.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+        D = config.hidden_size
+        head.fc.weight.data[:, -D:] += torch.eye(D)
+        sources = list(target.layers)[-config.num_hidden_layers :]
+        for layer, source in zip(head.layers, sources, strict=True):
+            copy_layer(layer, source, config)
+        if config.markov_rank:
+            embedding = target.embed(torch.arange(config.vocab_size)).detach().float()
+            embedding = embedding - embedding.mean(0)
+            _, _, components = torch.linalg.svd(embedding[::16], full_matrices=False)
+            rank = min(config.markov_rank, len(components))
+            projected = embedding @ components[:rank].T
+            head.markov_head.markov_w1.weight.data[:, :rank] = projected / projected.std().clamp_min(1e-6)
+            head.markov_head.markov_w2.weight.data.zero_()
+        if head.confidence_head is not None:
+            head.confidence_head.proj.weight.data.zero_()
+            head.confidence_head.proj.bias.data.zero_()
+        return head
+
+
+def copy_layer(layer: nn.Module, source: nn.Module, config: HeadConfig) -> None:
+    """Copy every tensor that has the same name and shape; widen grouped key heads by repetition."""
+    given = {name: p.detach().float() for name, p in source.named_parameters()}
+    for name, parameter in layer.named_parameters():
+        weight = given.get(name)
+        if weight is None:
+            continue
+        if name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight") and weight.shape[0] < parameter.shape[0]:
+            groups = parameter.shape[0] // weight.shape[0]
+            weight = weight.view(-1, config.head_dim, weight.shape[1]).repeat_interleave(groups, dim=0).flatten(0, 1)
+        if weight.shape == parameter.shape:
+            parameter.data.copy_(weight)
