@@ -1,0 +1,25 @@
+"""dspark: a draft head grafted on a language model you already have; it answers faster and says exactly the same.
+
+The public names are loaded on first use, so `import dspark` is cheap."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "load_target": "dspark.target.load",
+    "load_head": "dspark.head.folder",
+    "generate": "dspark.generate",
+    "graft": "dspark.graft",
+    "ungraft": "dspark.graft",
+    "UserError": "dspark.errors",
+}
+__all__ = [*PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'dspark' has no attribute {name!r}")
+    value = getattr(importlib.import_module(PUBLIC[name]), name)
+    globals()[name] = value  # the submodule of the same name must not shadow the function
+    return value

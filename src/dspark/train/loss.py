@@ -22,6 +22,7 @@ class Losses:
     parts: dict[str, float]
     overlap_NAG: torch.Tensor
     agree_NAG: torch.Tensor
+    valid_NAG: torch.Tensor
 
 
 def losses(logits_NAGV, confidence_NAG, batch: Batch, draft_index_V: torch.Tensor, config: TrainConfig) -> Losses:
@@ -54,4 +55,4 @@ def losses(logits_NAGV, confidence_NAG, batch: Batch, draft_index_V: torch.Tenso
         parts["confidence"] = confidence.item()
     best = torch.where(known[..., 0], index[..., 0], -1)
     agree = (log_q.argmax(-1) == best) & batch.valid_NAG
-    return Losses(total, parts, overlap.detach() * batch.valid_NAG, agree)
+    return Losses(total, parts, overlap.detach() * batch.valid_NAG, agree, batch.valid_NAG)

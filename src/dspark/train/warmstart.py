@@ -8,7 +8,7 @@ from dspark.head.head import Head
 from dspark.target.target import Target
 
 
-def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: int) -> Head:
+def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: int, warm_start: str = "last") -> Head:
     """Draft layers copy the target's last layers where the shapes allow; the rest is drawn from `seed`.
 
     The context projection starts as the identity on the deepest tapped layer, so that the copied
@@ -24,7 +24,8 @@ def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: 
                 nn.init.normal_(parameter, std=0.02)
         D = config.hidden_size
         head.fc.weight.data[:, -D:] += torch.eye(D)
-        sources = list(target.layers)[-config.num_hidden_layers :]
+        L = config.num_hidden_layers
+        sources = list(target.layers)[-L:] if warm_start == "last" else [target.layers[0], *list(target.layers)[len(target.layers) - L + 1 :]]
         for layer, source in zip(head.layers, sources, strict=True):
             copy_layer(layer, source, config)
         if config.markov_rank:

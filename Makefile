@@ -1,0 +1,34 @@
+# Everything a fresh machine needs: `make demo`, `make test`.
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A process of its own for each suite keeps thread pools from fighting over two cores.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test test-slow check lint types clean
+
+$(BIN)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(BIN)/.ready
+	$(BIN)/dspark demo
+
+test: $(BIN)/.ready
+	$(BIN)/pytest -q
+
+test-slow: $(BIN)/.ready
+	$(BIN)/pytest -q -m slow
+
+lint: $(BIN)/.ready
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+
+types: $(BIN)/.ready
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV)

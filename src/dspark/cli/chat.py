@@ -1,0 +1,44 @@
+"""`dspark chat TARGET`: turns on stdin, answers on stdout, the whole conversation as context."""
+
+import argparse
+import sys
+
+from dspark.cli.generate import write
+from dspark.cli.options import add_head, add_sampling, add_target, open_head, open_target, sampling_options, say
+from dspark.errors import PromptError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser)
+    add_head(parser)
+    parser.add_argument("--drafter", default=None, metavar="NAME", help="dspark, dflash, lookup or none (default: what the head is)")
+    parser.add_argument("--system", default=None, metavar="TEXT", help="a system message to start with")
+    add_sampling(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    target = open_target(options)
+    head = open_head(options, target)
+    from dspark.generate import generate
+
+    start = [{"role": "system", "content": options.system}] if options.system else []
+    messages = list(start)
+    say("type a message; an empty line or Ctrl-D ends, /new starts over")
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        text = sys.stdin.readline().strip()
+        if not text:
+            return 0
+        if text == "/new":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            result = generate(target, head, target.prompt_ids(messages), drafter=options.drafter, on_text=write, **sampling_options(options))
+        except PromptError as error:  # the conversation has outgrown the context; it is not lost
+            say(f"error: {error}\nhint: /new starts a new conversation")
+            messages.pop()
+            continue
+        print(flush=True)
+        say(f"[{result.num_tokens} tokens, tau {result.tau:.2f}, {result.tokens_per_second:.1f} tokens/s]")
+        messages.append({"role": "assistant", "content": result.text})

@@ -1,0 +1,38 @@
+"""`dspark demo`: text, tau, and the measured ratio to plain decoding, on the demo target."""
+
+import argparse
+from importlib.resources import files
+
+from dspark.cli.generate import write
+from dspark.cli.options import open_head, open_target, say
+from dspark.prompts import read_prompts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(target="smollm2-135m", head=None, device="cpu")
+    parser.add_argument("--dtype", default="bfloat16", help="precision of the target: float32 or bfloat16 (default bfloat16)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
+
+
+def run(options: argparse.Namespace) -> int:
+    target = open_target(options)
+    head = open_head(options, target)
+    from dspark.generate import generate
+    from dspark.measure.bench import Mode, aggregate, bench, machine, table
+
+    prompts = read_prompts(str(files("dspark") / "demo_prompts.jsonl"))
+    ids = [target.prompt_ids(p.content) for p in prompts]
+    say(f"> {prompts[0].content}")
+    result = generate(target, head, ids[0], max_new_tokens=128, on_text=write)
+    print(flush=True)
+    say("measuring plain decoding and the head on the same prompts, taking turns ...")
+    runs = bench(target, [Mode("plain"), Mode("dspark", head)], [(i, p.extra["set"]) for i, p in zip(ids, prompts, strict=True)], max_new_tokens=64)
+    report = aggregate(runs)
+    say(table(report))
+    ours, same = report["dspark"], sum(a.token_ids == b.token_ids for a, b in zip(runs[::2], runs[1::2], strict=True))
+    print(
+        f"\ntau {ours['tau']:.2f} tokens per round; {ours['ratio_to_plain']['median']:.2f} times the speed of plain decoding "
+        f"({ours['tokens_per_second']:.1f} against {report['plain']['tokens_per_second']:.1f} tokens/s; {machine()['threads']} threads, {options.dtype}); "
+        f"{same} of {len(ids)} greedy texts identical"
+    )
+    return 0 if result.num_tokens else 1

@@ -1,0 +1,45 @@
+"""`dspark generate TARGET [PROMPT ...]`"""
+
+import argparse
+import json
+import sys
+
+from dspark.cli.options import add_head, add_sampling, add_target, open_head, open_prompts, open_target, sampling_options, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser)
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="text of one user turn")
+    parser.add_argument("--prompts", metavar="FILE.jsonl", help='one object a line: {"prompt": ...} or {"messages": [...]}')
+    add_head(parser)
+    parser.add_argument("--drafter", default=None, metavar="NAME", help="dspark, dflash, lookup or none (default: what the head is)")
+    parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    parser.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    add_sampling(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    prompts = open_prompts(options.prompt, options.prompts)
+    target = open_target(options)
+    head = open_head(options, target)
+    from dspark.generate import generate
+
+    for index, prompt in enumerate(prompts):
+        ids = target.prompt_ids(prompt.content, raw=options.raw)
+        show = None if options.json else write
+        result = generate(target, head, ids, drafter=options.drafter, on_text=show, **sampling_options(options))
+        if options.json:
+            figures = {
+                "index": index, "text": result.text, "token_ids": result.token_ids, "num_tokens": result.num_tokens,
+                "rounds": result.rounds, "tau": round(result.tau, 4), "seconds": round(result.seconds, 4),
+                "tokens_per_second": round(result.tokens_per_second, 2), "finish_reason": result.finish_reason,
+            }  # fmt: skip
+            print(json.dumps({**prompt.extra, **figures}, ensure_ascii=False), flush=True)
+        else:
+            print(flush=True)
+            say(f"[{result.num_tokens} tokens in {result.seconds:.2f} s, tau {result.tau:.2f}, {result.tokens_per_second:.1f} tokens/s, {result.finish_reason}]")
+    return 0
+
+
+def write(text: str) -> None:
+    print(text, end="", flush=True, file=sys.stdout)

@@ -1,0 +1,24 @@
+"""`dspark inspect HEAD`"""
+
+import argparse
+import json
+
+from dspark.head.folder import find_head, read_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("head", metavar="HEAD", help="folder, hub id, or the name of a shipped head")
+    parser.add_argument("--json", action="store_true", help="configuration and provenance as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    folder = find_head(options.head, "")
+    config, section = read_config(folder)
+    if options.json:
+        record = folder / "provenance.json"
+        provenance = json.loads(record.read_text()) if record.exists() else None
+        print(json.dumps({"folder": str(folder), "config": config.__dict__, "dspark": section, "provenance": provenance}))
+        return 0
+    card = folder / "README.md"
+    print(card.read_text() if card.exists() else f"{folder}: no card; target {section.get('target')}, block size {config.block_size}")
+    return 0

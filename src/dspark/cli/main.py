@@ -1,0 +1,57 @@
+"""Entry point: find the verb, run it, print a user's mistake once."""
+
+import argparse
+import importlib
+import sys
+
+from dspark import __version__
+from dspark.errors import UserError
+
+VERBS = {
+    "generate": "continue prompts, speculating losslessly",
+    "chat": "talk to the target",
+    "train": "train a head for a target from the target's own words",
+    "bench": "measure speed and tau against plain decoding",
+    "verify": "prove that output is unchanged for this target and head, here",
+    "inspect": "show what a head is and how it was made",
+    "demo": "the whole promise on the demo target, in a minute",
+}
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser; with `only`, the other verbs' modules are not imported."""
+    parser = argparse.ArgumentParser(
+        prog="dspark",
+        description="Makes a language model you already have answer faster and say exactly what it would have said.",
+        epilog="DSpark is a decoding method (speculative decoding); the DGX Spark is a computer.",
+    )
+    parser.add_argument("--version", action="version", version=f"dspark {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        sub = verbs.add_parser(verb, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if only in (None, verb):
+            module = importlib.import_module(f"dspark.cli.{verb}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verb = next((a for a in arguments if a in VERBS), "")
+    options = build_parser(only=verb).parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

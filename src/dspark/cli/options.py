@@ -1,0 +1,80 @@
+"""Options that several verbs share, and how they become target, head and prompts."""
+
+import argparse
+import sys
+
+from dspark.errors import PromptError, SettingError
+from dspark.prompts import Prompt, read_prompts
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def add_target(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
+    parser.add_argument("target", metavar="TARGET", help="folder, hub id, or smollm2-135m (the demo target)")
+    parser.add_argument("--dtype", default=dtype, help=f"precision of the target: float32 or bfloat16 (default {dtype})")
+    parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
+
+
+def add_head(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--head", default=None, metavar="HEAD", help="folder or hub id; `none` decodes plainly (default: the shipped head)")
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"exact limit (default {max_new_tokens})")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens (0: all)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the best tokens up to this mass (1: all)")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below this share of the best one (0: none)")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="as in transformers (1: none)")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed replays the same tokens (default 0)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the text before TEXT; may be given again")
+
+
+def sampling_options(options: argparse.Namespace) -> dict:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
+
+
+def set_threads(options: argparse.Namespace) -> None:
+    import torch
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise SettingError(f"--threads is {options.threads}", "use 1 or more")
+        torch.set_num_threads(options.threads)
+
+
+def open_target(options: argparse.Namespace):
+    set_threads(options)
+    from dspark.target.load import load_target
+
+    return load_target(options.target, dtype=options.dtype, device=options.device)
+
+
+def open_head(options: argparse.Namespace, target):
+    """The head asked for, or the shipped one; None for plain decoding, with a word when there is no head."""
+    from dspark.head.folder import find_head, load_head
+
+    if options.head == "none":
+        return None
+    folder = find_head(options.head, target.name)
+    if folder is None:
+        say(f"no head is known for {target.name}: decoding plainly (train one: `dspark train {target.name} --out DIR`)")
+        return None
+    return load_head(folder, target)
+
+
+def open_prompts(texts: list[str], file: str | None) -> list[Prompt]:
+    prompts = [Prompt(text) for text in texts] + (read_prompts(file) if file else [])
+    if not prompts:
+        raise PromptError("no prompt given", "pass a PROMPT, or --prompts FILE.jsonl")
+    for index, prompt in enumerate(prompts):
+        if not prompt.content:
+            raise PromptError(f"prompt {index} is empty", "give it some text")
+    return prompts
+
+

@@ -1,0 +1,93 @@
+"""`dspark train TARGET --out DIR`"""
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from dspark.cli.options import add_target, open_target
+from dspark.config import SEQUENTIAL_HEADS, TrainConfig
+from dspark.errors import SettingError
+from dspark.prompts import read_prompts
+
+DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser, dtype="bfloat16")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the head's folder; work in progress lies in DIR/work")
+    parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
+    data = parser.add_argument_group("data")
+    data.add_argument("--prompts", metavar="FILE.jsonl", help="your own prompts, mixed with those the target invents")
+    data.add_argument("--num-prompts", type=int, default=DEFAULTS["num_prompts"], metavar="N", help="instructions the target invents (default %(default)s)")
+    data.add_argument("--answers", action="append", default=[], metavar="FILE", help="answers sampled earlier, used as they are; may be given again")
+    data.add_argument("--only-answers", action="store_true", help="stop when the answers are sampled (DIR/work/answers.jsonl)")
+    data.add_argument("--max-answer-tokens", type=int, default=DEFAULTS["max_answer_tokens"], metavar="N", help="longest answer (default %(default)s)")
+    data.add_argument("--held-out", type=int, default=DEFAULTS["held_out"], metavar="N", help="answers kept for measuring (default %(default)s)")
+    data.add_argument("--cache-gb", type=float, default=DEFAULTS["cache_gigabytes"], metavar="G", help="bound of the feature cache on disk (default %(default)s)")
+    shape = parser.add_argument_group("head")
+    shape.add_argument("--layers", type=int, default=2, metavar="L", help="draft layers (default %(default)s)")
+    shape.add_argument("--kv-heads", type=int, default=None, metavar="K", help="key heads of the draft layers (default: as many as query heads)")
+    shape.add_argument("--block-size", type=int, default=5, metavar="G", help="tokens drafted a round, gamma (default %(default)s)")
+    shape.add_argument("--rank", type=int, default=96, metavar="R", help="rank of the sequential head; 0 is DFlash (default %(default)s)")
+    shape.add_argument("--sequential", default="vanilla", choices=SEQUENTIAL_HEADS, help="kind of sequential head (default %(default)s)")
+    shape.add_argument("--draft-vocab", type=int, default=8192, metavar="N", help="tokens the head can propose; 0 for all (default %(default)s)")
+    shape.add_argument("--taps", default=None, metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--steps", type=int, default=DEFAULTS["steps"], metavar="N", help="optimiser steps (default %(default)s)")
+    steps.add_argument("--sequences", type=int, default=DEFAULTS["sequences_per_step"], metavar="N", help="answers a step (default %(default)s)")
+    steps.add_argument("--anchors", type=int, default=DEFAULTS["anchors_per_sequence"], metavar="N", help="anchors an answer (default %(default)s)")
+    steps.add_argument("--optimizer", default=DEFAULTS["optimizer"], choices=("adamw", "muon"), help="muon: for matrices only (default %(default)s)")
+    steps.add_argument("--lr", type=float, default=DEFAULTS["learning_rate"], metavar="R", help="peak learning rate of AdamW (default %(default)s)")
+    steps.add_argument("--muon-lr", type=float, default=DEFAULTS["muon_learning_rate"], metavar="R", help="peak learning rate of Muon (default %(default)s)")
+    steps.add_argument("--loss", default="paper", choices=LOSSES, help=LOSS_HELP)
+    steps.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed and threads give the same head (default 0)")
+    parser.add_argument("--json", action="store_true", help="print the provenance record as JSON at the end")
+
+
+LOSSES = ("paper", "distil")
+LOSS_HELP = "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.1 L1 (default %(default)s)"
+LOSS_SETTINGS = {
+    "paper": {"teacher_ce": False, "ce_weight": 0.1, "l1_weight": 0.9},
+    "distil": {"teacher_ce": True, "ce_weight": 1.0, "l1_weight": 0.1},
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    for name in ("steps", "sequences", "anchors", "layers", "block_size", "max_answer_tokens", "held_out"):
+        if getattr(options, name) < 1:
+            raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
+    if options.rank < 0 or options.draft_vocab < 0 or options.seed < 0:
+        raise SettingError("--rank, --draft-vocab and --seed cannot be negative")
+    try:
+        taps = [int(i) for i in options.taps.split(",")] if options.taps else None
+    except ValueError as error:
+        raise SettingError(f"--taps is {options.taps!r}", "give layer numbers with commas, like 1,8,15,22,29") from error
+    prompts = read_prompts(options.prompts) if options.prompts else None
+    missing = [path for path in options.answers if not Path(path).is_file()]
+    if missing:
+        raise SettingError(f"no answers file {missing[0]}", "sample some: `dspark train TARGET --out DIR --only-answers`")
+    config = TrainConfig(
+        seed=options.seed, num_prompts=options.num_prompts, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
+        sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
+        muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
+    )  # fmt: skip
+    shape = {
+        "num_hidden_layers": options.layers, "num_key_value_heads": options.kv_heads, "block_size": options.block_size, "markov_rank": options.rank,
+        "markov_head_type": options.sequential, "draft_vocab_size": options.draft_vocab or None, "target_layer_ids": taps,
+    }  # fmt: skip
+    target = open_target(options)
+    from dspark.train.run import train
+
+    command = shlex.join(["dspark", *(a for a in sys.argv[1:] if a != "--resume")])
+    report = train(target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command)
+    if options.only_answers:
+        print(f"{report['answers']} answers in {options.out}/work/answers.jsonl")
+    elif options.json:
+        print(json.dumps(report))
+    else:
+        rounds = report["held_out_rounds"]
+        print(f"head saved in {options.out}: tau {rounds['tau_t0']} at T=0, {rounds['tau_t1']} at T=1 on {rounds['prompts']} held-out prompts")
+    return 0

@@ -1,0 +1,85 @@
+"""The slow reference loop: draft, plan, score, verify, commit. Every fast path must equal it.
+
+It knows the target and the drafter by what they do only, so the tests run it on tables."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dspark.core.planner import Plan, fixed
+from dspark.core.sampling import Law, Streams, probs
+from dspark.core.verifier import Draft, verify
+
+
+class Scorer(Protocol):
+    """What decoding needs of a target."""
+
+    def start(self) -> Any: ...
+    def prefill(self, state: Any, tokens: Sequence[int]) -> torch.Tensor: ...
+    def score(self, state: Any, tokens: Sequence[int]) -> Any: ...
+    def rollback(self, state: Any, num_rejected: int) -> None: ...
+
+
+class Drafter(Protocol):
+    """Whatever proposes tokens. `draft` may return none; `commit` hands over the features of
+    tokens that are now final, in order, the anchor not among them."""
+
+    block_size: int
+
+    def start(self) -> None: ...
+    def draft(self, ids: Sequence[int], limit: int, law: Law, generator: torch.Generator) -> Draft: ...
+    def commit(self, features_TMD: torch.Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did. `tokens` are its new tokens: accepted ones, then the target's own."""
+
+    tokens: list[int]
+    num_drafted: int
+    num_planned: int
+    num_accepted: int
+
+
+def decode(
+    target: Scorer,
+    drafter: Drafter,
+    prompt_ids: Sequence[int],
+    law: Law,
+    streams: Streams,
+    max_new_tokens: int,
+    stop: Callable[[list[int]], bool] = lambda new_ids: False,
+    plan: Plan = fixed,
+) -> Iterator[Round]:
+    """Yield rounds until `max_new_tokens` or until `stop(new_ids)` says that the last token ends the text.
+
+    The last prompt token is the first anchor, so that every new token comes from a round. The
+    new tokens have exactly the law of sampling the target one by one (T = 0: are the same)."""
+    ids, num_prompt = list(prompt_ids), len(prompt_ids)
+    state = target.start()
+    drafter.start()
+    drafter.commit(target.prefill(state, ids[:-1]))
+    finished = False
+    while not finished and len(ids) - num_prompt < max_new_tokens:
+        # The round yields at least one token besides the accepted ones: more would never be used.
+        limit = min(drafter.block_size, num_prompt + max_new_tokens - len(ids) - 1)
+        draft = drafter.draft(ids, limit, law, streams.draft)
+        limit = min(limit, len(draft.tokens))
+        num_planned = plan(draft.confidences or [1.0] * limit, limit)
+        scored = target.score(state, [ids[-1], *draft.tokens[:num_planned]])
+        prefixes = [ids + draft.tokens[:k] for k in range(num_planned + 1)] if law.processors else [()] * (num_planned + 1)
+        target_probs = probs(law, prefixes, scored.logits_TV)
+        accept = Streams.uniforms(streams.accept, num_planned)
+        verdict = verify(target_probs, draft, accept, *Streams.uniforms(streams.recover, 1))
+        target.rollback(state, num_planned - verdict.num_accepted)
+        drafter.commit(scored.features_TMD[: verdict.num_accepted + 1])
+        new = []
+        for token in [*draft.tokens[: verdict.num_accepted], verdict.next_token]:
+            ids.append(token)
+            new.append(token)
+            finished = stop(ids[num_prompt:])
+            if finished:
+                break
+        yield Round(new, len(draft.tokens), num_planned, verdict.num_accepted)

@@ -1,0 +1,76 @@
+"""From logits to the law a token is drawn from, and the draw itself.
+
+Target and drafts go through `probs`; temperature zero is a one-hot law from the same function.
+Shapes: T rows, V vocabulary."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dspark.errors import LogitsError
+
+# (prefix_ids [1, L], logits [1, V]) -> logits [1, V], as transformers' LogitsProcessor
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A sampling law: `processors` look at the tokens before a row, `warpers` at its logits only.
+
+    Both are applied in order, processors first; `greedy` then keeps the best token alone."""
+
+    processors: tuple[Processor, ...] = ()
+    warpers: tuple[Processor, ...] = ()
+    greedy: bool = False
+
+
+GREEDY = Law(greedy=True)
+
+
+def probs(law: Law, prefixes: Sequence[Sequence[int]], logits_TV: torch.Tensor) -> torch.Tensor:
+    """The law of each row's token [T, V], in float32 or the wider type given; row t follows `prefixes[t]`.
+
+    Raises `LogitsError` where a row leaves no token possible."""
+    logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    if law.processors:
+        rows = []
+        for prefix, row in zip(prefixes, logits_TV, strict=True):
+            ids, row = torch.tensor([list(prefix)], dtype=torch.long, device=row.device), row[None]
+            for process in law.processors:
+                row = process(ids, row)
+            rows.append(row)
+        logits_TV = torch.cat(rows)
+    if law.greedy:
+        refuse_empty(logits_TV)
+        return torch.zeros_like(logits_TV).scatter_(-1, logits_TV.argmax(-1, keepdim=True), 1.0)
+    for warp in law.warpers:
+        logits_TV = warp(None, logits_TV)
+    refuse_empty(logits_TV)
+    return logits_TV.softmax(-1)
+
+
+def refuse_empty(logits_TV: torch.Tensor) -> None:
+    best = logits_TV.amax(-1)
+    if not torch.isfinite(best).all():
+        raise LogitsError("no token is possible under these logits and sampling settings (NaN, or every token masked)")
+
+
+def draw(probs_V: torch.Tensor, uniform: float) -> int:
+    """The token whose slice of the cumulative law holds `uniform` in [0, 1); never one of probability 0."""
+    cdf = probs_V.cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cdf, uniform * cdf[-1], right=True)
+    # Rounding can push the search past the end; the last token with mass is where the cdf first peaks.
+    return int(torch.minimum(token, cdf.argmax()))
+
+
+class Streams:
+    """One request's randomness. Draft, acceptance and recovery draw from separate streams, so no
+    decision can depend on a number that a later one uses again; one seed replays the request."""
+
+    def __init__(self, seed: int):
+        self.draft, self.accept, self.recover = (torch.Generator().manual_seed(seed * 3 + i) for i in range(3))
+
+    @staticmethod
+    def uniforms(generator: torch.Generator, count: int) -> list[float]:
+        return torch.rand(count, generator=generator, dtype=torch.float64).tolist()

@@ -1,0 +1,57 @@
+"""Which drafted tokens stand, and which token comes next: exact speculative sampling.
+
+Leviathan et al. 2023, as in the paper's section 2: accept x with probability min(1, p(x)/q(x)),
+at the first rejection draw from the residual max(0, p - q), after a full acceptance from p.
+Shapes: K verified tokens, V vocabulary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dspark.core.sampling import draw
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens with the law each was drawn from, `probs_KV`, and its estimated chance of
+    acceptance given that all before it were accepted (None: the drafter has no opinion)."""
+
+    tokens: list[int]
+    probs_KV: torch.Tensor
+    confidences: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The first `num_accepted` drafted tokens stand; `next_token` follows them."""
+
+    num_accepted: int
+    next_token: int
+
+
+def acceptance(p_V: torch.Tensor, q_V: torch.Tensor, token: int) -> float:
+    """Chance that a token drawn from q is kept. q(token) > 0, since it was drawn."""
+    return min(1.0, (p_V[token] / q_V[token]).item())
+
+
+def residual(p_V: torch.Tensor, q_V: torch.Tensor) -> torch.Tensor:
+    """The law after a rejection: norm(max(0, p - q)).
+
+    Where p and q agree to the last bit nothing is left over; a rejection there is a rounding
+    event of probability ~1e-7, and p itself is then the law within that rounding."""
+    left = (p_V - q_V).clamp_min(0)
+    total = left.sum()
+    return left / total if total > 0 else p_V
+
+
+def verify(target_probs_KV: torch.Tensor, draft: Draft, uniforms: Sequence[float], recover: float) -> Verdict:
+    """Judge a (planned prefix of a) draft of K tokens.
+
+    `target_probs_KV` has K+1 rows: the target's law at each drafted position and after the last.
+    `uniforms` (K of them) decide acceptance, `recover` draws the next token; all in [0, 1)."""
+    num_verified = len(target_probs_KV) - 1
+    for k in range(num_verified):
+        if uniforms[k] >= acceptance(target_probs_KV[k], draft.probs_KV[k], draft.tokens[k]):
+            return Verdict(k, draw(residual(target_probs_KV[k], draft.probs_KV[k]), recover))
+    return Verdict(num_verified, draw(target_probs_KV[num_verified], recover))

@@ -1,0 +1,7 @@
+"""Whatever proposes tokens, one file each, all with `start / draft / commit` (core.decode.Drafter)."""
+
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.lookup import PromptLookup
+from dspark.drafters.none import NoDrafter
+
+__all__ = ["DSparkDrafter", "NoDrafter", "PromptLookup"]

@@ -1,0 +1,229 @@
+"""From a prompt to text: builds the law, the drafter and the stopping rule, and runs the loop."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dspark.core.decode import Drafter, Round, decode
+from dspark.core.planner import Plan, fixed
+from dspark.core.sampling import Law, Streams
+from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
+from dspark.errors import PromptError, SettingError
+from dspark.head.head import Head
+from dspark.target.target import Target
+
+# transformers' processors that read the logits alone; all others also get the tokens before the row.
+PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+# Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
+STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
+DRAFTERS = ("dspark", "dflash", "lookup", "none")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One answer. `token_ids` are the new tokens, the end token included when it was produced;
+    `tau` is new tokens per round; `accepted_NK` counts are in `rounds_log`."""
+
+    token_ids: list[int]
+    text: str
+    rounds: int
+    seconds: float
+    finish_reason: str
+    rounds_log: list[Round]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tau(self) -> float:
+        return self.num_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+
+def make_law(
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    logits_processors: Sequence[Callable] = (),
+) -> Law:
+    """The sampling law of these settings, in transformers' order. Raises `SettingError` for values without meaning."""
+    for name, value, ok, rule in (
+        ("temperature", temperature, temperature >= 0 and temperature < float("inf"), "0 (greedy) or a positive number"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or a positive count"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "a positive number, 1 for none"),
+    ):
+        if not ok:
+            raise SettingError(f"{name} is {value}", f"{name} must be {rule}")
+    processors = list(logits_processors)
+    if repetition_penalty != 1.0:
+        processors.insert(0, RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    warpers = []
+    if temperature > 0:
+        warpers += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+        warpers += [TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    return split_law(LogitsProcessorList(processors + warpers), greedy=temperature == 0)
+
+
+def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
+    """A law from transformers' list: the longest tail of prefix-free processors becomes the warpers."""
+    processors = list(processors)
+    for processor in processors:
+        if type(processor).__name__ in STATEFUL:
+            raise SettingError(
+                f"{type(processor).__name__} keeps state between calls and cannot be applied to speculated rows",
+                "decode plainly (`--head none`, or `dspark.ungraft(model)`) to use it",
+            )
+    split = len(processors)
+    while split and type(processors[split - 1]) in PREFIX_FREE:
+        split -= 1
+    return Law(tuple(processors[:split]), tuple(processors[split:]), greedy)
+
+
+def make_drafter(name: str, target: Target, head: Head | None) -> Drafter:
+    """The drafter of this name. Raises `SettingError` when the name or the head does not fit."""
+    if name not in DRAFTERS:
+        raise SettingError(f"unknown drafter {name!r}", f"choose one of {', '.join(DRAFTERS)}")
+    if name == "none":
+        return NoDrafter()
+    if name == "lookup":
+        return PromptLookup(target.vocab_size)
+    if head is None:
+        raise SettingError(f"drafter {name!r} needs a head, and none is known for {target.name or 'this target'}", "pass `--head DIR`, or train one: `dspark train`")
+    if name == "dflash" and head.config.markov_rank:
+        raise SettingError("drafter 'dflash' needs a head of rank 0; this one has a sequential head", "use `--drafter dspark`, or pass a DFlash head")
+    return DSparkDrafter(head, target)
+
+
+def stream(
+    target: Target,
+    head: Head | None,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int = 256,
+    law: Law,
+    seed: int = 0,
+    drafter: str | Drafter | None = None,
+    stop: Sequence[str] = (),
+    eos_ids: frozenset[int] | None = None,
+    plan: Plan = fixed,
+) -> Iterator[Round]:
+    """Yield the rounds of one answer as they happen; `generate` collects them."""
+    check_request(target, prompt_ids, max_new_tokens, seed, stop)
+    if drafter is None:
+        drafter = "none" if head is None else "dspark" if head.config.markov_rank else "dflash"
+    chosen = make_drafter(drafter, target, head) if isinstance(drafter, str) else drafter
+    finished = stopping_rule(target, target.eos_ids if eos_ids is None else eos_ids, stop)
+    yield from decode(target, chosen, prompt_ids, law, Streams(seed), max_new_tokens, finished, plan)
+
+
+def generate(
+    target: Target,
+    head: Head | None,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    logits_processors: Sequence[Callable] = (),
+    on_text: Callable[[str], None] | None = None,
+    **options,
+) -> Result:
+    """Continue `prompt_ids` (a list of token ids) with the target's own law, drafted by `head` (None: plainly).
+
+    `max_new_tokens` counts exactly; `stop` ends the text before any of the given strings;
+    `drafter` overrides the head's own ("lookup", "none", or an object); `on_text` receives text
+    as it becomes final. The same seed replays the same tokens. Raises the `UserError` family."""
+    law = make_law(temperature, top_k, top_p, min_p, repetition_penalty, logits_processors)
+    stop = options.get("stop", ())
+    rounds, ids, shown = [], [], ""
+    begin = time.perf_counter()
+    for done in stream(target, head, prompt_ids, max_new_tokens=max_new_tokens, law=law, seed=seed, **options):
+        rounds.append(done)
+        ids += done.tokens
+        if on_text is not None and target.tokenizer is not None:
+            text = final_text(target, ids, stop)
+            # A character may still be incomplete, or be the start of a stop string.
+            held = max([len("\ufffd") * text.endswith("\ufffd")] + [overlap(text, s) for s in stop])
+            ready = text[: len(text) - held]
+            if len(ready) > len(shown):
+                on_text(ready[len(shown) :])
+                shown = ready
+    seconds = time.perf_counter() - begin
+    text = "" if target.tokenizer is None else final_text(target, ids, stop)
+    if on_text is not None and len(text) > len(shown):
+        on_text(text[len(shown) :])
+    eos = options.get("eos_ids") or target.eos_ids
+    ended = bool(ids) and (ids[-1] in eos or (bool(stop) and contains_stop(target, ids, stop)))
+    return Result(ids, text, len(rounds), seconds, "stop" if ended else "length", rounds)
+
+
+def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
+    """Values are checked here, once, at the border."""
+    if len(prompt_ids) == 0:
+        raise PromptError("the prompt is empty", "give at least one token; a chat template always does")
+    if max_new_tokens < 1:
+        raise SettingError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1 new token")
+    if seed < 0:
+        raise SettingError(f"seed is {seed}", "seeds are 0 or positive")
+    bad = [t for t in prompt_ids if not 0 <= t < target.vocab_size]
+    if bad:
+        raise PromptError(f"token id {bad[0]} is outside the target's vocabulary of {target.vocab_size}")
+    if len(prompt_ids) + max_new_tokens > target.max_context:
+        raise PromptError(
+            f"prompt of {len(prompt_ids)} tokens plus {max_new_tokens} new ones exceeds the target's context of {target.max_context}",
+            f"shorten the prompt, or ask for at most {max(0, target.max_context - len(prompt_ids))} new tokens",
+        )
+    if any(not s for s in stop):
+        raise SettingError("a stop string is empty", "leave it out")
+    if stop and target.tokenizer is None:
+        raise SettingError("stop strings need a tokenizer, and this target has none")
+
+
+def stopping_rule(target: Target, eos_ids: frozenset[int], stop: Sequence[str]) -> Callable[[list[int]], bool]:
+    def finished(new_ids: list[int]) -> bool:
+        return new_ids[-1] in eos_ids or (bool(stop) and contains_stop(target, new_ids, stop))
+
+    return finished
+
+
+def contains_stop(target: Target, new_ids: Sequence[int], stop: Sequence[str]) -> bool:
+    # A stop string of n characters ends within the last n tokens at most, if a token is a character or more;
+    # byte tokens may be less, hence the factor.
+    tail = target.tokenizer.decode(new_ids[-4 * max(map(len, stop)) - 8 :])
+    return any(s in tail for s in stop)
+
+
+def final_text(target: Target, ids: Sequence[int], stop: Sequence[str]) -> str:
+    """The text without special tokens, cut before the first stop string."""
+    text = target.tokenizer.decode(ids, skip_special_tokens=True)
+    cuts = [text.index(s) for s in stop if s in text]
+    return text[: min(cuts)] if cuts else text
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest ending of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

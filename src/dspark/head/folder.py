@@ -1,0 +1,250 @@
+"""A head on disk: DeepSpec's names and layout, plus what makes it describe itself.
+
+    config.json          the target's own config with DeepSpec's keys, and a `dspark` section
+    model.safetensors    bfloat16; without the target's embedding and output rows, which are the target's own
+    golden.safetensors   token ids, features, draft logits: replayed at every load
+    provenance.json      command, versions, data, time, measured figures
+    README.md            the card
+
+Files are written beside their places and renamed when all are whole: a full disk or a kill
+never leaves half a head where a good one was."""
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dspark.config import SEQUENTIAL_HEADS, HeadConfig
+from dspark.errors import HeadError
+from dspark.head.head import Head
+from dspark.target.target import Target
+
+OWN_KEYS = [f.name for f in fields(HeadConfig)]
+IN_SECTION = ("draft_vocab_size", "shortlist")  # DeepSpec has no such keys
+SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec saves copies of the target's; we need none
+GOLDEN_TOKENS = 48
+# Features of the target at hand against those stored, mean cosine over tokens and layers. Precision and
+# 4-bit rounding stay above 0.97 on the demo target, another model of the same shape far below 0.8.
+SAME_TARGET, CLOSE_TARGET = 0.8, 0.97
+
+
+def vocabulary_hash(target: Target) -> str | None:
+    if target.tokenizer is None:
+        return None
+    vocabulary = sorted(target.tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def config_json(head: Head, target: Target) -> dict:
+    """DeepSpec's config.json: the target's own, then the head's keys over it."""
+    config = target.text_config.to_dict()
+    config.pop("quantization_config", None)
+    own = {key: getattr(head.config, key) for key in OWN_KEYS if key not in IN_SECTION}
+    config |= own | {
+        "architectures": ["Qwen3DSparkModel"],
+        "model_type": "qwen3",
+        "target_layer_ids": list(head.config.target_layer_ids),
+        "layer_types": ["full_attention"] * head.config.num_hidden_layers,
+        "tie_word_embeddings": False,
+        "num_anchors": 512,
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": head.config.rope_theta},
+        "dspark": {
+            "format": 1,
+            "target": target.name,
+            "target_model_type": target.text_config.model_type,
+            "vocabulary_sha256": vocabulary_hash(target),
+            "shared_with_target": list(SHARED),
+            **{key: getattr(head.config, key) for key in IN_SECTION},
+        },
+    }
+    return config
+
+
+def save_head(head: Head, target: Target, folder: Path, golden_ids: list[int], provenance: dict, card: str) -> None:
+    """Write a head that `load_head` accepts. Raises `HeadError` when the disk is full or closed to us."""
+    weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in head.state_dict().items()}
+    if head.config.draft_vocab_size < head.config.vocab_size:
+        weights["draft_ids"] = head.draft_ids.int()
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise HeadError(f"tensor {name} holds values that are not numbers; nothing was saved", "lower the learning rate")
+    # Golden logits come from the rounded weights, which are what a reader will have.
+    rounded = empty_head(head.config, head.draft_ids, target)
+    rounded.load_state_dict({k: v.float() for k, v in weights.items() if k != "draft_ids"})
+    golden = make_golden(rounded, target, golden_ids)
+    texts = {
+        "config.json": json.dumps(config_json(head, target), indent=2, default=str) + "\n",
+        "provenance.json": json.dumps(provenance, indent=2) + "\n",
+        "README.md": card,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensors in (("model.safetensors", weights), ("golden.safetensors", golden)):
+            save_file(tensors, folder / f"{name}.partial", metadata={"format": "pt"})
+        for name, text in texts.items():
+            (folder / f"{name}.partial").write_text(text, encoding="utf-8")
+        for name in ("model.safetensors", "golden.safetensors", *texts):
+            os.replace(folder / f"{name}.partial", folder / name)
+    except (OSError, SafetensorError) as error:
+        for leftover in folder.glob("*.partial"):
+            leftover.unlink(missing_ok=True)
+        raise HeadError(f"cannot save the head to {folder}: {error}", "free some space or choose another --out") from error
+
+
+def read_config(folder: Path) -> tuple[HeadConfig, dict]:
+    """The head's shape and its `dspark` section. Raises `HeadError` naming what is missing or unknown."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HeadError(f"no head in {folder}: cannot read config.json ({error.strerror})", "train one: `dspark train TARGET --out DIR`") from error
+    except json.JSONDecodeError as error:
+        raise HeadError(f"{folder}/config.json is damaged: {error}", "restore the file, or train the head again") from error
+    section = raw.get("dspark", {})
+    values = {key: raw.get(key) for key in OWN_KEYS if key not in IN_SECTION}
+    rope = raw.get("rope_parameters") or {}
+    values["rope_theta"] = values["rope_theta"] or rope.get("rope_theta")
+    values["draft_vocab_size"] = section.get("draft_vocab_size", raw.get("vocab_size"))
+    values["shortlist"] = section.get("shortlist", 64)
+    if values["markov_rank"] == 0:
+        values["markov_head_type"] = values["markov_head_type"] or "vanilla"
+    missing = [key for key, value in values.items() if value is None]
+    if missing:
+        raise HeadError(f"{folder}/config.json lacks {', '.join(missing)}", "is this a DSpark head? convert others with `dspark convert`")
+    if values["markov_head_type"] not in SEQUENTIAL_HEADS:
+        raise HeadError(f"unknown markov_head_type {values['markov_head_type']!r}; known: {', '.join(SEQUENTIAL_HEADS)}")
+    values["target_layer_ids"] = tuple(values["target_layer_ids"])
+    return HeadConfig(**values), section
+
+
+def load_head(folder: str | Path, target: Target) -> Head:
+    """Load a head for this target and prove that it is the head, and the target, it was trained as.
+
+    Raises `HeadError` for missing, extra or misshaped tensors, another target, another
+    vocabulary, or golden vectors that do not come out again. Taps the target's layers."""
+    folder = Path(folder)
+    config, section = read_config(folder)
+    refuse_other_target(config, section, target)
+    weights = read_tensors(folder / "model.safetensors")
+    for name in SHARED:
+        weights.pop(name, None)
+    draft_ids = weights.pop("draft_ids", torch.arange(config.draft_vocab_size)).long()
+    head = empty_head(config, draft_ids, target)
+    refuse_other_tensors(head, weights, folder)
+    head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    target.tap(config.target_layer_ids)
+    if (folder / "golden.safetensors").exists():
+        replay_golden(head, target, read_tensors(folder / "golden.safetensors"), folder)
+    return head.to(device=target.device, dtype=target.model.dtype).eval()
+
+
+def empty_head(config: HeadConfig, draft_ids: torch.Tensor, target: Target) -> Head:
+    """A head whose weights are NaN, so that one that is never loaded shouts."""
+    rows = target.model.get_output_embeddings().weight.detach()[draft_ids.to(target.device)].float().cpu()
+    mask = target.embed(torch.tensor(config.mask_token_id, device=target.device)).detach().float().cpu()
+    head = Head(config, draft_ids, rows, mask)
+    for parameter in head.parameters():
+        parameter.data.fill_(float("nan"))
+        parameter.requires_grad_(False)
+    return head.eval()
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise HeadError(f"cannot read {path}: {error}", "restore the file, or train the head again") from error
+
+
+def refuse_other_target(config: HeadConfig, section: dict, target: Target) -> None:
+    name = target.name or type(target.model).__name__
+    hint = f"train one for this target: `dspark train {target.name or 'TARGET'} --out DIR`"
+    pairs = (("hidden size", config.hidden_size, target.hidden_size), ("layers", config.num_target_layers, target.num_layers),
+             ("vocabulary of", config.vocab_size, target.vocab_size))  # fmt: skip
+    for what, trained, found in pairs:
+        if trained != found:
+            raise HeadError(f"head was trained for {what} {trained}, target {name} has {found}", hint)
+    expected, found_hash = section.get("vocabulary_sha256"), vocabulary_hash(target)
+    if expected and found_hash and expected != found_hash:
+        raise HeadError(f"head was trained with another tokenizer than that of target {name}", hint)
+
+
+def refuse_other_tensors(head: Head, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {found[name]} instead of {wanted[name]}" for name in wanted.keys() & found.keys() if wanted[name] != found[name]
+    ]
+    if len(head.draft_ids) != head.config.draft_vocab_size:
+        problems.append(f"draft_ids has {len(head.draft_ids)} entries, config says {head.config.draft_vocab_size}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise HeadError(f"{folder}/model.safetensors does not fit its config: {'; '.join(sorted(problems)[:4])}{more}", "restore the file, or train the head again")
+
+
+def make_golden(head: Head, target: Target, ids: list[int]) -> dict[str, torch.Tensor]:
+    """What must come out again: features of the target, and base logits of the block after the last token."""
+    ids = ids[:GOLDEN_TOKENS]
+    target.tap(head.config.target_layer_ids)
+    features = target.score(target.start(), ids).features_TMD.to(torch.bfloat16)
+    return {"ids": torch.tensor(ids, dtype=torch.int32), "features": features.cpu(), "logits": golden_logits(head, target, ids, features.cpu()).half()}
+
+
+@torch.no_grad()
+def golden_logits(head: Head, target: Target, ids: list[int], features: torch.Tensor) -> torch.Tensor:
+    context_kv = head.context_kv(features[None, :-1].float(), torch.arange(len(ids) - 1)[None])
+    anchor = target.embed(torch.tensor([[ids[-1]]], device=target.device)).float().cpu()
+    return head.base_logits(head.hidden(anchor, torch.tensor([[len(ids) - 1]]), context_kv))[0, 0]
+
+
+def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raise `HeadError` unless head and target still compute what they did after training."""
+    import warnings
+
+    ids, stored = golden["ids"].tolist(), golden["logits"].float()
+    logits = golden_logits(head, target, ids, golden["features"])
+    # fp16 storage of the logits rounds at 5e-4 relative; a wrong weight or tap moves them by their spread.
+    error = ((logits - stored).abs().max() / stored.std()).item()
+    if not error < 0.05:
+        raise HeadError(f"golden vectors of {folder} do not come out again (logits off by {error:.2f} of their spread)", "the head's files do not belong together: restore them")
+    found = target.score(target.start(), ids).features_TMD.float().cpu()
+    likeness = torch.cosine_similarity(found, golden["features"].float(), dim=-1).mean().item()
+    name = target.name or type(target.model).__name__
+    if not likeness > SAME_TARGET:
+        raise HeadError(
+            f"head was trained on another target than {name}: its features agree to {likeness:.2f} only",
+            f"train one for this target: `dspark train {target.name or 'TARGET'} --out DIR`",
+        )
+    if likeness < CLOSE_TARGET:
+        warnings.warn(f"{name} differs from the target this head was trained on (features agree to {likeness:.2f}); expect fewer accepted tokens", stacklevel=3)
+
+
+def find_head(name: str | Path | None, target_name: str) -> Path | None:
+    """The folder of a head given by path or hub id, or the one shipped for this target; None if there is none."""
+    if name is None:
+        places = [Path(__file__).parents[i] / "heads" for i in (1, 3)]  # installed, and in a checkout
+        for place in places:
+            if (place / target_name / "config.json").exists():
+                return place / target_name
+        return None
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    shipped = find_head(None, str(name))
+    if shipped is not None:
+        return shipped
+    if "/" in str(name) and not str(name).startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(name)))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise HeadError(f"cannot fetch head {name!r} from the hub: {str(error).splitlines()[0]}") from error
+    raise HeadError(f"no head at {name}", "give the folder of a head, a hub id, or `none`")

@@ -1,0 +1,1 @@
+"""Figures and proofs: bench, and the losslessness check behind `dspark verify`."""

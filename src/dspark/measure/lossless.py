@@ -1,0 +1,135 @@
+"""`dspark verify`: is the output of this target with this head, on this machine, what the target alone says?
+
+Three questions, asked of the real pair: are greedy tokens those of plain decoding (and where
+not, were the two logits a near-tie that row-count dependent kernels broke differently); does
+roll-back restore the state; is the law of a sampled round the target's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dspark.core.sampling import probs
+from dspark.core.verifier import acceptance, residual
+from dspark.generate import generate, make_drafter, make_law
+from dspark.head.head import Head
+from dspark.target.target import Target
+
+# Largest difference between the two best logits that counts as a tie, in units of the target's
+# precision: the same row computed in a pass of another length differs by a few of these.
+TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; `detail` says what was compared and how far apart it was."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify_pair(
+    target: Target,
+    head: Head | None,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int = 64,
+    drafters: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Check]:
+    """Run all checks; every one must pass for `dspark verify` to exit 0."""
+    names = list(drafters) or [*([] if head is None else ["dspark" if head.config.markov_rank else "dflash"]), "lookup"]
+    checks = []
+    for name in names:
+        progress(f"greedy tokens, drafter {name}")
+        checks.append(greedy_tokens(target, head, prompts, max_new_tokens, name))
+        progress(f"law of a sampled round, drafter {name}")
+        checks.append(round_law(target, head, prompts[0], name))
+    progress("roll-back")
+    checks.append(roll_back(target, prompts[0]))
+    progress("replay")
+    checks.append(replay(target, head, prompts[0], names[0]))
+    return checks
+
+
+def greedy_tokens(target: Target, head: Head | None, prompts: Sequence[list[int]], max_new_tokens: int, drafter: str) -> Check:
+    same, ties, wrong = 0, [], []
+    for index, ids in enumerate(prompts):
+        plain = generate(target, None, ids, max_new_tokens).token_ids
+        drafted = generate(target, head, ids, max_new_tokens, drafter=drafter).token_ids
+        first = first_difference(plain, drafted)
+        if first is None:
+            same += 1
+            continue
+        gap = logit_gap(target, [*ids, *plain[:first]], plain[first] if first < len(plain) else None, drafted[first] if first < len(drafted) else None)
+        (ties if gap <= TIE[target.model.dtype] else wrong).append(f"prompt {index} token {first}: logits {gap:.2g} apart")
+    detail = f"{same} of {len(prompts)} prompts identical"
+    if ties:
+        detail += f"; near-ties: {'; '.join(ties)}"
+    if wrong:
+        detail += f"; DIFFERENT: {'; '.join(wrong)}"
+    return Check(f"greedy tokens equal plain decoding ({drafter})", not wrong, detail)
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    return next((i for i in range(max(len(a), len(b))) if i >= len(a) or i >= len(b) or a[i] != b[i]), None)
+
+
+def logit_gap(target: Target, prefix: list[int], one: int | None, other: int | None) -> float:
+    """Distance of the two tokens' logits after `prefix`; infinite when one text simply ended."""
+    if one is None or other is None:
+        return float("inf")
+    state = target.start()
+    target.prefill(state, prefix[:-1])
+    logits = target.score(state, prefix[-1:]).logits_TV[0]
+    return abs(logits[one] - logits[other]).item()
+
+
+def round_law(target: Target, head: Head | None, ids: list[int], drafter: str, num_drafts: int = 20) -> Check:
+    """For real drafts at T = 1: q(x) * accept(x) + reject * residual must be p, at the first drafted position.
+
+    This is an identity of the verifier on the pair's own p and q, in float64; it fails if a
+    draft's stated law is not a law, or if it puts weight where the token could not have come from."""
+    law = make_law(temperature=1.0)
+    state = target.start()
+    engine = make_drafter(drafter, target, head)
+    engine.start()
+    engine.commit(target.prefill(state, ids[:-1]))
+    p = probs(law, [()], target.score(state, ids[-1:]).logits_TV.double())[0]
+    worst, drawn_ok = 0.0, True
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_drafts):
+        draft = engine.draft(ids, engine.block_size, law, generator)
+        if not draft.tokens:
+            continue
+        q = draft.probs_KV[0].double()
+        drawn_ok &= bool(q[draft.tokens[0]] > 0) and abs(q.sum().item() - 1) < 1e-5
+        q = q / q.sum()
+        kept = torch.zeros_like(p)
+        for token in q.nonzero()[:, 0].tolist():
+            kept[token] = q[token] * acceptance(p, q, token)
+        out = kept + (1 - kept.sum()) * residual(p, q)
+        worst = max(worst, (out - p).abs().max().item())
+    return Check(f"law of a round at T=1 ({drafter})", drawn_ok and worst < 1e-12, f"largest error {worst:.1e} over {num_drafts} drafts")
+
+
+def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:
+    """Score wrong tokens, roll all or some back, and compare the next logits with a state that never saw them."""
+    worst, tolerance = 0.0, TIE[target.model.dtype]
+    wrong = [(ids[-1] + 1 + i) % target.vocab_size for i in range(block)]
+    for kept in range(block + 1):
+        tried, straight = target.start(), target.start()
+        for state in (tried, straight):
+            target.prefill(state, ids[:-1])
+        target.score(tried, [ids[-1], *wrong])
+        target.rollback(tried, block - kept)
+        target.score(straight, [ids[-1], *wrong[:kept]])
+        target.rollback(straight, 0)
+        difference = target.score(tried, ids[:1]).logits_TV - target.score(straight, ids[:1]).logits_TV
+        worst = max(worst, difference.abs().max().item())
+    return Check("roll-back restores the state", worst <= tolerance, f"largest logit difference {worst:.1e} (tolerance {tolerance:g})")
+
+
+def replay(target: Target, head: Head | None, ids: list[int], drafter: str) -> Check:
+    answers = [generate(target, head, ids, 24, temperature=1.0, seed=7, drafter=drafter).token_ids for _ in range(2)]
+    return Check("a seed replays", answers[0] == answers[1], f"{len(answers[0])} sampled tokens, twice")

@@ -1,0 +1,45 @@
+"""From a name to a loaded target: a folder, a hub id, or the demo target's short name."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from dspark.errors import SettingError, TargetError
+from dspark.target import demo
+from dspark.target.target import Target
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Target:
+    """Load a Hugging Face causal LM. Raises `TargetError` for an unknown name or a model that
+    cannot be rolled back, `SettingError` for an unknown precision."""
+    if dtype not in DTYPES:
+        raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    where = demo.ensure_demo_target(say) if str(name) == demo.NAME else name
+    if str(name) != demo.NAME and str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise TargetError(f"no folder {name}", "give a folder written by `save_pretrained`, a hub id, or smollm2-135m")
+    where = Path(where).expanduser() if os.path.isdir(os.path.expanduser(where)) else where
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype])
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TargetError(
+            f"cannot load target {name!r}: {first}",
+            "give a folder written by `save_pretrained`, a hub id of a causal language model, or smollm2-135m",
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None  # token ids still work; asking for text says so
+    return Target(model.to(device), tokenizer, name=str(name))

@@ -1,0 +1,234 @@
+"""`dspark train`: prompts, answers, features, steps, held-out rounds, a saved head. Every stage resumes."""
+
+import json
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dspark.config import HeadConfig, TrainConfig
+from dspark.errors import HeadError, SettingError
+from dspark.generate import generate
+from dspark.head.folder import load_head, save_head
+from dspark.head.head import Head
+from dspark.prompts import Prompt
+from dspark.target.target import Target
+from dspark.train.answers import answer_prompts, invent_prompts, read_records
+from dspark.train.card import write_card
+from dspark.train.estimate import estimate
+from dspark.train.features import FeatureStore
+from dspark.train.trainer import measure, train_steps
+from dspark.train.warmstart import new_head
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """Progress of one stage on stderr; tqdm draws it."""
+
+    def __init__(self) -> None:
+        self.bar, self.stage = None, ""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        from tqdm import tqdm
+
+        if stage != self.stage:
+            self.close()
+            self.bar, self.stage = tqdm(total=total, initial=done, desc=stage, file=sys.stderr, mininterval=1.0), stage
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar, self.stage = None, ""
+
+
+def train(
+    target: Target,
+    out: Path,
+    config: TrainConfig,
+    shape: dict,
+    prompts: Sequence[Prompt] | None = None,
+    answers: Sequence[Path] = (),
+    resume: bool = False,
+    only_answers: bool = False,
+    command: str = "",
+) -> dict:
+    """Train a head for `target` into the folder `out`; returns the measured figures.
+
+    Prompts given by the user are mixed with `config.num_prompts` that the target invents;
+    `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
+    `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten."""
+    work = out / "work"
+    begin_or_resume(out, work, config, shape, resume)
+    bar = Bar()
+    say(estimate(target, config, shape, prompts, answers))
+    records = [record for path in answers for record in read_records(path)]
+    if not answers:
+        given = [{"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()]
+        invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar)
+        everything = interleave(given, invented)
+        records = answer_prompts(target, everything, config.max_answer_tokens, config.seed * 100_000 + 50_000, work / "answers.jsonl", bar)
+    records = [r for r in records if len(r["answer_ids"]) >= 8]
+    if len(records) <= config.held_out:
+        raise SettingError(f"{len(records)} usable answers leave nothing to train on beside {config.held_out} held out", "ask for more prompts, or lower --held-out")
+    if only_answers:
+        return {"answers": len(records)}
+    started = time.time()
+    head_config, draft_ids = choose_shape(target, records, shape)
+    target.tap(head_config.target_layer_ids)
+    store = FeatureStore(target, records, work / "cache", config.teacher_tokens, config.cache_gigabytes)
+    head = new_head(target, head_config, draft_ids, config.seed)
+    curve = run_steps(head, target, store, config, work, bar)
+    provenance = {
+        "command": command,
+        "target": target.name,
+        "target_dtype": str(target.model.dtype).removeprefix("torch."),
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), "transformers": __import__("transformers").__version__},
+        "threads": torch.get_num_threads(),
+        "train": asdict(config),
+        "answers": len(records),
+        "answer_tokens": sum(len(r["answer_ids"]) for r in records),
+        "answers_by_kind": dict(Counter(r["kind"] for r in records)),
+        "seconds_last_start": round(time.time() - started),
+        "curve": curve,
+        "held_out_teacher_forced": measure(head, target, store, config, config.held_out),
+    }
+    golden_ids = (records[0]["prompt_ids"] + records[0]["answer_ids"])[:64]
+    save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, None))
+    rounds = held_out_rounds(target, load_head(out, target), records[: config.held_out], bar)
+    provenance["held_out_rounds"] = rounds
+    save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, rounds))
+    return provenance
+
+
+def begin_or_resume(out: Path, work: Path, config: TrainConfig, shape: dict, resume: bool) -> None:
+    """One folder, one set of settings: a resumed run with others would be neither."""
+    described = json.dumps({"train": asdict(config), "shape": shape}, sort_keys=True, default=str)
+    label = work / "settings.json"
+    if label.exists():
+        if not resume:
+            raise SettingError(f"{out} holds an unfinished or finished training run", "continue it with --resume, or choose another --out")
+        if json.loads(label.read_text()) != json.loads(described):
+            raise SettingError(f"{out} was started with other settings", f"use the same ones ({label}), or choose another --out")
+        return
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        label.write_text(described)
+    except OSError as error:
+        raise HeadError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
+
+
+def interleave(first: Sequence, second: Sequence) -> list:
+    """Both lists spread evenly over their union, order kept: any window of it is a mix."""
+    keyed = [((i + 0.5) / len(first), 0, x) for i, x in enumerate(first)] + [((i + 0.5) / len(second), 1, x) for i, x in enumerate(second)]
+    return [x for _, _, x in sorted(keyed, key=lambda item: item[:2])]
+
+
+def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[HeadConfig, torch.Tensor]:
+    """The head's configuration from the target's, and its draft vocabulary: the tokens answers use most,
+    with every special and single-byte token."""
+    text = target.text_config
+    vocab_size = target.vocab_size
+    draft_size = min(shape.get("draft_vocab_size") or vocab_size, vocab_size)
+    kept = always_kept(target)
+    counts = Counter(token for record in records for token in record["answer_ids"])
+    ranked = [token for token, _ in counts.most_common() if token not in kept] + [t for t in range(vocab_size) if t not in counts and t not in kept]
+    draft_ids = torch.tensor(sorted([*sorted(kept)[:draft_size], *ranked[: max(0, draft_size - len(kept))]]))
+    layer_ids = tuple(shape.get("target_layer_ids") or default_taps(target.num_layers))
+    heads = text.num_attention_heads
+    config = HeadConfig(
+        hidden_size=target.hidden_size,
+        num_hidden_layers=shape.get("num_hidden_layers", 2),
+        num_attention_heads=heads,
+        num_key_value_heads=shape.get("num_key_value_heads") or heads,
+        head_dim=getattr(text, "head_dim", None) or target.hidden_size // heads,
+        intermediate_size=shape.get("intermediate_size") or text.intermediate_size,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=rope_theta(text),
+        vocab_size=vocab_size,
+        draft_vocab_size=len(draft_ids),
+        block_size=shape.get("block_size", 5),
+        mask_token_id=shape["mask_token_id"] if shape.get("mask_token_id") is not None else mask_token(target, counts),
+        target_layer_ids=layer_ids,
+        num_target_layers=target.num_layers,
+        markov_rank=shape.get("markov_rank", 96),
+        markov_head_type=shape.get("markov_head_type", "vanilla"),
+    )
+    return config, draft_ids
+
+
+def rope_theta(text_config) -> float:
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope:  # families with one rotary setting a layer type (Gemma 3)
+        rope = next((r for r in rope.values() if isinstance(r, dict) and "rope_theta" in r), {})
+    return float(rope.get("rope_theta", 10_000.0))
+
+
+def always_kept(target: Target) -> set[int]:
+    """Special and byte tokens: grammars, tool calls and rare characters need them."""
+    if target.tokenizer is None:
+        return set(target.eos_ids)
+    special = {i for i in target.tokenizer.all_special_ids if i < target.vocab_size} | set(target.eos_ids)
+    single = {i for text, i in target.tokenizer.get_vocab().items() if len(text) == 1 and i < target.vocab_size}
+    return special | single
+
+
+def mask_token(target: Target, counts: Counter) -> int:
+    """A token the answers never use: a reserved one where the tokenizer has such, else the rarest."""
+    special = [i for i in sorted(getattr(target.tokenizer, "all_special_ids", [])) if i not in target.eos_ids and counts[i] == 0]
+    return special[-1] if special else max(range(target.vocab_size), key=lambda i: (counts[i] == 0, i))
+
+
+def default_taps(num_layers: int) -> tuple[int, ...]:
+    """Five layers spread from the second to the last, fewer in a small model."""
+    count = min(5, num_layers)
+    return tuple(sorted({round(1 + (num_layers - 2) * i / max(1, count - 1)) for i in range(count)})) if num_layers > 2 else tuple(range(num_layers))
+
+
+def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConfig, work: Path, bar: Bar) -> list[dict]:
+    """Train to the end, drawing the bar and keeping a curve of held-out figures every tenth of the way."""
+    curve_file = work / "curve.jsonl"
+    cpu_start, steps_at_start = time.process_time(), None
+    average: list[float] = []
+
+    def on_step(step: int, result) -> None:
+        nonlocal average, steps_at_start
+        steps_at_start = step - 1 if steps_at_start is None else steps_at_start
+        now = result.overlap_NAG.sum((0, 1)) / result.valid_NAG.sum((0, 1)).clamp_min(1)
+        average = now.tolist() if not average else [0.9 * a + 0.1 * n for a, n in zip(average, now.tolist(), strict=True)]
+        accepted = " ".join(f"{a:.2f}" for a in average)
+        bar("training", step, config.steps, f"loss {result.total.item():.3f} acceptance {accepted}")
+        if step % max(1, config.steps // 10) == 0 or step == config.steps:
+            entry = {"step": step, "anchors": step * config.sequences_per_step * config.anchors_per_sequence,
+                     "cpu_seconds_this_start": round(time.process_time() - cpu_start), "steps_this_start": step - steps_at_start,
+                     **measure(head, target, store, config, min(48, config.held_out))}  # fmt: skip
+            with curve_file.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    train_steps(head, target, store, config, work / "checkpoint.pt", on_step)
+    return read_records(curve_file)
+
+
+def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar, count: int = 16, max_new_tokens: int = 64) -> dict:
+    """tau by real decoding rounds on prompts whose answers were never trained on, at T = 0 and T = 1."""
+    chosen, report = list(records)[:count], {}
+    for temperature in (0.0, 1.0):
+        tokens = rounds = 0
+        for i, record in enumerate(chosen):
+            result = generate(target, head, record["prompt_ids"], max_new_tokens, temperature=temperature, seed=i)
+            tokens, rounds = tokens + result.num_tokens, rounds + result.rounds
+            bar(f"held-out rounds, T={temperature:.0f}", i + 1, len(chosen))
+        report[f"tau_t{temperature:.0f}"] = round(tokens / rounds, 3)
+    return report | {"prompts": len(chosen), "max_new_tokens": max_new_tokens}
+

@@ -1,0 +1,171 @@
+"""Sampled continuations of a tiny real model, through the whole loop, have the joint law of the target.
+
+The target's rows and the head's passes are remembered by their inputs, so that a continuation
+costs a fraction of a millisecond; `decode`, `verify` and the drafters run as they are."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from itertools import product
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from tiny import tiny_head, tiny_model
+
+from dspark.core import verifier
+from dspark.core.decode import Drafter, decode
+from dspark.core.sampling import Law, Streams, probs
+from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
+from dspark.generate import generate, make_law
+from dspark.target.target import Scored, Target
+
+VOCABULARY = 12
+NUM_NEW = 3
+PROMPT = (3, 1, 4, 3, 1, 4, 3, 1)  # repeats itself, for the lookup's sake
+RARE = 8  # cells expected less often than this are merged
+LAWS = {"T=1": make_law(1.0), "top-p": make_law(0.8, top_p=0.9)}
+DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "lookup", "none")
+
+
+class Remembered:
+    """A target whose every row is computed once; a state is the list of its tokens."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.row = cache(self.fresh_row)
+
+    def __getattr__(self, name: str):
+        return getattr(self.target, name)
+
+    def fresh_row(self, tokens: tuple[int, ...]) -> Scored:
+        scored = self.target.score(self.target.start(), tokens)
+        return Scored(scored.logits_TV[-1], scored.features_TMD[-1])
+
+    def start(self) -> list[int]:
+        return []
+
+    def score(self, state: list[int], tokens: Sequence[int]) -> Scored:
+        rows = []
+        for token in tokens:
+            state.append(token)
+            rows.append(self.row(tuple(state)))
+        return Scored(torch.stack([row.logits_TV for row in rows]), torch.stack([row.features_TMD for row in rows]))
+
+    def prefill(self, state: list[int], tokens: Sequence[int]) -> torch.Tensor:
+        return self.score(state, tokens).features_TMD
+
+    def rollback(self, state: list[int], num_rejected: int) -> None:
+        del state[len(state) - num_rejected :]
+
+
+def remembered(function):
+    """A pure function of tensors, each result kept under the bytes of its arguments."""
+    results = {}
+
+    def content(value):
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape), value.numpy().tobytes()
+        return tuple(map(content, value)) if isinstance(value, (list, tuple)) else value
+
+    def call(*arguments):
+        key = content(arguments)
+        if key not in results:
+            results[key] = function(*arguments)
+        return results[key]
+
+    return call
+
+
+@lru_cache(maxsize=1)
+def tiny_target() -> Remembered:
+    return Remembered(Target(tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2)))
+
+
+def make_drafter(name: str, target: Remembered) -> Drafter:
+    if name == "none":
+        return NoDrafter()
+    if name == "lookup":
+        return PromptLookup(VOCABULARY)
+    head = tiny_head(target, "vanilla" if name == "dflash" else name, rank=0 if name == "dflash" else 8)
+    head.hidden, head.context_kv = remembered(head.hidden), remembered(head.context_kv)
+    return DSparkDrafter(head, target)
+
+
+def sample(drafter: str, law: Law, num_samples: int, seed: int = 0) -> tuple[Counter, Counter]:
+    """How often each continuation came, and each number of accepted tokens in its first round."""
+    target, streams = tiny_target(), Streams(seed)
+    chosen = make_drafter(drafter, target)
+    said, accepted = Counter(), Counter()
+    for _ in range(num_samples):
+        rounds = list(decode(target, chosen, PROMPT, law, streams, NUM_NEW))
+        said[tuple(token for done in rounds for token in done.tokens)] += 1
+        accepted[rounds[0].num_accepted] += 1
+    return said, accepted
+
+
+@lru_cache(maxsize=len(LAWS))
+def exact_law(name: str) -> dict[tuple[int, ...], float]:
+    """Every continuation's probability under the target alone."""
+    target = tiny_target()
+    row = cache(lambda tokens: probs(LAWS[name], [()], target.row(PROMPT + tokens).logits_TV[None].double())[0].tolist())
+    chances = {}
+    for tokens in product(range(VOCABULARY), repeat=NUM_NEW):
+        chance = 1.0
+        for k in range(NUM_NEW):
+            chance *= row(tokens[:k])[tokens[k]]
+        chances[tokens] = chance
+    return chances
+
+
+def p_value(said: Counter, law: str) -> float:
+    """Chi-square of counts against the exact law; what is impossible must not occur at all."""
+    num_samples, chances = said.total(), exact_law(law)
+    impossible = [tokens for tokens in said if chances[tokens] == 0]
+    assert not impossible, f"{impossible[0]} has probability 0"
+    common = [tokens for tokens, chance in chances.items() if chance * num_samples >= RARE]
+    counts, expected = [said[tokens] for tokens in common], [chances[tokens] * num_samples for tokens in common]
+    rest = num_samples - sum(expected)
+    if rest >= RARE:
+        counts.append(num_samples - sum(counts))
+        expected.append(rest)
+    scale = sum(counts) / sum(expected)
+    return chisquare(counts, [value * scale for value in expected]).pvalue
+
+
+NUM_SAMPLES = [3_000, pytest.param(200_000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("num_samples", NUM_SAMPLES)
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
+    said, accepted = sample(drafter, LAWS[law], num_samples)
+    assert p_value(said, law) > 1e-4
+    # Rejections and acceptances both took part.
+    assert drafter == "none" or min(accepted[0], num_samples - accepted[0]) > num_samples / 100
+
+
+WRONG_RULES = {
+    "residual": lambda p_V, q_V: p_V,
+    "acceptance": lambda p_V, q_V, token: 1.0,
+}
+
+
+@pytest.mark.parametrize("rule", WRONG_RULES)
+def test_chi_square_rejects_a_wrong_rule(rule, monkeypatch):
+    monkeypatch.setattr(verifier, rule, WRONG_RULES[rule])
+    said, _ = sample("vanilla", LAWS["T=1"], 3_000)
+    assert p_value(said, "T=1") < 1e-6
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_seed_replays_the_tokens(drafter):
+    target = Target(tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2))
+
+    def tokens(seed: int) -> tuple[int, ...]:
+        return tuple(generate(target, None, PROMPT, 24, temperature=1.0, seed=seed, drafter=make_drafter(drafter, target)).token_ids)
+
+    first = [tokens(seed) for seed in range(4)]
+    assert [tokens(seed) for seed in range(4)] == first
+    assert len(set(first)) == 4

@@ -1,0 +1,355 @@
+"""The law of a whole round, enumerated in float64, is the law of the target alone.
+
+Shapes: K verified tokens, V vocabulary. A joint law over L tokens is a tensor of L axes of size V."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise, product
+from math import nextafter, prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark.core.planner import fixed, threshold
+from dspark.core.sampling import Law, draw, probs
+from dspark.core.verifier import Draft, Verdict, acceptance, residual, verify
+from dspark.generate import make_law
+
+VOCABULARY = 5
+PROMPT = (2, 0)
+ALMOST_ONE = 1 - 2**-53
+Tokens = tuple[int, ...]
+RowLaw = Callable[[Tokens], torch.Tensor]
+
+LAWS = {
+    "greedy": make_law(0),
+    "T=0.3": make_law(0.3),
+    "T=0.7": make_law(0.7),
+    "T=1": make_law(1.0),
+    "T=1.5": make_law(1.5),
+    "top-k": make_law(1.0, top_k=2),
+    "top-p": make_law(0.7, top_p=0.8),
+    "min-p": make_law(1.5, min_p=0.2),
+    "all warpers": make_law(1.5, top_k=4, top_p=0.9, min_p=0.05),
+    "repetition": make_law(0.9, repetition_penalty=1.7),
+    "greedy repetition": make_law(0, repetition_penalty=2.0),
+}
+PLANS = {"fixed": fixed, "threshold": threshold(0.4)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Row laws of target `p` and draft `q` and a confidence, each a function of the tokens before it."""
+
+    p: RowLaw
+    q: RowLaw
+    confidence: Callable[[Tokens], float]
+    prompt: Tokens = PROMPT
+
+
+def markov_target(law: Law, seed: int, num_allowed: int | None = None) -> RowLaw:
+    """Random logits by the last two tokens; `num_allowed` masks all but so many tokens of a row, and of some all but one."""
+    rng = torch.Generator().manual_seed(seed)
+    table = torch.randn(VOCABULARY, VOCABULARY, VOCABULARY, generator=rng, dtype=torch.float64) * 2
+    if num_allowed:
+        order = torch.rand(table.shape, generator=rng).argsort(-1).argsort(-1)
+        allowed = torch.where(torch.rand(table.shape[:2], generator=rng) < 0.3, 1, num_allowed)
+        table = table.masked_fill(order >= allowed[..., None], float("-inf"))
+
+    @cache
+    def row(tokens: Tokens) -> torch.Tensor:
+        return probs(law, [tokens], table[tokens[-2:]][None])[0]
+
+    return row
+
+
+def normalised(weights_V: torch.Tensor) -> torch.Tensor:
+    return weights_V / weights_V.sum()
+
+
+def one_hot(token: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(token), VOCABULARY).double()
+
+
+def dirichlet(rng: torch.Generator) -> torch.Tensor:
+    return normalised(-torch.rand(VOCABULARY, generator=rng, dtype=torch.float64).log())
+
+
+def without_overlap(p_V: torch.Tensor) -> torch.Tensor:
+    """Uniform on what the target never says; on its least likely token where it may say anything."""
+    return normalised((p_V == 0).double()) if (p_V == 0).any() else one_hot(int(p_V.argmin()))
+
+
+# name -> (law of the target's row, randomness) -> law of the draft's row
+DRAFTS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
+    "random": lambda p, rng: dirichlet(rng),
+    "sparse": lambda p, rng: normalised(dirichlet(rng) * (torch.rand(VOCABULARY, generator=rng).argsort() < 2)),
+    "single token": lambda p, rng: one_hot(int(torch.randint(VOCABULARY, (1,), generator=rng))),
+    "without overlap": lambda p, rng: without_overlap(p),
+    "equal": lambda p, rng: p,
+    "equal but for rounding": lambda p, rng: normalised(p.float().double()),
+}
+
+
+def make_case(law: Law, draft: str, num_allowed: int | None = None, seed: int = 0) -> Case:
+    rng = torch.Generator().manual_seed(seed + 1)
+    p = markov_target(law, seed, num_allowed)
+    q = cache(lambda tokens: DRAFTS[draft](p(tokens), rng))
+    confidence = cache(lambda tokens: 0.3 + 0.7 * torch.rand(1, generator=rng).item())
+    return Case(p, q, confidence)
+
+
+def target_joint(p: RowLaw, tokens: Tokens, length: int) -> torch.Tensor:
+    """The joint law of the `length` tokens the target says after `tokens`."""
+    if length == 0:
+        return torch.ones((), dtype=torch.float64)
+    row = p(tokens)
+    return torch.stack([row[x] * target_joint(p, (*tokens, x), length - 1) for x in range(len(row))])
+
+
+def blocks(case: Case, block_size: int):
+    """Every block that can be drafted, with its probability."""
+    for block in product(range(len(case.q(case.prompt))), repeat=block_size):
+        chance = 1.0
+        for k in range(block_size):
+            chance *= case.q(case.prompt + block[:k])[block[k]].item()
+            if chance == 0:
+                break
+        else:
+            yield block, chance
+
+
+def confidences_of(case: Case, block: Tokens) -> list[float]:
+    return [case.confidence(case.prompt + block[:k]) for k in range(len(block))]
+
+
+def round_joint(case: Case, plan, block_size: int, acceptance=acceptance, residual=residual) -> torch.Tensor:
+    """The joint law of the next `block_size + 1` tokens when one round says the first and the target the rest."""
+    joint = torch.zeros((len(case.p(case.prompt)),) * (block_size + 1), dtype=torch.float64)
+    judged = cache(lambda tokens, x: acceptance(case.p(tokens), case.q(tokens), x))
+    recovered = cache(lambda tokens: residual(case.p(tokens), case.q(tokens)))
+    finished = cache(lambda said: target_joint(case.p, case.prompt + said, block_size + 1 - len(said)))
+
+    def commit(accepted: Tokens, next_V: torch.Tensor, chance: float) -> None:
+        for x, p in enumerate(next_V.tolist()):
+            if chance * p != 0:
+                joint[(*accepted, x)] += chance * p * finished((*accepted, x))
+
+    for block, drafted in blocks(case, block_size):
+        standing = drafted
+        num_planned = plan(confidences_of(case, block), block_size)
+        for k in range(num_planned):
+            tokens = case.prompt + block[:k]
+            kept = judged(tokens, block[k])
+            if kept < 1:
+                commit(block[:k], recovered(tokens), standing * (1 - kept))
+            standing *= kept
+        commit(block[:num_planned], case.p(case.prompt + block[:num_planned]), standing)
+    return joint
+
+
+def bias(case: Case, plan, block_size: int, **mutant) -> float:
+    """Largest difference of any sequence's probability."""
+    expected = target_joint(case.p, case.prompt, block_size + 1)
+    return (round_joint(case, plan, block_size, **mutant) - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("law", LAWS)
+def test_round_has_the_law_of_the_target(law, draft):
+    for block_size, plan, num_allowed in product((1, 2, 3), PLANS.values(), (None, 3)):
+        assert bias(make_case(LAWS[law], draft, num_allowed), plan, block_size) < 1e-12
+
+
+def test_cases_differ_as_they_claim():
+    """Overlap, plan and masks take effect, so that the law above was no foregone conclusion."""
+    masked = make_case(LAWS["T=1"], "without overlap", num_allowed=3)
+    assert max(acceptance(masked.p(PROMPT), masked.q(PROMPT), x) for x in range(VOCABULARY) if masked.q(PROMPT)[x] > 0) == 0
+    case = make_case(LAWS["T=1"], "random")
+    assert {PLANS["threshold"](confidences_of(case, block), 3) for block, _ in blocks(case, 3)} == {1, 2, 3}
+    rows = torch.stack([masked.p(pair) for pair in product(range(VOCABULARY), repeat=2)])
+    assert set((rows > 0).sum(-1).tolist()) == {1, 3}
+
+
+# What verify itself says -----------------------------------------------------------------
+
+
+def cells(edges: Sequence[float]) -> list[tuple[float, float]]:
+    """(middle, width) of the pieces that `edges` cut [0, 1) into."""
+    inner = sorted({0.0, 1.0, *(edge for edge in edges if 0 < edge < 1)})
+    return [((low + high) / 2, high - low) for low, high in pairwise(inner)]
+
+
+def drafted(case: Case, block: Tokens) -> tuple[torch.Tensor, Draft]:
+    """The target's rows [K+1, V] along a block, and the block as a draft."""
+    before = [case.prompt + block[:k] for k in range(len(block) + 1)]
+    return torch.stack([case.p(t) for t in before]), Draft(list(block), torch.stack([case.q(t) for t in before[:-1]]))
+
+
+def verify_joint(case: Case, plan, block_size: int) -> torch.Tensor:
+    """As `round_joint`, by calling `verify` in every piece of the cube of uniforms where it is constant."""
+    joint = torch.zeros((VOCABULARY,) * (block_size + 1), dtype=torch.float64)
+    for block, chance in blocks(case, block_size):
+        num_planned = plan(confidences_of(case, block), block_size)
+        p_KV, draft = drafted(case, block)
+        p_KV = p_KV[: num_planned + 1]
+        keep = [cells([acceptance(p_KV[k], draft.probs_KV[k], block[k])]) for k in range(num_planned)]
+        next_laws = [*(residual(p_KV[k], draft.probs_KV[k]) for k in range(num_planned)), p_KV[num_planned]]
+        recover = cells(torch.cat([row.cumsum(-1) for row in next_laws]).tolist())
+        for piece in product(*keep, recover):
+            *accept, last = (middle for middle, _ in piece)
+            verdict = verify(p_KV, draft, accept, last)
+            volume = prod(width for _, width in piece)
+            said = (*block[: verdict.num_accepted], verdict.next_token)
+            joint[said] += chance * volume * target_joint(case.p, case.prompt + said, block_size + 1 - len(said))
+    return joint
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("law", ["greedy", "T=1.5", "top-p", "repetition"])
+def test_verify_has_the_law_of_the_target(law, plan):
+    case = make_case(LAWS[law], "sparse")
+    for block_size in (1, 2):
+        expected = target_joint(case.p, PROMPT, block_size + 1)
+        assert (verify_joint(case, PLANS[plan], block_size) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("draft", ["random", "without overlap", "equal"])
+def test_verify_turns_at_the_acceptance_probability(draft):
+    """A uniform just below it keeps the token, the probability itself rejects it."""
+    case = make_case(LAWS["T=1"], draft, num_allowed=3)
+    for block, _ in blocks(case, 3):
+        p_KV, proposal = drafted(case, block)
+        keep = [acceptance(p_KV[k], proposal.probs_KV[k], block[k]) for k in range(3)]
+        below = [nextafter(chance, 0) for chance in keep]
+        for recover in (0.0, 0.5, ALMOST_ONE):
+            first_impossible = next((k for k in range(3) if keep[k] == 0), 3)
+            next_law = p_KV[3] if first_impossible == 3 else residual(p_KV[first_impossible], proposal.probs_KV[first_impossible])
+            assert verify(p_KV, proposal, below, recover) == Verdict(first_impossible, draw(next_law, recover))
+            for k in range(first_impossible + 1):
+                if k < 3 and keep[k] < 1:
+                    verdict = verify(p_KV, proposal, [*below[:k], *keep[k:]], recover)
+                    assert verdict == Verdict(k, draw(residual(p_KV[k], proposal.probs_KV[k]), recover))
+
+
+def test_residual_of_equal_laws_is_that_law():
+    p_V = torch.tensor([0.25, 0.75, 0.0])
+    assert torch.equal(residual(p_V, p_V), p_V)
+
+
+# The draw --------------------------------------------------------------------------------
+
+
+def slice_holds(probs_V: torch.Tensor, uniform: float) -> bool:
+    """Whether the drawn token has mass and its slice of the cumulative law holds `uniform`."""
+    token, cdf = draw(probs_V, uniform), probs_V.double().cumsum(-1)
+    begin = cdf[token - 1].item() if token else 0.0
+    point = uniform * cdf[-1].item()
+    return probs_V[token].item() > 0 and begin <= point and (point < cdf[token].item() or cdf[token] == cdf[-1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    weights=st.lists(st.one_of(st.just(0.0), st.floats(2.0**-40, 1.0)), min_size=1, max_size=9).filter(any),
+    uniform=st.one_of(st.sampled_from([0.0, ALMOST_ONE]), st.floats(0.0, ALMOST_ONE)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_draw_inverts_the_cumulative_law(weights, uniform, dtype):
+    assert slice_holds(normalised(torch.tensor(weights, dtype=torch.float64)).to(dtype), uniform)
+
+
+def test_draw_at_the_edges_of_every_slice():
+    probs_V = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0])
+    uniforms = (0.0, nextafter(0.25, 0), 0.25, nextafter(0.75, 0), 0.75, ALMOST_ONE)
+    assert [draw(probs_V, uniform) for uniform in uniforms] == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_draw_never_meets_a_masked_token_of_a_large_vocabulary(seed):
+    rng = torch.Generator().manual_seed(seed)
+    logits_V = torch.randn(50_000, generator=rng) * 4
+    logits_V[torch.rand(50_000, generator=rng) < 0.9] = float("-inf")
+    logits_V[-1000:] = float("-inf")
+    probs_V = logits_V.softmax(-1)
+    for uniform in (0.0, 2.0**-53, 0.5, 1 - 2**-30, ALMOST_ONE, *torch.rand(50, generator=rng, dtype=torch.float64).tolist()):
+        assert slice_holds(probs_V, uniform)
+
+
+# The failing controls --------------------------------------------------------------------
+
+
+def hardware_aware(steps_per_second: Sequence[float], stop_at_once: bool):
+    """One request's plan by theta = tau * SPS (paper, algorithm 1); without `stop_at_once`, the best
+    prefix of the whole block, chosen after looking at all of it (paper, appendix A)."""
+
+    def plan(confidences: Sequence[float], limit: int) -> int:
+        survival, tau, best, num_planned = 1.0, 1.0, steps_per_second[0], 0
+        for k in range(limit):
+            survival *= confidences[k]
+            tau += survival
+            theta = tau * steps_per_second[k + 1]
+            if theta > best:
+                best, num_planned = theta, k + 1
+            elif stop_at_once:
+                break
+        return num_planned
+
+    return plan
+
+
+A, B = 0, 1
+APPENDIX_SPS = (1.0, 0.5, 0.45)
+
+
+def appendix_case() -> Case:
+    """The counter-example of appendix A; its second rows are such that c_2 = 0.9 and 0 are the true chances."""
+    p = {(): (0.7, 0.3), (A,): (0.9, 0.1), (B,): (0.0, 1.0)}
+    q = {(): (0.5, 0.5), (A,): (1.0, 0.0), (B,): (1.0, 0.0)}
+    confidence = {(): 0.8, (A,): 0.9, (B,): 0.0}
+
+    def row(laws):
+        return cache(lambda tokens: torch.tensor(laws.get(tokens, (0.6, 0.4)), dtype=torch.float64))
+
+    return Case(row(p), row(q), confidence.__getitem__, prompt=())
+
+
+def first_token(joint: torch.Tensor) -> list[float]:
+    return joint.flatten(1).sum(-1).tolist()
+
+
+def test_looking_ahead_changes_the_law():
+    joint = round_joint(appendix_case(), hardware_aware(APPENDIX_SPS, stop_at_once=False), 2)
+    assert first_token(joint) == pytest.approx([0.85, 0.15], abs=1e-12)
+
+
+@pytest.mark.parametrize("steps_per_second", [APPENDIX_SPS, (1.0, 0.6, 0.5)])
+def test_stopping_at_once_keeps_the_law(steps_per_second):
+    """The second speeds make x_1 decide how much of x_2 is verified, which is allowed."""
+    plan = hardware_aware(steps_per_second, stop_at_once=True)
+    assert first_token(round_joint(appendix_case(), plan, 2)) == pytest.approx([0.7, 0.3], abs=1e-12)
+    assert bias(appendix_case(), plan, 2) < 1e-12
+
+
+MUTANTS = {
+    "target law after a rejection": {"residual": lambda p, q: p},
+    "residual without clamp": {"residual": lambda p, q: normalised((p - q).abs())},
+    "residual not normalised": {"residual": lambda p, q: (p - q).clamp_min(0)},
+    "ratio upside down": {"acceptance": lambda p, q, x: min(1.0, (q[x] / p[x]).item())},
+    "everything accepted": {"acceptance": lambda p, q, x: 1.0},
+    "target probability alone": {"acceptance": lambda p, q, x: p[x].item()},
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_enumeration_rejects_a_wrong_rule(mutant):
+    assert bias(make_case(LAWS["T=1"], "random"), fixed, 2, **MUTANTS[mutant]) > 1e-3
+
+
+def test_enumeration_rejects_the_draft_law_of_another_row():
+    case = make_case(LAWS["T=1"], "random")
+    anchor_row = case.q(PROMPT)
+    assert bias(case, fixed, 2, acceptance=lambda p, q, x: acceptance(p, anchor_row, x)) > 1e-3
+    assert bias(case, fixed, 2, residual=lambda p, q: residual(p, anchor_row)) > 1e-3
