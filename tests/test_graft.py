@@ -1,0 +1,221 @@
+"""A grafted model's `generate` says what it said before, and refuses what it cannot speculate."""
+
+from functools import cache
+
+import pytest
+import torch
+from tiny import tiny_head, tiny_model
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from dspark.errors import SettingError
+from dspark.graft import graft, ungraft
+from dspark.target.target import Target
+
+PROMPT = torch.tensor([[3, 17, 99, 45, 3, 17, 99]])
+NUM_NEW = 20
+
+
+@cache
+def plain_model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(params=[("vanilla", 8), ("rnn", 8), ("vanilla", 0)], ids=["vanilla", "rnn", "dflash"])
+def model(request):
+    model = tiny_model("llama")
+    graft(model, tiny_head(Target(tiny_model("llama")), *request.param))
+    return model
+
+
+def new_tokens(sequences: torch.Tensor) -> list[int]:
+    return sequences[0, PROMPT.shape[1] :].tolist()
+
+
+def assert_same(model, **settings) -> list[int]:
+    """Both models generate the same tokens; returns them."""
+    settings = {"do_sample": False, "max_new_tokens": NUM_NEW} | settings
+    found, expected = new_tokens(model.generate(PROMPT, **settings)), new_tokens(plain_model().generate(PROMPT, **settings))
+    assert found == expected
+    return found
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+class EndsWith(StoppingCriteria):
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+class ForbidsInPlace(LogitsProcessor):
+    """Writes into the scores it is given, as many users' processors do."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        scores[:, self.token] = -float("inf")
+        return scores
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": [44, 38]},
+        {"bad_words_ids": [[44], [38, 124]]},
+        {"forced_eos_token_id": 9},
+        {"sequence_bias": {(44,): -10.0}},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 3},
+        {"max_length": PROMPT.shape[1] + 5, "max_new_tokens": None},
+        {"attention_mask": torch.ones_like(PROMPT)},
+    ],
+    ids=str,
+)
+def test_greedy_equals_ungrafted(model, settings):
+    assert_same(model, **settings)
+
+
+def test_max_new_tokens_counts_exactly(model):
+    for count in range(1, 8):
+        assert len(assert_same(model, max_new_tokens=count)) == count
+
+
+def test_end_token_ends(model):
+    full = assert_same(model)
+    for index in (0, 3, 7):
+        end = full[index]
+        found = assert_same(model, eos_token_id=end, pad_token_id=0)
+        assert found == full[: full.index(end) + 1]
+    assert_same(model, eos_token_id=full[0], pad_token_id=0, min_new_tokens=6)
+
+
+def test_custom_criteria_are_honoured(model):
+    full = assert_same(model)
+    found = assert_same(model, stopping_criteria=StoppingCriteriaList([EndsWith(full[5])]))
+    assert found == full[: full.index(full[5]) + 1]
+
+
+def test_stop_strings_are_honoured(model, letter_tokenizer):
+    full = assert_same(model)
+    found = assert_same(model, stop_strings=[chr(full[5]) + chr(full[6])], tokenizer=letter_tokenizer)
+    assert found == full[:7]
+
+
+def test_a_processor_that_writes_in_place(model):
+    first = assert_same(model)[0]
+    assert_same(model, logits_processor=LogitsProcessorList([ForbidsInPlace(first)]))
+
+
+def test_streamer_receives_what_is_returned(model):
+    streamer = Recorder()
+    found = model.generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW, streamer=streamer)
+    assert streamer.tokens == found[0].tolist()
+    assert streamer.ended
+
+
+def test_dictionaries_are_returned_when_asked(model):
+    found = model.generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW, return_dict_in_generate=True)
+    assert new_tokens(found.sequences) == assert_same(model)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"min_p": 0.05, "repetition_penalty": 1.2}, {"renormalize_logits": True, "typical_p": 0.9}], ids=str)
+def test_sampling_replays_from_torchs_seed(model, settings):
+    answers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        answers.append(new_tokens(model.generate(PROMPT, do_sample=True, max_new_tokens=NUM_NEW, **settings)))
+    assert answers[0] == answers[1] != answers[2]
+    assert len(answers[0]) == NUM_NEW
+
+
+def test_top_k_of_one_samples_the_greedy_tokens(model):
+    found = new_tokens(model.generate(PROMPT, do_sample=True, top_k=1, max_new_tokens=NUM_NEW))
+    assert found == assert_same(model)
+
+
+def test_generation_config_objects_work(model):
+    assert_same(model, generation_config=GenerationConfig(do_sample=False, max_new_tokens=6, repetition_penalty=1.5), max_new_tokens=6)
+
+
+def test_a_second_call_starts_afresh(model):
+    assert assert_same(model) == assert_same(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_beams": 2}, "beam|batch"),
+        ({"num_return_sequences": 2, "do_sample": True}, "sequences|batch"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"past_key_values": object()}, "past_key_values"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"custom_generate": print}, "custom_generate"),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1]])}, "padded"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_speculated_is_refused(model, settings, reason):
+    with pytest.raises(SettingError, match=reason):
+        model.generate(PROMPT, max_new_tokens=4, **settings)
+
+
+def test_a_batch_is_refused(model):
+    with pytest.raises(SettingError, match="batch of 2"):
+        model.generate(PROMPT.repeat(2, 1), max_new_tokens=4)
+
+
+def test_ungraft_restores_the_original(model):
+    ungraft(model)
+    assert "generate" not in vars(model)
+    assert not any(module._forward_hooks for module in model.modules())
+    found = model.generate(PROMPT.repeat(2, 1), do_sample=False, max_new_tokens=4, output_scores=True, return_dict_in_generate=True)
+    assert len(found.scores) == 4
+    ungraft(model)
+
+
+def test_ungraft_gives_back_a_generate_of_the_users_own():
+    model = tiny_model("llama")
+    own = model.generate = lambda *args, **kwargs: "own"
+    graft(model, tiny_head(Target(tiny_model("llama"))))
+    ungraft(model)
+    assert model.generate is own
+
+
+def test_grafting_again_replaces_the_head():
+    model = tiny_model("llama")
+    target = Target(tiny_model("llama"))
+    for kind in ("vanilla", "gated"):
+        graft(model, tiny_head(target, kind))
+        assert_same(model)
+    ungraft(model)
+    assert "generate" not in vars(model)
+
+
+@pytest.fixture(scope="module")
+def letter_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token=chr(0)))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)

@@ -1,0 +1,288 @@
+"""One request: settings are checked at the border, and the answer ends exactly where it should."""
+
+import codecs
+import json
+
+import pytest
+import torch
+from oracle import Oracle, plain_greedy
+from tiny import tiny_head, tiny_model
+from transformers import NoRepeatNGramLogitsProcessor
+
+from dspark.errors import LogitsError, PromptError, SettingError
+from dspark.generate import generate, make_law
+from dspark.prompts import Prompt, read_prompts
+from dspark.target.target import Target
+
+PROMPT = [3, 17, 99, 45]
+NUM_NEW = 24
+GAMMA = 4
+
+
+class Letters:
+    """A tokenizer of one or two letters a token; ids from 120 on are single bytes of UTF-8, given in `data`."""
+
+    chat_template = None
+
+    def __init__(self, data: bytes = b""):
+        self.data = data
+
+    def text(self, token: int) -> str:
+        return chr(97 + token % 26) + "-" * (token % 3 == 0)
+
+    def decode(self, ids, skip_special_tokens=False) -> str:
+        pieces = [bytes([self.data[i - 120]]) if 120 <= i < 120 + len(self.data) else self.text(i).encode() for i in ids]
+        # One mark for every byte of an unfinished character, as tokenizers' ByteFallback gives.
+        return b"".join(pieces).decode("utf-8", errors="byte_marks")
+
+
+def mark_each_byte(error: UnicodeDecodeError) -> tuple[str, int]:
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("byte_marks", mark_each_byte)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(tiny_model("llama"), Letters(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def truth(target) -> list[int]:
+    return plain_greedy(target, PROMPT, NUM_NEW)
+
+
+def oracle(target, truth, counts=(GAMMA,)) -> Oracle:
+    return Oracle(truth, len(PROMPT), target.vocab_size, GAMMA, counts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "reason"),
+    [
+        ({"prompt_ids": []}, PromptError, "empty"),
+        ({"prompt_ids": [3, 128]}, PromptError, "128 is outside the target's vocabulary of 128"),
+        ({"prompt_ids": [-1]}, PromptError, "-1 is outside"),
+        ({"prompt_ids": [1] * 250, "max_new_tokens": 7}, PromptError, "250 tokens plus 7 new ones exceeds .* 256"),
+        ({"prompt_ids": [1] * 300}, PromptError, "300 tokens"),
+        ({"max_new_tokens": 0}, SettingError, "max_new_tokens is 0"),
+        ({"max_new_tokens": -3}, SettingError, "max_new_tokens is -3"),
+        ({"seed": -1}, SettingError, "seed is -1"),
+        ({"seed": 2**63}, SettingError, "seed is"),
+        ({"temperature": -0.5}, SettingError, "temperature is -0.5"),
+        ({"temperature": float("nan")}, SettingError, "temperature is nan"),
+        ({"temperature": float("inf")}, SettingError, "temperature is inf"),
+        ({"top_k": -1}, SettingError, "top_k is -1"),
+        ({"top_p": 0.0}, SettingError, "top_p is 0"),
+        ({"top_p": 1.5}, SettingError, "top_p is 1.5"),
+        ({"min_p": -0.1}, SettingError, "min_p is -0.1"),
+        ({"min_p": 1.1}, SettingError, "min_p is 1.1"),
+        ({"repetition_penalty": 0.0}, SettingError, "repetition_penalty is 0"),
+        ({"drafter": "nonsense"}, SettingError, "unknown drafter 'nonsense'"),
+        ({"drafter": "dspark"}, SettingError, "'dspark' needs a head"),
+        ({"drafter": "dflash"}, SettingError, "'dflash' needs a head"),
+        ({"stop": [""]}, SettingError, "stop string is empty"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_values_without_meaning_are_refused(changes, error, reason, target):
+    request = {"prompt_ids": PROMPT, "max_new_tokens": 4} | changes
+    with pytest.raises(error, match=reason):
+        generate(target, None, request.pop("prompt_ids"), **request)
+
+
+def test_a_prompt_that_just_fits_is_answered(target):
+    assert generate(target, None, [1] * 250, 6).num_tokens == 6
+
+
+def test_dflash_refuses_a_sequential_head(target):
+    with pytest.raises(SettingError, match="rank 0"):
+        generate(target, tiny_head(target), PROMPT, 4, drafter="dflash")
+
+
+def test_stop_strings_without_a_tokenizer_are_refused():
+    with pytest.raises(SettingError, match="tokenizer"):
+        generate(Target(tiny_model("llama")), None, PROMPT, 4, stop=["a"])
+
+
+def test_a_single_stop_string_is_not_taken_for_its_letters(target, truth):
+    text = Letters().decode(truth)
+    assert generate(target, None, PROMPT, NUM_NEW, stop=text[6:10]).text == text[: text.index(text[6:10])]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature):
+    target = Target(tiny_model("llama"), name="broken")
+    target.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(LogitsError, match="broken produced NaN"):
+        generate(target, None, PROMPT, 4, temperature=temperature)
+
+
+def test_a_law_without_any_token_is_refused(target):
+    with pytest.raises(LogitsError, match="no token is possible"):
+        generate(target, None, PROMPT, 4, logits_processors=[lambda ids, scores: torch.full_like(scores, -float("inf"))])
+
+
+@pytest.mark.parametrize("count", range(1, 11))
+@pytest.mark.parametrize("counts", [(GAMMA,), (0,), (2, 4, 1)], ids=str)
+def test_max_new_tokens_counts_exactly(count, counts, target, truth):
+    result = generate(target, None, PROMPT, count, drafter=oracle(target, truth, counts))
+    assert result.token_ids == truth[:count]
+    assert result.finish_reason == "length"
+    assert result.rounds == len(result.rounds_log)
+    assert result.tau == count / result.rounds
+
+
+def test_no_row_is_scored_that_cannot_be_used(target, truth):
+    scored = []
+    plain_score = target.score
+
+    def counting(state, tokens, num_logits=None):
+        scored.append(len(tokens))
+        return plain_score(state, tokens, num_logits)
+
+    target.score = counting
+    try:
+        generate(target, None, PROMPT, GAMMA + 3, drafter=oracle(target, truth))
+    finally:
+        del target.score
+    assert scored == [len(PROMPT) - 1, GAMMA + 1, 2]
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_an_end_token_inside_an_accepted_block_ends_there(index, target, truth):
+    end = truth[index]
+    result = generate(target, None, PROMPT, NUM_NEW, drafter=oracle(target, truth), eos_ids=frozenset({end}))
+    assert result.token_ids == truth[: truth.index(end) + 1]
+    assert result.finish_reason == "stop"
+
+
+def test_without_end_tokens_the_models_own_do_not_count(truth):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = truth[5]
+    target = Target(model)
+    assert generate(target, None, PROMPT, NUM_NEW).token_ids == truth[: truth.index(truth[5]) + 1]
+    result = generate(target, None, PROMPT, 6, eos_ids=frozenset())
+    assert (result.token_ids, result.finish_reason) == (truth[:6], "length")
+
+
+@pytest.mark.parametrize("start", range(1, 16, 2))
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_stop_strings_cut_the_text(start, length, target, truth):
+    text = Letters().decode(truth)
+    stop = text[start : start + length]
+    shown = []
+    result = generate(target, None, PROMPT, NUM_NEW, drafter=oracle(target, truth), stop=["never", stop], on_text=shown.append)
+    assert result.text == "".join(shown) == text[: text.index(stop)]
+    assert result.finish_reason == "stop"
+    needed = next(n for n in range(1, NUM_NEW + 1) if stop in Letters().decode(truth[:n]))
+    assert result.token_ids == truth[:needed]
+
+
+@pytest.mark.parametrize("counts", [(0,), (1, 2), (GAMMA,)], ids=str)
+def test_streamed_text_never_shows_half_a_character(counts, truth):
+    smile, begin = "é😀".encode(), 2
+
+    class Smiles(Letters):
+        def decode(self, ids, skip_special_tokens=False):
+            places = range(begin, begin + len(smile))
+            return super().decode([120 + places.index(i) if i in places else token % 97 for i, token in enumerate(ids)])
+
+    target = Target(tiny_model("llama"), Smiles(smile))
+    shown = []
+    result = generate(target, None, PROMPT, NUM_NEW, drafter=oracle(target, truth, counts), on_text=shown.append)
+    assert "é😀" in result.text
+    assert "".join(shown) == result.text
+
+
+@pytest.mark.parametrize("rank", [8, 0])
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
+def test_repetition_penalty_sees_the_prefix_of_every_verified_row(penalty, rank, target):
+    prompt = [7, 8, 9, 7, 8, 9, 7, 8]
+    expected = plain_greedy(target, prompt, NUM_NEW, repetition_penalty=penalty)
+    drafters = {"head": {"head": tiny_head(target, rank=rank)}, "lookup": {"drafter": "lookup"},
+                "oracle": {"drafter": Oracle(expected, len(prompt), target.vocab_size, GAMMA)}}  # fmt: skip
+    for name, settings in drafters.items():
+        result = generate(target, prompt_ids=prompt, max_new_tokens=NUM_NEW, repetition_penalty=penalty, **({"head": None} | settings))
+        assert result.token_ids == expected, name
+
+
+def test_users_processors_see_the_prefix_of_every_verified_row(target):
+    expected = plain_greedy(target, PROMPT, NUM_NEW, no_repeat_ngram_size=1)
+    settings = {"logits_processors": [NoRepeatNGramLogitsProcessor(1)]}
+    assert generate(target, tiny_head(target), PROMPT, NUM_NEW, **settings).token_ids == expected
+    assert generate(target, None, PROMPT, NUM_NEW, drafter=oracle(target, expected, range(GAMMA + 1)), **settings).token_ids == expected
+
+
+def test_a_processor_may_write_in_place(target, truth):
+    def forbid(ids, scores):
+        scores[:, truth[0]] = -float("inf")
+        return scores
+
+    expected = plain_greedy(target, PROMPT, NUM_NEW, suppress_tokens=[truth[0]])
+    assert generate(target, tiny_head(target), PROMPT, NUM_NEW, logits_processors=[forbid]).token_ids == expected
+
+
+def test_a_seed_replays_and_another_differs(target):
+    def sampled(seed):
+        return generate(target, tiny_head(target), PROMPT, NUM_NEW, temperature=0.8, top_k=30, top_p=0.95, seed=seed).token_ids
+
+    assert sampled(3) == sampled(3) != sampled(4)
+
+
+def test_a_law_splits_where_the_prefix_stops_mattering():
+    law = make_law(0.5, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
+    assert [type(p).__name__ for p in law.processors] == ["RepetitionPenaltyLogitsProcessor"]
+    assert [type(w).__name__.removesuffix("LogitsWarper") for w in law.warpers] == ["Temperature", "TopK", "TopP", "MinP"]
+    assert make_law(0.0, top_k=5).warpers == ()
+
+
+GOOD = {"prompt": "hello", "id": 7}
+BAD_LINES = {
+    "no JSON": "{",
+    "no object": "[1]",
+    "neither": '{"text": "hi"}',
+    "both": '{"prompt": "a", "messages": []}',
+    "empty prompt": '{"prompt": ""}',
+    "prompt a number": '{"prompt": 3}',
+    "no messages": '{"messages": []}',
+    "messages a text": '{"messages": "hi"}',
+    "messages a number": '{"messages": 5}',
+    "message a text": '{"messages": ["hi"]}',
+    "no role": '{"messages": [{"content": "hi"}]}',
+    "no content": '{"messages": [{"role": "user"}]}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_prompt_errors_carry_the_line(name, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join([json.dumps(GOOD), "", BAD_LINES[name], json.dumps(GOOD)]))
+    with pytest.raises(PromptError, match="line 3"):
+        read_prompts(file)
+
+
+def test_prompts_keep_their_other_keys(tmp_path):
+    chat = [{"role": "user", "content": "hi"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({"messages": chat, "kind": "chat"}) + "\n")
+    assert read_prompts(file) == [Prompt("hello", {"id": 7}), Prompt(chat, {"kind": "chat"})]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"], ids=ascii)
+def test_prompts_may_hold_any_character_json_allows(separator, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": f"a{separator}b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_prompts(file) == [Prompt(f"a{separator}b")]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \n", b"\xff\xfe"], ids=["empty", "blank", "no text"])
+def test_files_without_prompts_are_refused(data, tmp_path):
+    (tmp_path / "prompts.jsonl").write_bytes(data)
+    with pytest.raises(PromptError, match=r"prompts\.jsonl"):
+        read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_a_missing_prompts_file_is_refused(tmp_path):
+    with pytest.raises(PromptError, match="cannot read prompts file"):
+        read_prompts(tmp_path / "missing.jsonl")

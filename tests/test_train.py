@@ -1,0 +1,240 @@
+"""Training: what is packed is what is served, runs repeat and resume exactly, and nothing outgrows its bound."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from saved import save_tiny_target
+from tiny import tiny_head, tiny_model
+
+from dspark.config import TrainConfig
+from dspark.core.sampling import Law
+from dspark.drafters import DSparkDrafter
+from dspark.errors import SettingError
+from dspark.head.folder import load_head
+from dspark.target.load import load_target
+from dspark.target.target import Target
+from dspark.train import trainer
+from dspark.train.answers import answer_prompts, invent_prompts, read_records
+from dspark.train.batch import make_batch
+from dspark.train.features import FeatureStore
+from dspark.train.loss import losses
+from dspark.train.run import interleave, train
+from dspark.train.sample import sample_batch
+
+CONFIG = TrainConfig(
+    steps=6, sequences_per_step=2, anchors_per_sequence=5, held_out=2, num_prompts=0, max_answer_tokens=12, teacher_tokens=8, learning_rate=1e-2
+)  # fmt: skip
+SHAPE = {"num_hidden_layers": 1, "block_size": 3, "markov_rank": 4, "draft_vocab_size": 100}
+
+
+def silent(*args) -> None:
+    pass
+
+
+def records(count: int, vocab_size: int = 128) -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    make = lambda n: torch.randint(vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+    return [{"prompt_ids": make(3 + i % 4), "answer_ids": make(9 + i % 3), "temperature": float(i % 2), "kind": "x"} for i in range(count)]
+
+
+@pytest.fixture
+def target() -> Target:
+    return Target(tiny_model("llama"), name="tiny")
+
+
+@pytest.fixture
+def store(target, tmp_path) -> FeatureStore:
+    target.tap((0, 3))
+    return FeatureStore(target, records(8), tmp_path / "cache", 8, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_a_packed_block_equals_the_served_one(target, store, kind):
+    head = tiny_head(target, kind=kind)
+    sample = store[5]
+    batch = make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None)
+    S = batch.features_NSMD.shape[1]
+    context_kv = head.context_kv(batch.features_NSMD.float(), torch.arange(S)[None])
+    anchors = target.embed(batch.previous_NAG[:, :, 0])
+    packed = head.hidden(anchors, batch.anchors_NA, context_kv, batch.mask)
+    for a, position in enumerate(batch.anchors_NA[0].tolist()):
+        served = head.hidden(
+            anchors[:, a : a + 1],
+            torch.tensor([[position]]),
+            head.context_kv(batch.features_NSMD[:, :position].float(), torch.arange(position)[None]),
+        )
+        torch.testing.assert_close(packed[0, a], served[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_teacher_forced_logits_equal_the_drafters_law(target, kind):
+    head = tiny_head(target, kind=kind, block_size=4)
+    drafter = DSparkDrafter(head, target)
+    ids = [5, 9, 17, 3, 44, 80]
+    drafter.commit(target.prefill(target.start(), ids[:-1]))
+    draft = drafter.draft(ids, 4, Law(), torch.Generator().manual_seed(0))
+    h = head.hidden(target.embed(torch.tensor([[ids[-1]]])), torch.tensor([[5]]), drafter._context(h_like(head)))
+    logits, confidence = head(h, torch.tensor([[[ids[-1], *draft.tokens[:-1]]]]))
+    for k in range(4):
+        inside = draft.probs_KV[k] > 0
+        expected = logits[0, 0, k].masked_fill(~inside, float("-inf")).softmax(-1)
+        torch.testing.assert_close(draft.probs_KV[k], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(draft.confidences), confidence[0, 0].sigmoid(), rtol=1e-4, atol=1e-5)
+
+
+def h_like(head) -> torch.Tensor:
+    return head.fc.weight
+
+
+def test_teacher_is_the_targets_law(target, store):
+    sample = store[2]
+    logits = target.model(input_ids=sample.ids_S[None]).logits[0]
+    law = logits[sample.start : -1].softmax(-1)
+    torch.testing.assert_close(law.gather(-1, sample.teacher_ids_nP.long()), sample.teacher_probs_nP.float(), rtol=2e-3, atol=2e-4)
+
+
+def test_loss_of_a_perfect_draft_is_small(target, store):
+    config = replace(CONFIG, confidence_weight=0.0, ce_weight=0.0, l1_weight=1.0)
+    batch = make_batch([store[3]], 4, 3, None)
+    probs = torch.zeros(1, 4, 3, 128).scatter_(-1, batch.teacher_ids_NAGP, batch.teacher_probs_NAGP)
+    index = torch.arange(128)
+    perfect = losses((probs + 1e-9).log(), None, batch, index, config)
+    uniform = losses(torch.zeros(1, 4, 3, 128), None, batch, index, config)
+    tail = 1 - batch.teacher_probs_NAGP.sum(-1)[batch.valid_NAG]
+    assert perfect.total.item() <= 2 * tail.max().item() + 1e-3 < uniform.total.item()
+    assert bool(perfect.agree_NAG[batch.valid_NAG].all())
+
+
+def test_the_cache_is_bounded_and_does_not_change_samples(target, tmp_path):
+    target.tap((0, 3))
+    given = records(6)
+    unbounded = FeatureStore(target, given, tmp_path / "a", 8, 1.0)
+    per_token = 2 * 32 * 2 + 8 * 6
+    bounded = FeatureStore(target, given, tmp_path / "b", 8, per_token * 30 / 1e9)
+    assert None in bounded.offsets and any(o is not None for o in bounded.offsets)
+    assert sum(f.stat().st_size for f in (tmp_path / "b").glob("[ft]*.*16")) <= per_token * 30
+    for i in range(6):
+        for again in (unbounded[i], bounded[i]):
+            torch.testing.assert_close(unbounded[i].features_SMD, again.features_SMD, rtol=0, atol=0)
+            assert torch.equal(unbounded[i].teacher_ids_nP, again.teacher_ids_nP)
+
+
+def test_a_cache_of_other_answers_is_not_trusted(target, tmp_path):
+    target.tap((0, 3))
+    first = FeatureStore(target, records(4), tmp_path, 8, 1.0)
+    first[0]
+    assert first.filled.sum() == 1
+    assert FeatureStore(target, records(4), tmp_path, 8, 1.0).filled.sum() == 1
+    assert FeatureStore(target, records(5)[1:], tmp_path, 8, 1.0).filled.sum() == 0
+
+
+def steps(target, store, config, checkpoint=None, stop_at=None):
+    head = tiny_head(target, rank=4, block_size=3)
+    for parameter in head.parameters():
+        parameter.requires_grad_(True)
+
+    def maybe_stop(step, result):
+        if step == stop_at:
+            raise KeyboardInterrupt
+
+    trainer.train_steps(head, target, store, config, checkpoint, maybe_stop)
+    return head.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_seed_gives_one_head_and_a_resumed_run_equals_an_unbroken_one(target, store, tmp_path, optimizer):
+    config = replace(CONFIG, optimizer=optimizer, checkpoint_seconds=0.0)
+    straight, again = steps(target, store, config), steps(target, store, config)
+    other = steps(target, store, replace(config, seed=1))
+    with pytest.raises(KeyboardInterrupt):
+        steps(target, store, config, tmp_path / "checkpoint.pt", stop_at=4)
+    resumed = steps(target, store, config, tmp_path / "checkpoint.pt")
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert any(not torch.equal(straight[name], other[name]) for name in straight)
+
+
+def test_training_raises_the_acceptance(target, tmp_path):
+    """On its own greedy answers the tiny head must learn something within seconds."""
+    target.tap((0, 3))
+    prompts = [[i % 120 + 1, (7 * i) % 120 + 1] for i in range(24)]
+    answers = sample_batch(target, prompts, [0.0] * 24, 16, seed=0)
+    given = [{"prompt_ids": p, "answer_ids": a, "temperature": 0.0, "kind": "x"} for p, a in zip(prompts, answers, strict=True)]
+    store = FeatureStore(target, given, tmp_path, 8, 1.0)
+    config = replace(CONFIG, steps=60, sequences_per_step=6, anchors_per_sequence=12, learning_rate=5e-3, held_out=4, teacher_ce=True, ce_weight=1.0)
+    head = tiny_head(target, rank=4, block_size=3)
+    for parameter in head.parameters():
+        parameter.requires_grad_(True)
+    seen = []
+    trainer.train_steps(head, target, store, config, None, lambda step, r: seen.append(r.overlap_NAG.sum().item() / r.valid_NAG.sum().item()))
+    assert sum(seen[-10:]) / 10 > 2 * sum(seen[:5]) / 5
+
+
+def test_batched_sampling_is_greedy_decoding_at_temperature_0(target):
+    prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [40]]
+    answers = sample_batch(target, prompts, [0.0] * 3, 10, seed=0, stop_ids=frozenset())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        expected = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+        assert expected[0, len(prompt) :].tolist() == answer
+
+
+def test_batched_sampling_drops_finished_rows_without_touching_the_others(target):
+    prompts = [[i, i + 1] for i in range(1, 9)]
+    free = sample_batch(target, prompts, [0.0] * 8, 12, seed=0, stop_ids=frozenset())
+    stops = frozenset({free[0][1], free[3][2], free[5][0]})
+    stopped = sample_batch(target, prompts, [0.0] * 8, 12, seed=0, stop_ids=stops)
+    for whole, cut in zip(free, stopped, strict=True):
+        end = next((i + 1 for i, t in enumerate(whole) if t in stops), len(whole))
+        assert cut == whole[:end]
+
+
+def test_batched_sampling_follows_the_law(target):
+    """One token from one prompt, 4,000 rows at T=1: the frequencies are the target's probabilities."""
+    law = target.score(target.start(), [3, 4]).logits_TV[-1].softmax(-1)
+    drawn = [a[0] for a in sample_batch(target, [[3, 4]] * 4000, [1.0] * 4000, 1, seed=1)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=128).double()
+    expected = law.double() * 4000
+    common = expected > 8
+    statistic = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
+    assert statistic < int(common.sum()) + 5 * (2 * int(common.sum())) ** 0.5
+
+
+def test_interleaving_keeps_every_window_mixed():
+    mixed = interleave(list("aaaaaa"), list("bbb"))
+    assert sorted(mixed) == list("aaaaaabbb")
+    assert all("b" in mixed[i : i + 4] for i in range(0, 6))
+
+
+def test_the_whole_command_from_nothing_to_a_head_that_loads(tmp_path):
+    save_tiny_target(tmp_path / "target")
+    target = load_target(tmp_path / "target")
+    out = tmp_path / "head"
+    config = replace(CONFIG, num_prompts=6, steps=3)
+    report = train(target, out, config, SHAPE, command="dspark train ...")
+    head = load_head(out, load_target(tmp_path / "target"))
+    assert head.config.block_size == 3 and report["held_out_rounds"]["tau_t0"] >= 1
+    assert json.loads((out / "provenance.json").read_text())["train"]["seed"] == 0
+    with pytest.raises(SettingError, match="holds an unfinished or finished"):
+        train(target, out, config, SHAPE)
+    with pytest.raises(SettingError, match="other settings"):
+        train(target, out, replace(config, steps=4), SHAPE, resume=True)
+    before = (out / "model.safetensors").read_bytes()
+    train(target, out, config, SHAPE, resume=True, command="dspark train ...")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_answers_resume_at_the_batch_they_were_in(tmp_path, monkeypatch):
+    save_tiny_target(tmp_path / "target")
+    target = load_target(tmp_path / "target")
+    monkeypatch.setattr("dspark.train.answers.BATCH", 2)
+    whole = invent_prompts(target, 6, 0, tmp_path / "whole.jsonl", silent)
+    text = (tmp_path / "whole.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    (tmp_path / "torn.jsonl").write_text("".join(lines[:3]) + lines[3][:10])
+    assert invent_prompts(target, 6, 0, tmp_path / "torn.jsonl", silent) == whole
+    assert (tmp_path / "torn.jsonl").read_text() == text
+    answers = answer_prompts(target, whole, 6, 0, tmp_path / "answers.jsonl", silent)
+    assert answers == read_records(tmp_path / "answers.jsonl") and len(answers) == 6
