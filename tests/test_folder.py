@@ -112,7 +112,11 @@ def test_names_and_precision_are_deepspecs(saved, target):
     assert expected <= tensors.keys()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     config = json.loads((saved / "config.json").read_text())
-    assert config["target_layer_ids"] == list(tiny_head(target).config.target_layer_ids) and config["block_size"] == 4 and config["markov_rank"] == 8
+    assert (
+        config["target_layer_ids"] == list(tiny_head(target).config.target_layer_ids)
+        and config["block_size"] == 4
+        and config["markov_rank"] == 8
+    )
 
 
 def test_deepspecs_copies_of_the_targets_rows_are_ignored(folder, target):
@@ -275,7 +279,11 @@ def text_is_cut(self, text, encoding=None):
 
 @pytest.mark.parametrize(
     ("place", "failure"),
-    [("dspark.head.folder.save_file", full_after_a_few_bytes), ("pathlib.Path.write_text", text_is_cut), ("dspark.head.folder.os.replace", full_disk)],
+    [
+        ("dspark.head.folder.save_file", full_after_a_few_bytes),
+        ("pathlib.Path.write_text", text_is_cut),
+        ("dspark.head.folder.os.replace", full_disk),
+    ],
 )
 def test_a_full_disk_leaves_the_previous_head(place, failure, folder, target, monkeypatch):
     before = contents(folder)

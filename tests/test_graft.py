@@ -135,7 +135,16 @@ def test_dictionaries_are_returned_when_asked(model):
     assert new_tokens(found.sequences) == assert_same(model)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"min_p": 0.05, "repetition_penalty": 1.2}, {"renormalize_logits": True, "typical_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"min_p": 0.05, "repetition_penalty": 1.2},
+        {"renormalize_logits": True, "typical_p": 0.9},
+    ],
+    ids=str,
+)
 def test_sampling_replays_from_torchs_seed(model, settings):
     answers = []
     for seed in (0, 0, 1):

@@ -21,7 +21,15 @@ LAYERS = [
     {"server", "cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-WITHIN_A_LAYER = {("prompts", "errors"), ("config", "errors"), ("core", "errors"), ("head", "target"), ("graft", "generate"), ("server", "cli"), ("cli", "server")}
+WITHIN_A_LAYER = {
+    ("prompts", "errors"),
+    ("config", "errors"),
+    ("core", "errors"),
+    ("head", "target"),
+    ("graft", "generate"),
+    ("server", "cli"),
+    ("cli", "server"),
+}
 CORE_MAY_LOAD = {"torch", "dspark", "collections", "dataclasses", "typing", "math"}
 
 
@@ -87,11 +95,19 @@ def test_imports_make_no_cycle():
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
 
 
 def test_import_dspark_loads_no_torch():
-    done = run_python("import sys, dspark, dspark.errors, dspark.config, dspark.prompts; print([m for m in ('torch', 'transformers') if m in sys.modules])")
+    done = run_python(
+        "import sys, dspark, dspark.errors, dspark.config, dspark.prompts; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -26,13 +26,14 @@ from dspark.target.target import Target
 PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 # Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
+MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
 DRAFTERS = ("dspark", "dflash", "lookup", "none")
 
 
 @dataclass(frozen=True)
 class Result:
     """One answer. `token_ids` are the new tokens, the end token included when it was produced;
-    `tau` is new tokens per round; `accepted_NK` counts are in `rounds_log`."""
+    `tau` is new tokens per round; `rounds_log` tells what each round drafted, planned and accepted."""
 
     token_ids: list[int]
     text: str
@@ -62,10 +63,12 @@ def make_law(
     repetition_penalty: float = 1.0,
     logits_processors: Sequence[Callable] = (),
 ) -> Law:
-    """The sampling law of these settings, in transformers' order. Raises `SettingError` for values without meaning."""
+    """The sampling law of these settings, in transformers' order. Raises `SettingError` for values without meaning.
+
+    At temperature 0 the warpers are left out: they never remove the best token."""
     for name, value, ok, rule in (
-        ("temperature", temperature, temperature >= 0 and temperature < float("inf"), "0 (greedy) or a positive number"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or a positive count"),
+        ("temperature", temperature, temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf"), f"0 (greedy) or at least {MIN_TEMPERATURE:g}"),
+        ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "0 (off) or a positive count"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
         ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "a positive number, 1 for none"),
@@ -106,7 +109,7 @@ def make_drafter(name: str, target: Target, head: Head | None) -> Drafter:
     if name == "none":
         return NoDrafter()
     if name == "lookup":
-        return PromptLookup(target.vocab_size)
+        return PromptLookup(target.vocab_size, device=target.device)
     if head is None:
         raise SettingError(f"drafter {name!r} needs a head, and none is known for {target.name or 'this target'}", "pass `--head DIR`, or train one: `dspark train`")
     if name == "dflash" and head.config.markov_rank:
@@ -176,7 +179,7 @@ def generate(
     text = "" if target.tokenizer is None else final_text(target, ids, stop)
     if on_text is not None and len(text) > len(shown):
         on_text(text[len(shown) :])
-    eos = options.get("eos_ids") or target.eos_ids
+    eos = target.eos_ids if options.get("eos_ids") is None else options["eos_ids"]
     ended = bool(ids) and (ids[-1] in eos or (bool(stop) and contains_stop(target, ids, stop)))
     return Result(ids, text, len(rounds), seconds, "stop" if ended else "length", rounds)
 
@@ -187,8 +190,8 @@ def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int
         raise PromptError("the prompt is empty", "give at least one token; a chat template always does")
     if max_new_tokens < 1:
         raise SettingError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1 new token")
-    if seed < 0:
-        raise SettingError(f"seed is {seed}", "seeds are 0 or positive")
+    if not isinstance(seed, int) or not 0 <= seed < 2**61:
+        raise SettingError(f"seed is {seed}", "seeds are whole numbers from 0 to 2**61 - 1")
     bad = [t for t in prompt_ids if not 0 <= t < target.vocab_size]
     if bad:
         raise PromptError(f"token id {bad[0]} is outside the target's vocabulary of {target.vocab_size}")

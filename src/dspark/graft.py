@@ -55,8 +55,6 @@ def ungraft(model) -> None:
 def run(target: Target, drafter: DSparkDrafter, model, input_ids, *, logits_processor, stopping_criteria, generation_config, streamer=None, **kwargs):
     """The decoding method that transformers calls, in the shape of its own `_sample`."""
     refuse(generation_config, input_ids, kwargs.get("attention_mask"))
-    if target.layer_ids != drafter.head.config.target_layer_ids:
-        target.tap(drafter.head.config.target_layer_ids)
     law = split_law(logits_processor, greedy=not generation_config.do_sample)
     prompt = input_ids[0].tolist()
     new: list[int] = []

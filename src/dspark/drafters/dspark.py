@@ -20,11 +20,12 @@ class DSparkDrafter:
     def __init__(self, head: Head, target: Target):
         self.head, self.target = head, target
         self.block_size = head.config.block_size
-        if target.layer_ids != head.config.target_layer_ids:
-            target.tap(head.config.target_layer_ids)
         self.start()
 
     def start(self) -> None:
+        """Begin a request; another drafter may have tapped other layers since the last one."""
+        if self.target.layer_ids != self.head.config.target_layer_ids:
+            self.target.tap(self.head.config.target_layer_ids)
         self.num_context = 0
         self.buffers: list[torch.Tensor] = []
 

@@ -10,15 +10,15 @@ LONGEST, SHORTEST = 4, 2  # tokens of the ending to look for; single tokens matc
 
 
 class PromptLookup:
-    def __init__(self, vocab_size: int, block_size: int = 8):
-        self.vocab_size, self.block_size = vocab_size, block_size
+    def __init__(self, vocab_size: int, block_size: int = 8, device: torch.device | str = "cpu"):
+        self.vocab_size, self.block_size, self.device = vocab_size, block_size, device
 
     def start(self) -> None:
         pass
 
     def draft(self, ids: Sequence[int], limit: int, law, generator) -> Draft:
         tokens = follow(ids, limit)
-        law_KV = torch.zeros(len(tokens), self.vocab_size)
+        law_KV = torch.zeros(len(tokens), self.vocab_size, device=self.device)
         law_KV[range(len(tokens)), tokens] = 1.0  # a proposal without chance: q is one-hot
         return Draft(tokens, law_KV)
 
