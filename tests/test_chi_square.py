@@ -17,7 +17,7 @@ from dspark.core.decode import Drafter, decode
 from dspark.core.planner import fixed, threshold
 from dspark.core.sampling import Streams
 from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
-from dspark.generate import generate, make_law
+from dspark.generation import generate, make_law
 from dspark.target.target import Scored, Target
 from tiny import tiny_head, tiny_model
 

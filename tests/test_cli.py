@@ -6,12 +6,12 @@ import sys
 import time
 
 import pytest
-from saved import save_tiny_target
-from tiny import tiny_head
 
 from dspark.cli.main import VERBS, build_parser, main
 from dspark.head.folder import save_head
 from dspark.target.load import load_target
+from saved import save_tiny_target
+from tiny import tiny_head
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +130,17 @@ def test_inspect_prints_the_card(place, capsys):
 
 def test_chat_answers_each_line_and_ends_with_the_input(place):
     command = [sys.executable, "-m", "dspark.cli.main", "chat", place / "target", "--head", "none", "--max-new-tokens", "5"]
-    done = subprocess.run(command, input="hello\nmore\n", capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, input="hello\nmore\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr.count("tokens/s]") == 2
 
 
 def test_help_is_quick_and_imports_no_torch():
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "dspark.cli.main", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "dspark.cli.main", "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "torch" not in done.stderr
-    assert time.perf_counter() - begin < 2  # half a second on an idle machine
+    assert time.perf_counter() - begin < 5  # half a second on an idle machine
 
 
 def test_every_verb_has_a_help_page():

@@ -3,10 +3,10 @@
 import subprocess
 
 import pytest
-from saved import save_tiny_target
 
 from dspark.errors import TargetError
 from dspark.target import demo
+from saved import save_tiny_target
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from oracle import Oracle, plain_greedy
-from tiny import FAMILIES, SHAPE, tiny_head, tiny_model
 
 from dspark.drafters import NoDrafter, PromptLookup
 from dspark.errors import TargetError
-from dspark.generate import generate
+from dspark.generation import generate
 from dspark.target.target import Target
+from oracle import Oracle, plain_greedy
+from tiny import FAMILIES, SHAPE, tiny_head, tiny_model
 
 GAMMA = 5
 # Longer than the tiny models' window of 8, so that sliding layers have dropped tokens already.

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_head, tiny_model
 
 from dspark.errors import HeadError
-from dspark.generate import generate
+from dspark.generation import generate
 from dspark.head.folder import find_head, load_head, save_head
 from dspark.head.head import Head
 from dspark.target.target import Target
+from tiny import tiny_head, tiny_model
 
 GOLDEN_IDS = list(range(3, 40))
 KINDS = {"vanilla": ("vanilla", 8), "gated": ("gated", 8), "rnn": ("rnn", 8), "dflash": ("vanilla", 0)}
@@ -241,7 +241,7 @@ def test_a_tap_shifted_by_a_layer_is_refused(tap, folder, target):
     layer_ids = list(tiny_head(target).config.target_layer_ids)
     layer_ids[tap] += 1 if layer_ids[tap] + 1 < target.num_layers else -1
     edit_config(folder, target_layer_ids=layer_ids)
-    with pytest.raises(HeadError, match="features agree"):
+    with pytest.raises(HeadError, match="was trained on layers"):
         load_head(folder, target)
 
 

@@ -4,13 +4,13 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import tiny_head, tiny_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from dspark.errors import SettingError
-from dspark.graft import graft, ungraft
+from dspark.grafting import graft, ungraft
 from dspark.target.target import Target
+from tiny import tiny_head, tiny_model
 
 PROMPT = torch.tensor([[3, 17, 99, 45, 3, 17, 99]])
 NUM_NEW = 20

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "config", "prompts", "core"},
     {"target", "head"},
     {"drafters"},
-    {"generate", "graft"},
+    {"generation", "grafting"},
     {"train", "measure", "engine", "formats"},
     {"server", "cli"},
 ]
@@ -26,7 +26,7 @@ WITHIN_A_LAYER = {
     ("config", "errors"),
     ("core", "errors"),
     ("head", "target"),
-    ("graft", "generate"),
+    ("grafting", "generation"),
     ("server", "cli"),
     ("cli", "server"),
 }

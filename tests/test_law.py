@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dspark.core.planner import fixed, threshold
 from dspark.core.sampling import Law, draw, probs
 from dspark.core.verifier import Draft, Verdict, acceptance, residual, verify
-from dspark.generate import make_law
+from dspark.generation import make_law
 
 VOCABULARY = 5
 PROMPT = (2, 0)

@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from oracle import Oracle, plain_greedy
-from tiny import tiny_head, tiny_model
 from transformers import NoRepeatNGramLogitsProcessor
 
 from dspark.errors import LogitsError, PromptError, SettingError
-from dspark.generate import generate, make_law
+from dspark.generation import generate, make_law
 from dspark.prompts import Prompt, read_prompts
 from dspark.target.target import Target
+from oracle import Oracle, plain_greedy
+from tiny import tiny_head, tiny_model
 
 PROMPT = [3, 17, 99, 45]
 NUM_NEW = 24

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from saved import save_tiny_target
-from tiny import tiny_head, tiny_model
 
 from dspark.config import TrainConfig
 from dspark.core.sampling import Law
@@ -22,6 +20,8 @@ from dspark.train.features import FeatureStore
 from dspark.train.loss import losses
 from dspark.train.run import interleave, train
 from dspark.train.sample import sample_batch
+from saved import save_tiny_target
+from tiny import tiny_head, tiny_model
 
 CONFIG = TrainConfig(
     steps=6, sequences_per_step=2, anchors_per_sequence=5, held_out=2, num_prompts=0, max_answer_tokens=12, teacher_tokens=8, learning_rate=1e-2
@@ -163,12 +163,16 @@ def test_training_raises_the_acceptance(target, tmp_path):
     answers = sample_batch(target, prompts, [0.0] * 24, 16, seed=0)
     given = [{"prompt_ids": p, "answer_ids": a, "temperature": 0.0, "kind": "x"} for p, a in zip(prompts, answers, strict=True)]
     store = FeatureStore(target, given, tmp_path, 8, 1.0)
-    config = replace(CONFIG, steps=60, sequences_per_step=6, anchors_per_sequence=12, learning_rate=5e-3, held_out=4, teacher_ce=True, ce_weight=1.0)
+    config = replace(
+        CONFIG, steps=60, sequences_per_step=6, anchors_per_sequence=12, learning_rate=5e-3, held_out=4, teacher_ce=True, ce_weight=1.0
+    )
     head = tiny_head(target, rank=4, block_size=3)
     for parameter in head.parameters():
         parameter.requires_grad_(True)
     seen = []
-    trainer.train_steps(head, target, store, config, None, lambda step, r: seen.append(r.overlap_NAG.sum().item() / r.valid_NAG.sum().item()))
+    trainer.train_steps(
+        head, target, store, config, None, lambda step, r: seen.append(r.overlap_NAG.sum().item() / r.valid_NAG.sum().item())
+    )
     assert sum(seen[-10:]) / 10 > 2 * sum(seen[:5]) / 5
 
 

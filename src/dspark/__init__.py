@@ -9,17 +9,17 @@ __version__ = "0.1.0"
 PUBLIC = {
     "load_target": "dspark.target.load",
     "load_head": "dspark.head.folder",
-    "generate": "dspark.generate",
-    "graft": "dspark.graft",
-    "ungraft": "dspark.graft",
+    "generate": "dspark.generation",
+    "graft": "dspark.grafting",
+    "ungraft": "dspark.grafting",
     "UserError": "dspark.errors",
 }
-__all__ = [*PUBLIC, "__version__"]
+__all__ = ["UserError", "__version__", "generate", "graft", "load_head", "load_target", "ungraft"]
 
 
 def __getattr__(name: str):
     if name not in PUBLIC:
         raise AttributeError(f"module 'dspark' has no attribute {name!r}")
     value = getattr(importlib.import_module(PUBLIC[name]), name)
-    globals()[name] = value  # the submodule of the same name must not shadow the function
+    globals()[name] = value
     return value

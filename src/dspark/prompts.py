@@ -18,7 +18,8 @@ class Prompt:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """All prompts of a file. Raises `PromptError` naming the line that cannot be used."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # not splitlines: JSON strings may hold U+2028 and its like as they are
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise PromptError(f"cannot read prompts file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -45,6 +46,10 @@ def parse(line: str, where: str) -> Prompt:
         if not isinstance(text, str) or not text:
             raise PromptError(f"{where}: `prompt` must be a text that is not empty", hint)
         return Prompt(text, extra)
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages):
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
+    ):
         raise PromptError(f"{where}: `messages` must be a list of objects with `role` and `content`", hint)
     return Prompt(messages, extra)

@@ -11,14 +11,20 @@ from dspark.errors import HeadError, SettingError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
-    parser.add_argument("--prompts", action="append", required=True, metavar="FILE.jsonl", help="may be given again; a line's `set` key groups the figures")
+    parser.add_argument(
+        "--prompts", action="append", required=True, metavar="FILE.jsonl", help="may be given again; a line's `set` key groups the figures"
+    )
     add_head(parser)
     parser.add_argument("--dflash-head", default=None, metavar="HEAD", help="a head of rank 0 for the mode dflash")
-    parser.add_argument("--compare", default="plain,dspark", metavar="LIST", help="of plain, dspark, dflash, lookup, hf, hf-lookup (default %(default)s)")
+    parser.add_argument(
+        "--compare", default="plain,dspark", metavar="LIST", help="of plain, dspark, dflash, lookup, hf, hf-lookup (default %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="times each prompt is decoded in each mode (default %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="times each prompt is decoded in each mode (default %(default)s)"
+    )
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="prompts of each set, the first ones (default: all)")
     parser.add_argument("--json", action="store_true", help="end with one JSON document on the last line")
 
@@ -30,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = [(p, p.extra.get("set") or Path(file).stem) for file in options.prompts for p in open_prompts([], file)]
     prompts = first_of_each_set(prompts, options.limit)
     target = open_target(options)
-    from dspark.head.folder import find_head, load_head
+    from dspark.head.folder import load_head, named_head
     from dspark.measure.bench import Mode, aggregate, bench, machine, table
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
@@ -38,19 +44,32 @@ def run(options: argparse.Namespace) -> int:
     if "dspark" in names:
         heads["dspark"] = open_head(options, target)
         if heads["dspark"] is None:
-            raise HeadError(f"mode dspark needs a head, and none is known for {target.name}", "pass --head DIR, or leave dspark out of --compare")
+            raise HeadError(
+                f"mode dspark needs a head, and none is known for {target.name}", "pass --head DIR, or leave dspark out of --compare"
+            )
     if "dflash" in names:
         if options.dflash_head is None:
             raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
-        heads["dflash"] = load_head(find_head(options.dflash_head, target.name), target)
+        heads["dflash"] = load_head(named_head(options.dflash_head), target)
     modes = [Mode(name, heads.get(name)) for name in names]
     ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     from tqdm import tqdm
 
     with tqdm(total=len(ids), desc="prompts", mininterval=1.0) as bar:
-        runs = bench(target, modes, ids, options.max_new_tokens, options.temperature, options.seed, options.repeats, lambda done, total: bar.update(done - bar.n))
+        runs = bench(
+            target,
+            modes,
+            ids,
+            options.max_new_tokens,
+            options.temperature,
+            options.seed,
+            options.repeats,
+            lambda done, total: bar.update(done - bar.n),
+        )
     report = aggregate(runs)
-    say(f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved")
+    say(
+        f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
+    )
     print(table(report))
     if options.json:
         arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}

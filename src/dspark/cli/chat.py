@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     head = open_head(options, target)
-    from dspark.generate import generate
+    from dspark.generation import generate
 
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
@@ -34,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
             continue
         messages.append({"role": "user", "content": text})
         try:
-            result = generate(target, head, target.prompt_ids(messages), drafter=options.drafter, on_text=write, **sampling_options(options))
+            result = generate(
+                target, head, target.prompt_ids(messages), drafter=options.drafter, on_text=write, **sampling_options(options)
+            )
         except PromptError as error:  # the conversation has outgrown the context; it is not lost
             say(f"error: {error}\nhint: /new starts a new conversation")
             messages.pop()

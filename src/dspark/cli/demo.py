@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     head = open_head(options, target)
-    from dspark.generate import generate
+    from dspark.generation import generate
     from dspark.measure.bench import Mode, aggregate, bench, machine, table
 
     prompts = read_prompts(str(files("dspark") / "demo_prompts.jsonl"))
@@ -26,7 +26,9 @@ def run(options: argparse.Namespace) -> int:
     result = generate(target, head, ids[0], max_new_tokens=128, on_text=write)
     print(flush=True)
     say("measuring plain decoding and the head on the same prompts, taking turns ...")
-    runs = bench(target, [Mode("plain"), Mode("dspark", head)], [(i, p.extra["set"]) for i, p in zip(ids, prompts, strict=True)], max_new_tokens=64)
+    runs = bench(
+        target, [Mode("plain"), Mode("dspark", head)], [(i, p.extra["set"]) for i, p in zip(ids, prompts, strict=True)], max_new_tokens=64
+    )
     report = aggregate(runs)
     say(table(report))
     ours, same = report["dspark"], sum(a.token_ids == b.token_ids for a, b in zip(runs[::2], runs[1::2], strict=True))

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = open_prompts(options.prompt, options.prompts)
     target = open_target(options)
     head = open_head(options, target)
-    from dspark.generate import generate
+    from dspark.generation import generate
 
     for index, prompt in enumerate(prompts):
         ids = target.prompt_ids(prompt.content, raw=options.raw)
@@ -37,7 +37,9 @@ def run(options: argparse.Namespace) -> int:
             print(json.dumps({**prompt.extra, **figures}, ensure_ascii=False), flush=True)
         else:
             print(flush=True)
-            say(f"[{result.num_tokens} tokens in {result.seconds:.2f} s, tau {result.tau:.2f}, {result.tokens_per_second:.1f} tokens/s, {result.finish_reason}]")
+            say(
+                f"[{result.num_tokens} tokens in {result.seconds:.2f} s, tau {result.tau:.2f}, {result.tokens_per_second:.1f} tokens/s, {result.finish_reason}]"
+            )
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from dspark.head.folder import find_head, read_config
+from dspark.head.folder import named_head, read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    folder = find_head(options.head, "")
+    folder = named_head(options.head)
     config, section = read_config(folder)
     if options.json:
         record = folder / "provenance.json"

@@ -76,5 +76,3 @@ def open_prompts(texts: list[str], file: str | None) -> list[Prompt]:
         if not prompt.content:
             raise PromptError(f"prompt {index} is empty", "give it some text")
     return prompts
-
-

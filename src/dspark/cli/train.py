@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from dspark.cli.options import add_target, open_target
 from dspark.config import SEQUENTIAL_HEADS, TrainConfig
@@ -21,35 +22,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
     data = parser.add_argument_group("data")
     data.add_argument("--prompts", metavar="FILE.jsonl", help="your own prompts, mixed with those the target invents")
-    data.add_argument("--num-prompts", type=int, default=DEFAULTS["num_prompts"], metavar="N", help="instructions the target invents (default %(default)s)")
-    data.add_argument("--answers", action="append", default=[], metavar="FILE", help="answers sampled earlier, used as they are; may be given again")
+    data.add_argument(
+        "--num-prompts",
+        type=int,
+        default=DEFAULTS["num_prompts"],
+        metavar="N",
+        help="instructions the target invents (default %(default)s)",
+    )
+    data.add_argument(
+        "--answers", action="append", default=[], metavar="FILE", help="answers sampled earlier, used as they are; may be given again"
+    )
     data.add_argument("--only-answers", action="store_true", help="stop when the answers are sampled (DIR/work/answers.jsonl)")
-    data.add_argument("--max-answer-tokens", type=int, default=DEFAULTS["max_answer_tokens"], metavar="N", help="longest answer (default %(default)s)")
-    data.add_argument("--held-out", type=int, default=DEFAULTS["held_out"], metavar="N", help="answers kept for measuring (default %(default)s)")
-    data.add_argument("--cache-gb", type=float, default=DEFAULTS["cache_gigabytes"], metavar="G", help="bound of the feature cache on disk (default %(default)s)")
+    data.add_argument(
+        "--max-answer-tokens", type=int, default=DEFAULTS["max_answer_tokens"], metavar="N", help="longest answer (default %(default)s)"
+    )
+    data.add_argument(
+        "--held-out", type=int, default=DEFAULTS["held_out"], metavar="N", help="answers kept for measuring (default %(default)s)"
+    )
+    data.add_argument(
+        "--cache-gb",
+        type=float,
+        default=DEFAULTS["cache_gigabytes"],
+        metavar="G",
+        help="bound of the feature cache on disk (default %(default)s)",
+    )
     shape = parser.add_argument_group("head")
     shape.add_argument("--layers", type=int, default=2, metavar="L", help="draft layers (default %(default)s)")
-    shape.add_argument("--kv-heads", type=int, default=None, metavar="K", help="key heads of the draft layers (default: as many as query heads)")
+    shape.add_argument(
+        "--kv-heads", type=int, default=None, metavar="K", help="key heads of the draft layers (default: as many as query heads)"
+    )
     shape.add_argument("--block-size", type=int, default=5, metavar="G", help="tokens drafted a round, gamma (default %(default)s)")
     shape.add_argument("--rank", type=int, default=96, metavar="R", help="rank of the sequential head; 0 is DFlash (default %(default)s)")
     shape.add_argument("--sequential", default="vanilla", choices=SEQUENTIAL_HEADS, help="kind of sequential head (default %(default)s)")
-    shape.add_argument("--draft-vocab", type=int, default=8192, metavar="N", help="tokens the head can propose; 0 for all (default %(default)s)")
+    shape.add_argument(
+        "--draft-vocab", type=int, default=8192, metavar="N", help="tokens the head can propose; 0 for all (default %(default)s)"
+    )
     shape.add_argument("--taps", default=None, metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--steps", type=int, default=DEFAULTS["steps"], metavar="N", help="optimiser steps (default %(default)s)")
-    steps.add_argument("--sequences", type=int, default=DEFAULTS["sequences_per_step"], metavar="N", help="answers a step (default %(default)s)")
-    steps.add_argument("--anchors", type=int, default=DEFAULTS["anchors_per_sequence"], metavar="N", help="anchors an answer (default %(default)s)")
-    steps.add_argument("--optimizer", default=DEFAULTS["optimizer"], choices=("adamw", "muon"), help="muon: for matrices only (default %(default)s)")
-    steps.add_argument("--lr", type=float, default=DEFAULTS["learning_rate"], metavar="R", help="peak learning rate of AdamW (default %(default)s)")
-    steps.add_argument("--muon-lr", type=float, default=DEFAULTS["muon_learning_rate"], metavar="R", help="peak learning rate of Muon (default %(default)s)")
+    steps.add_argument(
+        "--sequences", type=int, default=DEFAULTS["sequences_per_step"], metavar="N", help="answers a step (default %(default)s)"
+    )
+    steps.add_argument(
+        "--anchors", type=int, default=DEFAULTS["anchors_per_sequence"], metavar="N", help="anchors an answer (default %(default)s)"
+    )
+    steps.add_argument(
+        "--optimizer", default=DEFAULTS["optimizer"], choices=("adamw", "muon"), help="muon: for matrices only (default %(default)s)"
+    )
+    steps.add_argument(
+        "--lr", type=float, default=DEFAULTS["learning_rate"], metavar="R", help="peak learning rate of AdamW (default %(default)s)"
+    )
+    steps.add_argument(
+        "--muon-lr",
+        type=float,
+        default=DEFAULTS["muon_learning_rate"],
+        metavar="R",
+        help="peak learning rate of Muon (default %(default)s)",
+    )
     steps.add_argument("--loss", default="paper", choices=LOSSES, help=LOSS_HELP)
     steps.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed and threads give the same head (default 0)")
     parser.add_argument("--json", action="store_true", help="print the provenance record as JSON at the end")
 
 
 LOSSES = ("paper", "distil")
-LOSS_HELP = "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.5 L1 (default %(default)s)"
-LOSS_SETTINGS = {
+LOSS_HELP = (
+    "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.5 L1 (default %(default)s)"
+)
+LOSS_SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {"teacher_ce": False, "ce_weight": 0.1, "l1_weight": 0.9},
     "distil": {"teacher_ce": True, "ce_weight": 1.0, "l1_weight": 0.5},
 }
@@ -82,12 +121,16 @@ def run(options: argparse.Namespace) -> int:
     from dspark.train.run import train
 
     command = shlex.join(["dspark", *(a for a in sys.argv[1:] if a != "--resume")])
-    report = train(target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command)
+    report = train(
+        target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command
+    )
     if options.only_answers:
         print(f"{report['answers']} answers in {options.out}/work/answers.jsonl")
     elif options.json:
         print(json.dumps(report))
     else:
         rounds = report["held_out_rounds"]
-        print(f"head saved in {options.out}: tau {rounds['tau_t0']} at T=0, {rounds['tau_t1']} at T=1 on {rounds['prompts']} held-out prompts")
+        print(
+            f"head saved in {options.out}: tau {rounds['tau_t0']} at T=0, {rounds['tau_t1']} at T=1 on {rounds['prompts']} held-out prompts"
+        )
     return 0

@@ -12,8 +12,16 @@ from dspark.prompts import read_prompts
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     add_head(parser)
-    parser.add_argument("--prompts", default=None, metavar="FILE.jsonl", help="prompts to compare on (default: eight that come with dspark)")
-    parser.add_argument("--drafter", action="append", default=[], metavar="NAME", help="check this drafter; may be given again (default: the head and lookup)")
+    parser.add_argument(
+        "--prompts", default=None, metavar="FILE.jsonl", help="prompts to compare on (default: eight that come with dspark)"
+    )
+    parser.add_argument(
+        "--drafter",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="check this drafter; may be given again (default: the head and lookup)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens a prompt (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
 

@@ -35,19 +35,23 @@ def probs(law: Law, prefixes: Sequence[Sequence[int]], logits_TV: torch.Tensor) 
     logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
     if law.processors:
         rows = []
-        for prefix, row in zip(prefixes, logits_TV, strict=True):
-            ids, row = torch.tensor([list(prefix)], dtype=torch.long, device=row.device), row[None]
-            for process in law.processors:
-                row = process(ids, row)
-            rows.append(row)
+        for prefix, row_V in zip(prefixes, logits_TV, strict=True):
+            ids = torch.tensor([list(prefix)], dtype=torch.long, device=row_V.device)
+            # a copy: processors may write into what they are given, and rows share the scored logits
+            rows.append(apply(law.processors, ids, row_V[None].clone()))
         logits_TV = torch.cat(rows)
     if law.greedy:
         refuse_empty(logits_TV)
         return torch.zeros_like(logits_TV).scatter_(-1, logits_TV.argmax(-1, keepdim=True), 1.0)
-    for warp in law.warpers:
-        logits_TV = warp(None, logits_TV)
+    logits_TV = apply(law.warpers, torch.empty(len(logits_TV), 0, dtype=torch.long), logits_TV)
     refuse_empty(logits_TV)
     return logits_TV.softmax(-1)
+
+
+def apply(processors: Sequence[Processor], ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    for process in processors:
+        logits = process(ids, logits)
+    return logits
 
 
 def refuse_empty(logits_TV: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from dspark.core.sampling import Law, Streams, draw, probs
+from dspark.core.sampling import Law, Streams, apply, draw, probs
 from dspark.core.verifier import Draft
 from dspark.head.head import Head
 from dspark.target.target import Target
@@ -73,7 +73,9 @@ class DSparkDrafter:
         size = min(head.config.shortlist, len(head.draft_ids))
         base_KC, shortlist_KC = head.base_logits(h_GD).float().topk(size, dim=-1)
         uniforms = Streams.uniforms(generator, num)
-        tokens, confidences, state, markov = [], [], None, head.markov_head
+        tokens: list[int] = []
+        confidences: list[float] = []
+        state, markov = None, head.markov_head
         law_KV = torch.zeros(num, head.config.vocab_size, device=weight.device)
         for k in range(num):
             previous = torch.tensor([tokens[-1] if tokens else ids[-1]], device=weight.device)
@@ -84,22 +86,19 @@ class DSparkDrafter:
                 logits_C = logits_C + F.linear(z, markov.markov_w2.weight[shortlist_KC[k]])[0].float()
             if head.confidence_head is not None:
                 confidences.append(torch.sigmoid(head.confidence_head(h_GD[k : k + 1], w).float()).item())
-            q_V = law_KV[k]
-            scatter_law(law, [*ids, *tokens], logits_C, head.draft_ids[shortlist_KC[k]], q_V)
-            tokens.append(draw(q_V, uniforms[k]))
+            ids_C = head.draft_ids[shortlist_KC[k]]
+            q_C = shortlist_law(law, [*ids, *tokens], logits_C, ids_C, head.config.vocab_size)
+            tokens.append(int(ids_C[draw(q_C, uniforms[k])]))
+            law_KV[k, ids_C] = q_C
         return Draft(tokens, law_KV, confidences if head.confidence_head is not None else None)
 
 
-def scatter_law(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, out_V: torch.Tensor) -> None:
-    """Write the law of a shortlist into a full row. Processors that read the prefix need the full row of
-    logits; where they forbid the whole shortlist, the base law stands in (it will be rejected, exactly)."""
+def shortlist_law(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The law [C] over a shortlist of tokens. Processors that read the prefix get a full row of logits; where
+    they forbid the whole shortlist, the base law stands in (the token will then be rejected, exactly)."""
     if law.processors:
-        logits_V = torch.full_like(out_V, float("-inf"))
-        logits_V[ids_C] = logits_C
-        masked = logits_V[None]
-        ids = torch.tensor([list(prefix)], device=out_V.device)
-        for process in law.processors:
-            masked = process(ids, masked)
-        allowed = masked[0, ids_C]
+        logits_V = logits_C.new_full((1, vocab_size), float("-inf"))
+        logits_V[0, ids_C] = logits_C
+        allowed = apply(law.processors, torch.tensor([list(prefix)], device=ids_C.device), logits_V)[0, ids_C]
         logits_C = allowed if torch.isfinite(allowed).any() else logits_C
-    out_V[ids_C] = probs(Law(warpers=law.warpers, greedy=law.greedy), [()], logits_C[None])[0]
+    return probs(Law(warpers=law.warpers, greedy=law.greedy), [()], logits_C[None])[0]

@@ -5,6 +5,8 @@ Rank 0 leaves the sequential head out and gives DFlash.
 Shapes: N sequences, A anchors, G block size, S context tokens, M tapped layers, D hidden,
 Vd draft vocabulary, r Markov rank."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +20,10 @@ class Head(nn.Module):
     """Trained weights plus references to the target's frozen embedding and output rows.
 
     `draft_ids` [Vd] are the target ids the head can propose, ascending; the identity when Vd = V."""
+
+    draft_ids: torch.Tensor
+    output_rows: torch.Tensor
+    mask_embedding: torch.Tensor
 
     def __init__(self, config: HeadConfig, draft_ids: torch.Tensor, output_rows: torch.Tensor, mask_embedding: torch.Tensor):
         super().__init__()
@@ -41,7 +47,7 @@ class Head(nn.Module):
     def context_kv(self, features: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Every layer's context keys and values [N, K, S, E]; computed once per accepted token."""
         context, angles = self.context(features), self.rotary(positions)
-        return [layer.self_attn.keys_values(context, angles) for layer in self.layers]
+        return [cast(Layer, layer).self_attn.keys_values(context, angles) for layer in self.layers]
 
     def hidden(self, anchors_NAD: torch.Tensor, positions_NA: torch.Tensor, context_kv, mask=None) -> torch.Tensor:
         """Post-norm hidden states [N, A, G, D] of the blocks after the anchors (embeddings, positions).
@@ -77,6 +83,6 @@ class Head(nn.Module):
         """Draft logits [N, A, G, Vd] and confidence logits [N, A, G] with the real previous tokens given."""
         z, w = self.sequential(h, previous_ids)
         logits = self.base_logits(h)
-        if z is not None:
+        if self.markov_head is not None and z is not None:
             logits = logits + self.markov_head.markov_w2(z)
         return logits, None if self.confidence_head is None else self.confidence_head(h, w)

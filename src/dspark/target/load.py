@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu") -
         raise TargetError(f"no folder {name}", "give a folder written by `save_pretrained`, a hub id, or smollm2-135m")
     where = Path(where).expanduser() if os.path.isdir(os.path.expanduser(where)) else where
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype])
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TargetError(
@@ -42,4 +43,5 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu") -
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError):
         tokenizer = None  # token ids still work; asking for text says so
-    return Target(model.to(device), tokenizer, name=str(name))
+    model.to(device)
+    return Target(model, tokenizer, name=str(name))

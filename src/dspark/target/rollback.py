@@ -1,5 +1,8 @@
 """Which caches can forget rejected tokens exactly, and how."""
 
+import inspect
+from typing import cast
+
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -22,7 +25,7 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 def rollback(cache: DynamicCache, num_rejected: int) -> None:
     """Forget the last `num_rejected` tokens. Call it with 0 too: sliding layers trim only here."""
     for layer in cache.layers:
-        layer.crop(-num_rejected)
+        cast(DynamicLayer, layer).crop(-num_rejected)
 
 
 def refuse_unless_exact(model: PreTrainedModel) -> None:
@@ -34,8 +37,12 @@ def refuse_unless_exact(model: PreTrainedModel) -> None:
     hint = "targets with attention caches only are supported (Llama, Qwen2/3, Gemma 3, GPT-OSS, GLM-4, ...)"
     if model.config.is_encoder_decoder:
         raise TargetError(f"{name} is an encoder-decoder model; dspark drafts for causal language models", hint)
+    if model.get_output_embeddings() is None:
+        raise TargetError(f"{name} has no output rows to predict tokens with", "load it with AutoModelForCausalLM")
     if getattr(model, "_is_stateful", False):
         raise TargetError(f"{name} keeps a recurrent state that cannot be rolled back exactly", hint)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise TargetError(f"{name} keeps no cache of earlier tokens", hint)
     foreign = sorted({type(layer).__name__ for layer in new_cache(model).layers if type(layer) not in EXACT_CROP})
     if foreign:
         raise TargetError(f"{name} uses cache layers that cannot be rolled back exactly: {', '.join(foreign)}", hint)

@@ -2,11 +2,13 @@
 
 Shapes: T rows of one forward pass, V vocabulary, M tapped layers, D hidden size."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 
 from dspark.errors import LogitsError, PromptError, TargetError
 from dspark.target.rollback import new_cache, refuse_unless_exact, rollback
@@ -37,8 +39,8 @@ class Target:
 
     Raises `TargetError` for models that cannot be rolled back exactly."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None = None
+    model: Any  # a PreTrainedModel; its own type hints do not know the families' attributes
+    tokenizer: Any = None  # a PreTrainedTokenizerBase, or None
     name: str = ""
     layer_ids: tuple[int, ...] = ()
     _captured: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -64,8 +66,9 @@ class Target:
 
     @property
     def max_context(self) -> int:
-        """Tokens the model's positions were made for; prompt and answer together must fit."""
-        return self.text_config.max_position_embeddings
+        """Tokens the model's positions were made for; prompt and answer together must fit. Families
+        without learned or rotary positions (BLOOM) name no limit."""
+        return getattr(self.text_config, "max_position_embeddings", None) or sys.maxsize
 
     @property
     def device(self) -> torch.device:
@@ -118,9 +121,7 @@ class Target:
 
         Raises `LogitsError` if the target's logits are not numbers."""
         ids = torch.tensor([list(tokens)], device=self.device)
-        output = self.model(
-            input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=num_logits or len(tokens)
-        )
+        output = self.model(input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=num_logits or len(tokens))
         logits_TV = output.logits[0].float()
         if torch.isnan(logits_TV).any():
             raise LogitsError(

@@ -6,6 +6,7 @@ was in; batch i draws with seed + i, so a resumed run writes what an unbroken on
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dspark.target.target import Target
 from dspark.train.openers import all_openers
@@ -17,7 +18,7 @@ INVENT_TEMPERATURE = 0.8  # at 1 a small model's instructions wander off
 # Greedy, mild and full sampling: the head is measured at T = 0 and T = 1, and features differ.
 TEMPERATURES = (0.0, 0.7, 1.0)
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
+Progress = Callable[[str, int, int], Any]  # stage, done, total
 
 
 def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: Progress) -> list[dict]:
@@ -39,9 +40,7 @@ def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: 
     return resumable(jobs, run, seed, path, lambda done: progress("inventing instructions", done, count))
 
 
-def answer_prompts(
-    target: Target, prompts: Sequence[dict], max_new_tokens: int, seed: int, path: Path, progress: Progress
-) -> list[dict]:
+def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int, seed: int, path: Path, progress: Progress) -> list[dict]:
     """The target's own answers: records of prompt_ids, answer_ids (stop token included), temperature, kind.
 
     Prompts are sorted by length within windows of eight batches: little padding, still a mix at any point."""
@@ -96,7 +95,7 @@ def read_records(path: Path) -> list[dict]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:

@@ -29,7 +29,11 @@ def make_batch(samples: Sequence[Sample], num_anchors: int, block_size: int, gen
     features = torch.zeros(N, longest - 1, *samples[0].features_SMD.shape[1:], dtype=samples[0].features_SMD.dtype)
     ids = torch.zeros(N, longest + G + 1, dtype=torch.long)
     P = samples[0].teacher_ids_nP.shape[1]
-    anchors, rows, valid = torch.zeros(N, A, dtype=torch.long), torch.zeros(N, A, G, dtype=torch.long), torch.zeros(N, A, G, dtype=torch.bool)
+    anchors, rows, valid = (
+        torch.zeros(N, A, dtype=torch.long),
+        torch.zeros(N, A, G, dtype=torch.long),
+        torch.zeros(N, A, G, dtype=torch.bool),
+    )
     teacher_ids, teacher_probs = torch.zeros(N, A, G, P, dtype=torch.long), torch.zeros(N, A, G, P)
     for n, sample in enumerate(samples):
         S, rows_known = len(sample.ids_S), len(sample.teacher_ids_nP)

@@ -7,14 +7,20 @@ from dspark.target.target import Target
 def write_card(head: Head, target: Target, provenance: dict, rounds: dict | None) -> str:
     config, train = head.config, provenance["train"]
     parameters = sum(p.numel() for p in head.parameters())
-    kind = f"DSpark, {config.markov_head_type} sequential head of rank {config.markov_rank}" if config.markov_rank else "DFlash (no sequential head)"
+    kind = (
+        f"DSpark, {config.markov_head_type} sequential head of rank {config.markov_rank}"
+        if config.markov_rank
+        else "DFlash (no sequential head)"
+    )
     measured = "" if rounds is None else (
         f"\nTokens per round by real decoding on {rounds['prompts']} held-out prompts, {rounds['max_new_tokens']} tokens each: "
         f"**{rounds['tau_t0']}** at T = 0, **{rounds['tau_t1']}** at T = 1.\n"
     )  # fmt: skip
     teacher = provenance["held_out_teacher_forced"]
     rows = "".join(
-        f"| {name} | {' | '.join(f'{a:.2f}' for a in teacher[f'acceptance_{name}'])} |\n" for name in ("t0", "t1") if f"acceptance_{name}" in teacher
+        f"| {name} | {' | '.join(f'{a:.2f}' for a in teacher[f'acceptance_{name}'])} |\n"
+        for name in ("t0", "t1")
+        if f"acceptance_{name}" in teacher
     )
     positions = " | ".join(str(k + 1) for k in range(config.block_size))
     return f"""---

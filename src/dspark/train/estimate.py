@@ -30,7 +30,9 @@ def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence
     layer = 4 * D * D + 3 * D * width
     draft_vocabulary = shape.get("draft_vocab_size") or target.vocab_size
     block_rows = visits * config.anchors_per_sequence * shape.get("block_size", 5)
-    steps = block_rows * 6 * (shape.get("num_hidden_layers", 2) * layer + draft_vocabulary * (D + shape.get("markov_rank", 96))) / (2 * rate)
+    steps = (
+        block_rows * 6 * (shape.get("num_hidden_layers", 2) * layer + draft_vocabulary * (D + shape.get("markov_rank", 96))) / (2 * rate)
+    )
     rows_memory = config.sequences_per_step * config.anchors_per_sequence * shape.get("block_size", 5) * draft_vocabulary * 4 * 5
     memory = weights * target.model.dtype.itemsize + rows_memory + 1e9
     disk = min(config.cache_gigabytes * 1e9, passes * (5 * D * 2 + 6 * config.teacher_tokens)) + 1e9

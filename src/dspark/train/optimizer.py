@@ -13,7 +13,8 @@ def make_optimizers(head: Head, config: TrainConfig) -> list[torch.optim.Optimiz
     """AdamW for everything, or Muon for the matrices of layers and context and AdamW for the rest."""
     if config.optimizer not in ("adamw", "muon"):
         raise SettingError(f"unknown optimizer {config.optimizer!r}", "choose adamw or muon")
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in head.named_parameters():
         inner = config.optimizer == "muon" and parameter.dim() == 2 and name.startswith(("layers.", "fc."))
         (matrices if inner else rest).append(parameter)
@@ -21,9 +22,7 @@ def make_optimizers(head: Head, config: TrainConfig) -> list[torch.optim.Optimiz
         torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     ]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, ns_steps=5)
-        )
+        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, ns_steps=5))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dspark.config import HeadConfig, TrainConfig
 from dspark.errors import HeadError, SettingError
-from dspark.generate import generate
+from dspark.generation import generate
 from dspark.head.folder import load_head, save_head
 from dspark.head.head import Head
 from dspark.prompts import Prompt
@@ -34,7 +35,8 @@ class Bar:
     """Progress of one stage on stderr; tqdm draws it."""
 
     def __init__(self) -> None:
-        self.bar, self.stage = None, ""
+        self.bar: Any = None
+        self.stage = ""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         from tqdm import tqdm
@@ -75,13 +77,18 @@ def train(
     say(estimate(target, config, shape, prompts, answers))
     records = [record for path in answers for record in read_records(path)]
     if not answers:
-        given = [{"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()]
+        given = [
+            {"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()
+        ]
         invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar)
         everything = interleave(given, invented)
         records = answer_prompts(target, everything, config.max_answer_tokens, config.seed * 100_000 + 50_000, work / "answers.jsonl", bar)
     records = [r for r in records if len(r["answer_ids"]) >= 8]
     if len(records) <= config.held_out:
-        raise SettingError(f"{len(records)} usable answers leave nothing to train on beside {config.held_out} held out", "ask for more prompts, or lower --held-out")
+        raise SettingError(
+            f"{len(records)} usable answers leave nothing to train on beside {config.held_out} held out",
+            "ask for more prompts, or lower --held-out",
+        )
     if only_answers:
         return {"answers": len(records)}
     started = time.time()
@@ -94,7 +101,11 @@ def train(
         "command": command,
         "target": target.name,
         "target_dtype": str(target.model.dtype).removeprefix("torch."),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "transformers": __import__("transformers").__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "transformers": __import__("transformers").__version__,
+        },
         "threads": torch.get_num_threads(),
         "train": asdict(config),
         "answers": len(records),
@@ -143,7 +154,9 @@ def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[
     draft_size = min(shape.get("draft_vocab_size") or vocab_size, vocab_size)
     kept = always_kept(target)
     counts = Counter(token for record in records for token in record["answer_ids"])
-    ranked = [token for token, _ in counts.most_common() if token not in kept] + [t for t in range(vocab_size) if t not in counts and t not in kept]
+    ranked = [token for token, _ in counts.most_common() if token not in kept] + [
+        t for t in range(vocab_size) if t not in counts and t not in kept
+    ]
     draft_ids = torch.tensor(sorted([*sorted(kept)[:draft_size], *ranked[: max(0, draft_size - len(kept))]]))
     layer_ids = tuple(shape.get("target_layer_ids") or default_taps(target.num_layers))
     heads = text.num_attention_heads
@@ -193,7 +206,11 @@ def mask_token(target: Target, counts: Counter) -> int:
 def default_taps(num_layers: int) -> tuple[int, ...]:
     """Five layers spread from the second to the last, fewer in a small model."""
     count = min(5, num_layers)
-    return tuple(sorted({round(1 + (num_layers - 2) * i / max(1, count - 1)) for i in range(count)})) if num_layers > 2 else tuple(range(num_layers))
+    return (
+        tuple(sorted({round(1 + (num_layers - 2) * i / max(1, count - 1)) for i in range(count)}))
+        if num_layers > 2
+        else tuple(range(num_layers))
+    )
 
 
 def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConfig, work: Path, bar: Bar) -> list[dict]:
@@ -231,4 +248,3 @@ def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Ba
             bar(f"held-out rounds, T={temperature:.0f}", i + 1, len(chosen))
         report[f"tau_t{temperature:.0f}"] = round(tokens / rounds, 3)
     return report | {"prompts": len(chosen), "max_new_tokens": max_new_tokens}
-

@@ -8,6 +8,7 @@ matrix product, which on a CPU takes a third of `scaled_dot_product_attention`'s
 Shapes: B rows, H query heads, K key heads, G = H/K, S cached columns, E head dim, V vocabulary."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -42,6 +43,9 @@ AttentionMaskInterface.register(FOLDED, sdpa_mask)
 
 class ColumnLayer(DynamicLayer):
     """Keys and values in one buffer of fixed capacity: appending writes a column, no copy of the rest."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -108,9 +112,7 @@ def sample_batch(
         target.model.set_attn_implementation(FOLDED)
     try:
         for _ in range(max_new_tokens):
-            output = target.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            )
+            output = target.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
             token_B = draw(output.logits[:, -1].float(), temperature_B, generator)
             for row in running.nonzero()[:, 0].tolist():
                 answers[alive[row]].append(int(token_B[row]))
@@ -123,7 +125,7 @@ def sample_batch(
             if running.float().mean() < 0.8 and all(hasattr(layer, "keep") for layer in cache.layers):
                 rows = running.nonzero()[:, 0]
                 for layer in cache.layers:
-                    layer.keep(rows)
+                    cast(ColumnLayer, layer).keep(rows)
                 ids, positions, mask, alive = ids[rows], positions[rows], mask[rows], alive[rows]
                 temperature_B, running = temperature_B[rows], running[rows]
     finally:

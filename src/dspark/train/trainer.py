@@ -86,7 +86,8 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
     the acceptance given that all before it were accepted. Decoding rounds decide; this is the quick look."""
     was_training = head.training
     head.eval()
-    index, runs = draft_index(head), {0.0: [], 1.0: []}
+    index = draft_index(head)
+    runs: dict[float, list[torch.Tensor]] = {0.0: [], 1.0: []}
     for i in range(min(count, config.held_out)):
         temperature = store.records[i]["temperature"]
         if temperature not in runs:
@@ -97,7 +98,7 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
         accepted = result.agree_NAG.float() if temperature == 0 else result.overlap_NAG
         runs[temperature].append(accepted[0].cumprod(-1))
     head.train(was_training)
-    report = {}
+    report: dict = {}
     for temperature, parts in runs.items():
         if parts:
             survival = torch.cat(parts).mean(0)

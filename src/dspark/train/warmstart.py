@@ -19,16 +19,18 @@ def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: 
         output = target.model.get_output_embeddings().weight.detach().float()
         mask = target.embed(torch.tensor(config.mask_token_id)).detach().float()
         head = Head(config, draft_ids, output[draft_ids].clone(), mask)
-        for name, parameter in head.named_parameters():
+        for parameter in head.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
         D = config.hidden_size
         head.fc.weight.data[:, -D:] += torch.eye(D)
         L = config.num_hidden_layers
-        sources = list(target.layers)[-L:] if warm_start == "last" else [target.layers[0], *list(target.layers)[len(target.layers) - L + 1 :]]
+        sources = (
+            list(target.layers)[-L:] if warm_start == "last" else [target.layers[0], *list(target.layers)[len(target.layers) - L + 1 :]]
+        )
         for layer, source in zip(head.layers, sources, strict=True):
             copy_layer(layer, source, config)
-        if config.markov_rank:
+        if head.markov_head is not None:
             embedding = target.embed(torch.arange(config.vocab_size)).detach().float()
             embedding = embedding - embedding.mean(0)
             _, _, components = torch.linalg.svd(embedding[::16], full_matrices=False)

@@ -4,18 +4,22 @@ transformers prepares processors and stopping criteria and hands them to our loo
 own `custom_generate` hook, so every sampling option of `generate` keeps its meaning."""
 
 import functools
+import inspect
+from typing import cast
 
 import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from dspark.core.decode import decode
 from dspark.core.sampling import Streams
 from dspark.drafters import DSparkDrafter
 from dspark.errors import SettingError
-from dspark.generate import split_law
+from dspark.generation import split_law
 from dspark.head.head import Head
 from dspark.target.target import Target
 
 ATTRIBUTE = "_dspark_graft"
+TAKEN = ("custom_generate", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds")
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -28,31 +32,47 @@ def graft(model, head: Head) -> None:
     ungraft(model)
     target = Target(model)
     drafter = DSparkDrafter(head, target)
-    plain = model.generate
+    own, plain = model.__dict__.get("generate"), model.generate
 
     @functools.wraps(plain)
     def speculating(*args, **kwargs):
-        if kwargs.get("custom_generate") is not None:
-            raise SettingError("custom_generate is taken by the grafted head", "call dspark.ungraft(model) first")
-        for name in ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds"):
-            if kwargs.get(name) is not None:
+        given = inspect.signature(plain).bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        for name in TAKEN:
+            if given.get(name) is not None:
                 raise SettingError(f"{name} cannot be combined with a grafted head", "call dspark.ungraft(model) first")
-        return plain(*args, custom_generate=functools.partial(run, target, drafter), **kwargs)
+        given = with_stop_strings(given)
+        # transformers hands a custom method neither streamer nor tokenizer; the prompt it streams itself.
+        decoding = functools.partial(run, target, drafter, given.get("streamer"))
+        return plain(**given, custom_generate=decoding)
 
-    setattr(model, ATTRIBUTE, target)
+    setattr(model, ATTRIBUTE, (target, own))
     model.generate = speculating
 
 
 def ungraft(model) -> None:
     """Undo `graft`; nothing happens on a model without a graft."""
-    target = model.__dict__.pop(ATTRIBUTE, None)
+    target, own = model.__dict__.pop(ATTRIBUTE, (None, None))
     if target is not None:
         target.untap()
         del model.generate  # the instance attribute; the class's method shows again
+        if own is not None:
+            model.generate = own
+
+
+def with_stop_strings(given: dict) -> dict:
+    """Turn `stop_strings` and `tokenizer` into a stopping criterion, as transformers does for its own methods."""
+    strings, tokenizer = given.get("stop_strings"), given.get("tokenizer")
+    if strings is None or tokenizer is None:
+        return given
+    criteria = StoppingCriteriaList([*(given.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)])
+    return {k: v for k, v in given.items() if k not in ("stop_strings", "tokenizer")} | {"stopping_criteria": criteria}
 
 
 @torch.inference_mode()
-def run(target: Target, drafter: DSparkDrafter, model, input_ids, *, logits_processor, stopping_criteria, generation_config, streamer=None, **kwargs):
+def run(
+    target: Target, drafter: DSparkDrafter, streamer, model, input_ids, *, logits_processor, stopping_criteria, generation_config, **kwargs
+):
     """The decoding method that transformers calls, in the shape of its own `_sample`."""
     refuse(generation_config, input_ids, kwargs.get("attention_mask"))
     law = split_law(logits_processor, greedy=not generation_config.do_sample)
@@ -64,7 +84,7 @@ def run(target: Target, drafter: DSparkDrafter, model, input_ids, *, logits_proc
         return bool(stopping_criteria(so_far, None).all())
 
     # `generate` users seed torch itself; one draw from it seeds our streams.
-    seed = int(torch.randint(2**40, (1,)))
+    seed = int(torch.randint(2**40, (1,))) if generation_config.do_sample else 0
     num_new = generation_config.max_length - len(prompt)
     for done in decode(target, drafter, prompt, law, Streams(seed), num_new, finished):
         new += done.tokens
@@ -77,14 +97,17 @@ def run(target: Target, drafter: DSparkDrafter, model, input_ids, *, logits_proc
     if generation_config.return_dict_in_generate:
         from transformers.generation import GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(sequences=sequences)
+        return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences))
     return sequences
 
 
 def refuse(generation_config, input_ids: torch.Tensor, attention_mask) -> None:
     hint = "call dspark.ungraft(model) first, or leave the setting out"
     if input_ids.shape[0] != 1:
-        raise SettingError(f"a grafted model decodes one sequence a call, got a batch of {input_ids.shape[0]}", "call generate once per prompt; batches come with the engine")
+        raise SettingError(
+            f"a grafted model decodes one sequence a call, got a batch of {input_ids.shape[0]}",
+            "call generate once per prompt; batches come with the engine",
+        )
     if (generation_config.num_beams or 1) > 1 or (generation_config.num_return_sequences or 1) > 1:
         raise SettingError("beams and several return sequences cannot be speculated", hint)
     if attention_mask is not None and not bool(attention_mask.all()):

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -67,7 +66,12 @@ def make_law(
 
     At temperature 0 the warpers are left out: they never remove the best token."""
     for name, value, ok, rule in (
-        ("temperature", temperature, temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf"), f"0 (greedy) or at least {MIN_TEMPERATURE:g}"),
+        (
+            "temperature",
+            temperature,
+            temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf"),
+            f"0 (greedy) or at least {MIN_TEMPERATURE:g}",
+        ),
         ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "0 (off) or a positive count"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
@@ -78,7 +82,7 @@ def make_law(
     processors = list(logits_processors)
     if repetition_penalty != 1.0:
         processors.insert(0, RepetitionPenaltyLogitsProcessor(repetition_penalty))
-    warpers = []
+    warpers: list[Callable] = []
     if temperature > 0:
         warpers += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
         warpers += [TopKLogitsWarper(top_k)] if top_k else []
@@ -111,9 +115,14 @@ def make_drafter(name: str, target: Target, head: Head | None) -> Drafter:
     if name == "lookup":
         return PromptLookup(target.vocab_size, device=target.device)
     if head is None:
-        raise SettingError(f"drafter {name!r} needs a head, and none is known for {target.name or 'this target'}", "pass `--head DIR`, or train one: `dspark train`")
+        raise SettingError(
+            f"drafter {name!r} needs a head, and none is known for {target.name or 'this target'}",
+            "pass `--head DIR`, or train one: `dspark train`",
+        )
     if name == "dflash" and head.config.markov_rank:
-        raise SettingError("drafter 'dflash' needs a head of rank 0; this one has a sequential head", "use `--drafter dspark`, or pass a DFlash head")
+        raise SettingError(
+            "drafter 'dflash' needs a head of rank 0; this one has a sequential head", "use `--drafter dspark`, or pass a DFlash head"
+        )
     return DSparkDrafter(head, target)
 
 
@@ -126,11 +135,12 @@ def stream(
     law: Law,
     seed: int = 0,
     drafter: str | Drafter | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     eos_ids: frozenset[int] | None = None,
     plan: Plan = fixed,
 ) -> Iterator[Round]:
     """Yield the rounds of one answer as they happen; `generate` collects them."""
+    stop = as_strings(stop)
     check_request(target, prompt_ids, max_new_tokens, seed, stop)
     if drafter is None:
         drafter = "none" if head is None else "dspark" if head.config.markov_rank else "dflash"
@@ -161,7 +171,7 @@ def generate(
     `drafter` overrides the head's own ("lookup", "none", or an object); `on_text` receives text
     as it becomes final. The same seed replays the same tokens. Raises the `UserError` family."""
     law = make_law(temperature, top_k, top_p, min_p, repetition_penalty, logits_processors)
-    stop = options.get("stop", ())
+    stop = options["stop"] = as_strings(options.get("stop", ()))
     rounds, ids, shown = [], [], ""
     begin = time.perf_counter()
     for done in stream(target, head, prompt_ids, max_new_tokens=max_new_tokens, law=law, seed=seed, **options):
@@ -170,7 +180,7 @@ def generate(
         if on_text is not None and target.tokenizer is not None:
             text = final_text(target, ids, stop)
             # A character may still be incomplete, or be the start of a stop string.
-            held = max([len("\ufffd") * text.endswith("\ufffd")] + [overlap(text, s) for s in stop])
+            held = max([len(text) - len(text.rstrip("\ufffd"))] + [overlap(text, s) for s in stop])
             ready = text[: len(text) - held]
             if len(ready) > len(shown):
                 on_text(ready[len(shown) :])
@@ -182,6 +192,10 @@ def generate(
     eos = target.eos_ids if options.get("eos_ids") is None else options["eos_ids"]
     ended = bool(ids) and (ids[-1] in eos or (bool(stop) and contains_stop(target, ids, stop)))
     return Result(ids, text, len(rounds), seconds, "stop" if ended else "length", rounds)
+
+
+def as_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
