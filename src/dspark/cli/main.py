@@ -1,6 +1,7 @@
 """Entry point: find the verb, run it, print a user's mistake once."""
 
 import argparse
+import errno
 import importlib
 import sys
 
@@ -48,6 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: the disk is full{where}\nhint: free some space; a training run continues with --resume", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

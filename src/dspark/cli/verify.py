@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     head = open_head(options, target)
     from dspark.measure.lossless import verify_pair
 
-    ids = [target.prompt_ids(p.content, raw=target.tokenizer.chat_template is None) for p in prompts]
+    ids = [target.prompt_ids(p.content) for p in prompts]
     checks = verify_pair(target, head, ids, options.max_new_tokens, options.drafter, say)
     passed = all(check.passed for check in checks)
     if options.json:

@@ -6,14 +6,17 @@ a bound; what does not fit is computed again when it is needed. 38 TB are not re
 
 Shapes: S tokens of one sequence, n rows with a known next token, M tapped layers, D hidden, P teacher tokens."""
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dspark.errors import SettingError
 from dspark.target.target import Target
 
 
@@ -87,6 +90,16 @@ class FeatureStore:
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor backed by a file, created sparse when missing."""
+    """A tensor backed by a file. Its blocks are reserved now: a full disk found later would end the process
+    with a bus error. Raises `SettingError` when they are not to be had."""
     size = torch.Size(shape).numel()
+    try:
+        with path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise SettingError(
+                f"no space for the feature cache {path} ({size * dtype.itemsize / 1e9:.1f} GB)", "lower --cache-gb, or free some space"
+            ) from error
+        # other file systems cannot reserve; the tensor below then makes a sparse file
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

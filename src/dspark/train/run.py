@@ -72,6 +72,8 @@ def train(
     `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
     `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten."""
     work = out / "work"
+    if target.tokenizer is None and not answers:
+        raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
     begin_or_resume(out, work, config, shape, resume)
     bar = Bar()
     say(estimate(target, config, shape, prompts, answers))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dspark.config import TrainConfig
+from dspark.errors import HeadError
 from dspark.head.head import Head
 from dspark.target.target import Target
 from dspark.train.batch import Batch, make_batch
@@ -120,8 +121,12 @@ def save_checkpoint(path: Path, head: Head, optimizers: list, step: int) -> None
     """Written beside and renamed: a kill or a full disk leaves the previous checkpoint whole."""
     partial = path.with_suffix(".partial")
     state = {"step": step, "head": head.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    torch.save(state, partial)
-    os.replace(partial, path)
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        partial.unlink(missing_ok=True)
+        raise HeadError(f"cannot write checkpoint {path}: {error}", "free some space, then continue with --resume") from error
 
 
 def load_checkpoint(path: Path, head: Head, optimizers: list) -> int:
