@@ -2,13 +2,14 @@
 
 import codecs
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import NoRepeatNGramLogitsProcessor
 
-from dspark.errors import LogitsError, PromptError, SettingError
-from dspark.generation import generate, make_law
+from dspark.errors import LogitsError, PromptError, SettingError, TargetError
+from dspark.generation import generate, make_law, stream
 from dspark.prompts import Prompt, read_prompts
 from dspark.target.target import Target
 from oracle import Oracle, plain_greedy
@@ -286,3 +287,42 @@ def test_files_without_prompts_are_refused(data, tmp_path):
 def test_a_missing_prompts_file_is_refused(tmp_path):
     with pytest.raises(PromptError, match="cannot read prompts file"):
         read_prompts(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_targets_whose_rotation_depends_on_the_length_are_refused(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    with pytest.raises(TargetError, match=f"{rope_type} rope"):
+        Target(tiny_model("llama", rope_parameters=rope))
+
+
+def test_processors_see_only_texts_that_can_exist():
+    """A grammar that knows three tokens raises on any other prefix; drafts must not show it one."""
+    following = {5: 6, 6: 9, 9: 5}
+
+    class Grammar:
+        def __call__(self, input_ids, scores):
+            masked = torch.full_like(scores, -float("inf"))
+            masked[:, following[int(input_ids[0, -1])]] = 0.0
+            return masked
+
+    target = Target(tiny_model("llama"))
+    for head in (tiny_head(target), tiny_head(target, draft_vocab=16)):
+        result = generate(target, head, [5], 9, logits_processors=[Grammar()])
+        assert result.token_ids == [6, 9, 5] * 3
+
+
+def test_two_streams_in_turn_do_not_disturb_each_other():
+    target = Target(tiny_model("llama"))
+    one, two = tiny_head(target), tiny_head(target, rank=0)
+    two = type(two)(replace(two.config, target_layer_ids=(1, 2)), two.draft_ids, two.output_rows, two.mask_embedding)
+    settings = {"max_new_tokens": 16, "law": make_law(0.0)}
+    expected = generate(target, None, [1, 2, 3], 16).token_ids
+    streams = [stream(target, head, [1, 2, 3], **settings) for head in (one, two)]
+    texts: list[list[int]] = [[], []]
+    for _ in range(16):
+        for i, rounds in enumerate(streams):
+            texts[i] += next(rounds).tokens if len(texts[i]) < 16 else []
+    assert texts == [expected, expected]

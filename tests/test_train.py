@@ -9,17 +9,18 @@ import torch
 from dspark.config import TrainConfig
 from dspark.core.sampling import Law
 from dspark.drafters import DSparkDrafter
-from dspark.errors import SettingError
+from dspark.errors import PromptError, SettingError, TargetError
 from dspark.head.folder import load_head
 from dspark.target.load import load_target
 from dspark.target.target import Target
 from dspark.train import trainer
-from dspark.train.answers import answer_prompts, invent_prompts, read_records
+from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
 from dspark.train.batch import make_batch
 from dspark.train.features import FeatureStore
 from dspark.train.loss import losses
-from dspark.train.run import interleave, train
+from dspark.train.run import held_out_first, interleave, train
 from dspark.train.sample import sample_batch
+from safetensors.torch import load_file, save_file
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model
 
@@ -242,3 +243,44 @@ def test_answers_resume_at_the_batch_they_were_in(tmp_path, monkeypatch):
     assert (tmp_path / "torn.jsonl").read_text() == text
     answers = answer_prompts(target, whole, 6, 0, tmp_path / "answers.jsonl", silent)
     assert answers == read_records(tmp_path / "answers.jsonl") and len(answers) == 6
+
+
+def test_held_out_answers_are_a_fair_sample_that_training_never_sees():
+    given = [{"prompt_ids": [i // 2], "answer_ids": [i]} for i in range(40)]
+    mixed = held_out_first(given, 6, seed=0)
+    prompts = [r["prompt_ids"][0] for r in mixed[:6]]
+    assert max(prompts) > 10 and not {r["prompt_ids"][0] for r in mixed[6:]} & set(prompts)
+
+
+def test_training_overwrites_neither_a_target_nor_a_finished_head(tmp_path):
+    folder = save_tiny_target(tmp_path / "target")
+    weights = (folder / "model.safetensors").read_bytes()
+    target = load_target(folder)
+    with pytest.raises(SettingError, match="already; nothing was overwritten"):
+        train(target, folder, CONFIG, SHAPE)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    with pytest.raises(SettingError, match="no training run to resume"):
+        train(target, tmp_path / "new", CONFIG, SHAPE, resume=True)
+    with pytest.raises(SettingError, match="do not divide"):
+        train(target, tmp_path / "new", CONFIG, SHAPE | {"num_key_value_heads": 3})
+    assert not (tmp_path / "new").exists()
+
+
+def test_answers_that_cannot_be_used_are_named_by_line(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    good = '{"prompt_ids": [1], "answer_ids": [2, 3]}'
+    file.write_text(good)
+    assert read_answers(file, 128, 64) == [{"prompt_ids": [1], "answer_ids": [2, 3], "temperature": 1.0, "kind": "user"}]
+    for bad in ("{", '{"prompt_ids": [1]}', '{"prompt_ids": [], "answer_ids": [1]}', '{"prompt_ids": [1], "answer_ids": [999]}'):
+        file.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(PromptError, match="line 2"):
+            read_answers(file, 128, 64)
+
+
+def test_a_target_with_a_missing_tensor_is_refused(tmp_path):
+    folder = save_tiny_target(tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TargetError, match="down_proj"):
+        load_target(folder)

@@ -230,7 +230,7 @@ def stopping_rule(target: Target, eos_ids: frozenset[int], stop: Sequence[str]) 
 def contains_stop(target: Target, new_ids: Sequence[int], stop: Sequence[str]) -> bool:
     # A stop string of n characters ends within the last n tokens at most, if a token is a character or more;
     # byte tokens may be less, hence the factor.
-    tail = target.tokenizer.decode(new_ids[-4 * max(map(len, stop)) - 8 :])
+    tail = target.tokenizer.decode(new_ids[-4 * max(map(len, stop)) - 8 :], skip_special_tokens=True)
     return any(s in tail for s in stop)
 
 

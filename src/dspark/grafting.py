@@ -19,7 +19,7 @@ from dspark.head.head import Head
 from dspark.target.target import Target
 
 ATTRIBUTE = "_dspark_graft"
-TAKEN = ("custom_generate", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds")
+TAKEN = ("custom_generate", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "position_ids")
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -41,7 +41,7 @@ def graft(model, head: Head) -> None:
         for name in TAKEN:
             if given.get(name) is not None:
                 raise SettingError(f"{name} cannot be combined with a grafted head", "call dspark.ungraft(model) first")
-        given = with_stop_strings(given)
+        given = {name: value for name, value in with_stop_strings(given).items() if name != "custom_generate"}
         # transformers hands a custom method neither streamer nor tokenizer; the prompt it streams itself.
         decoding = functools.partial(run, target, drafter, given.get("streamer"))
         return plain(**given, custom_generate=decoding)
@@ -106,7 +106,7 @@ def refuse(generation_config, input_ids: torch.Tensor, attention_mask) -> None:
     if input_ids.shape[0] != 1:
         raise SettingError(
             f"a grafted model decodes one sequence a call, got a batch of {input_ids.shape[0]}",
-            "call generate once per prompt; batches come with the engine",
+            "call generate once per prompt",
         )
     if (generation_config.num_beams or 1) > 1 or (generation_config.num_return_sequences or 1) > 1:
         raise SettingError("beams and several return sequences cannot be speculated", hint)

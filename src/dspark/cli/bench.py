@@ -30,16 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for name in ("max_new_tokens", "repeats"):
-        if getattr(options, name) < 1:
+    for name in ("max_new_tokens", "repeats", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
-    prompts = [(p, p.extra.get("set") or Path(file).stem) for file in options.prompts for p in open_prompts([], file)]
+    prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     prompts = first_of_each_set(prompts, options.limit)
     target = open_target(options)
+    from dspark.generation import make_law
     from dspark.head.folder import load_head, named_head
     from dspark.measure.bench import Mode, aggregate, bench, machine, table
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
+    if not names:
+        raise SettingError("--compare names no mode", "give some of plain, dspark, dflash, lookup, hf, hf-lookup")
+    make_law(options.temperature)
     heads = {}
     if "dspark" in names:
         heads["dspark"] = open_head(options, target)

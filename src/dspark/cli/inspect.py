@@ -20,5 +20,9 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"folder": str(folder), "config": config.__dict__, "dspark": section, "provenance": provenance}))
         return 0
     card = folder / "README.md"
-    print(card.read_text() if card.exists() else f"{folder}: no card; target {section.get('target')}, block size {config.block_size}")
+    print(
+        card.read_text(encoding="utf-8")
+        if card.exists()
+        else f"{folder}: no card; target {section.get('target')}, block size {config.block_size}"
+    )
     return 0

@@ -69,8 +69,7 @@ def decode(
         limit = min(limit, len(draft.tokens))
         num_planned = plan(draft.confidences or [1.0] * limit, limit)
         scored = target.score(state, [ids[-1], *draft.tokens[:num_planned]])
-        prefixes = [ids + draft.tokens[:k] for k in range(num_planned + 1)] if law.processors else [()] * (num_planned + 1)
-        target_probs = probs(law, prefixes, scored.logits_TV)
+        target_probs = row_laws(law, ids, draft.tokens[:num_planned], scored.logits_TV)
         accept = Streams.uniforms(streams.accept, num_planned)
         verdict = verify(target_probs, draft, accept, *Streams.uniforms(streams.recover, 1))
         target.rollback(state, num_planned - verdict.num_accepted)
@@ -83,3 +82,18 @@ def decode(
             if finished:
                 break
         yield Round(new, len(draft.tokens), num_planned, verdict.num_accepted)
+
+
+def row_laws(law: Law, ids: list[int], drafted: list[int], logits_TV: torch.Tensor) -> torch.Tensor:
+    """The target's law in each row of a pass over the anchor and `drafted` tokens [T, V].
+
+    Processors (a grammar, say) see only texts that can exist: after a drafted token of probability 0,
+    which is rejected for certain, the remaining rows are never read and repeat the last law."""
+    if not law.processors:
+        return probs(law, [()] * len(logits_TV), logits_TV)
+    rows: list[torch.Tensor] = []
+    for k in range(len(logits_TV)):
+        rows.append(probs(law, [ids + drafted[:k]], logits_TV[k : k + 1]))
+        if k < len(drafted) and rows[k][0, drafted[k]] == 0:
+            break
+    return torch.cat([*rows, *[rows[-1]] * (len(logits_TV) - len(rows))])

@@ -23,11 +23,14 @@ class DSparkDrafter:
         self.start()
 
     def start(self) -> None:
-        """Begin a request; another drafter may have tapped other layers since the last one."""
-        if self.target.layer_ids != self.head.config.target_layer_ids:
-            self.target.tap(self.head.config.target_layer_ids)
+        self._tap()
         self.num_context = 0
         self.buffers: list[torch.Tensor] = []
+
+    def _tap(self) -> None:
+        """Another drafter may have tapped other layers since this one's last round."""
+        if self.target.layer_ids != self.head.config.target_layer_ids:
+            self.target.tap(self.head.config.target_layer_ids)
 
     @torch.inference_mode()
     def commit(self, features_TMD: torch.Tensor) -> None:
@@ -63,6 +66,7 @@ class DSparkDrafter:
 
         Only the shortlist's rows of W2 are touched: drafts may be cheap in any way as long as the
         law they were drawn from is known exactly (it is the one returned)."""
+        self._tap()
         num = min(limit, self.block_size)
         if num == 0:
             return Draft([], torch.empty(0, 0))
@@ -88,17 +92,21 @@ class DSparkDrafter:
                 confidences.append(torch.sigmoid(head.confidence_head(h_GD[k : k + 1], w).float()).item())
             ids_C = head.draft_ids[shortlist_KC[k]]
             q_C = shortlist_law(law, [*ids, *tokens], logits_C, ids_C, head.config.vocab_size)
+            if q_C is None:
+                break
             tokens.append(int(ids_C[draw(q_C, uniforms[k])]))
             law_KV[k, ids_C] = q_C
-        return Draft(tokens, law_KV, confidences if head.confidence_head is not None else None)
+        num = len(tokens)
+        return Draft(tokens, law_KV[:num], confidences[:num] if head.confidence_head is not None else None)
 
 
-def shortlist_law(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The law [C] over a shortlist of tokens. Processors that read the prefix get a full row of logits; where
-    they forbid the whole shortlist, the base law stands in (the token will then be rejected, exactly)."""
+def shortlist_law(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
+    """The law [C] over a shortlist of tokens; None where the processors, which read the prefix and a full
+    row of logits, forbid all of it: the draft then ends."""
     if law.processors:
         logits_V = logits_C.new_full((1, vocab_size), float("-inf"))
         logits_V[0, ids_C] = logits_C
-        allowed = apply(law.processors, torch.tensor([list(prefix)], device=ids_C.device), logits_V)[0, ids_C]
-        logits_C = allowed if torch.isfinite(allowed).any() else logits_C
+        logits_C = apply(law.processors, torch.tensor([list(prefix)], device=ids_C.device), logits_V)[0, ids_C]
+        if not torch.isfinite(logits_C).any():
+            return None
     return probs(Law(warpers=law.warpers, greedy=law.greedy), [()], logits_C[None])[0]

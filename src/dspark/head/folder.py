@@ -135,7 +135,7 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
         values["markov_head_type"] = values["markov_head_type"] or "vanilla"
     missing = [key for key, value in values.items() if value is None]
     if missing:
-        raise HeadError(f"{folder}/config.json lacks {', '.join(missing)}", "is this a DSpark head? convert others with `dspark convert`")
+        raise HeadError(f"{folder}/config.json lacks {', '.join(missing)}", "is this a DSpark head?")
     if values["markov_head_type"] not in SEQUENTIAL_HEADS:
         raise HeadError(f"unknown markov_head_type {values['markov_head_type']!r}; known: {', '.join(SEQUENTIAL_HEADS)}")
     if not isinstance(values["target_layer_ids"], list):

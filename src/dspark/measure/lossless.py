@@ -100,12 +100,13 @@ def round_law(target: Target, head: Head | None, ids: list[int], drafter: str, n
     engine.start()
     engine.commit(target.prefill(state, ids[:-1]))
     p = probs(law, [()], target.score(state, ids[-1:]).logits_TV.double())[0]
-    worst, drawn_ok = 0.0, True
+    worst, drawn_ok, num_drawn = 0.0, True, 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(num_drafts):
         draft = engine.draft(ids, engine.block_size, law, generator)
         if not draft.tokens:
             continue
+        num_drawn += 1
         q = draft.probs_KV[0].double()
         drawn_ok &= bool(q[draft.tokens[0]] > 0) and abs(q.sum().item() - 1) < 1e-5
         q = q / q.sum()
@@ -114,7 +115,11 @@ def round_law(target: Target, head: Head | None, ids: list[int], drafter: str, n
             kept[token] = q[token] * acceptance(p, q, token)
         out = kept + (1 - kept.sum()) * residual(p, q)
         worst = max(worst, (out - p).abs().max().item())
-    return Check(f"law of a round at T=1 ({drafter})", drawn_ok and worst < 1e-12, f"largest error {worst:.1e} over {num_drafts} drafts")
+    return Check(
+        f"law of a round at T=1 ({drafter})",
+        drawn_ok and worst < 1e-12,
+        f"largest error {worst:.1e} over {num_drawn} drafts" if num_drawn else "nothing was drafted, nothing to check",
+    )
 
 
 def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:

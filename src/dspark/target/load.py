@@ -32,16 +32,22 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu") -
         raise TargetError(f"no folder {name}", "give a folder written by `save_pretrained`, a hub id, or smollm2-135m")
     where = Path(where).expanduser() if os.path.isdir(os.path.expanduser(where)) else where
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError) as error:
+        model: Any
+        model, loading = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], output_loading_info=True)
+        model.to(device)
+    except Exception as error:  # a dozen kinds for what is one thing to the user: these files do not make a model here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TargetError(
-            f"cannot load target {name!r}: {first}",
+            f"cannot load target {str(name)!r} on {device}: {first}",
             "give a folder written by `save_pretrained`, a hub id of a causal language model, or smollm2-135m",
         ) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise TargetError(
+            f"{name} lacks {len(missing)} of the model's tensors, {missing[0]} among them", "restore the folder; it is not a whole model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError):
         tokenizer = None  # token ids still work; asking for text says so
-    model.to(device)
     return Target(model, tokenizer, name=str(name))

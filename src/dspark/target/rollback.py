@@ -13,6 +13,18 @@ from dspark.errors import TargetError
 EXACT_CROP = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
+# These choose the rotation of all rows by the largest position in a pass, so that a drafted row that is
+# rejected later would already have changed the ones that are kept.
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def rope_types(config) -> set[str]:
+    """The rotary variants of a text config, which has one, or one a layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    settings = [rope, *(r for r in rope.values() if isinstance(r, dict))]
+    return {str(r["rope_type"]) for r in settings if "rope_type" in r}
+
+
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache whose sliding layers keep what a rejection must bring back."""
     cache = DynamicCache(config=model.config)
@@ -43,6 +55,11 @@ def refuse_unless_exact(model: PreTrainedModel) -> None:
         raise TargetError(f"{name} keeps a recurrent state that cannot be rolled back exactly", hint)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise TargetError(f"{name} keeps no cache of earlier tokens", hint)
+    moving = rope_types(model.config.get_text_config()) & LENGTH_DEPENDENT_ROPE
+    if moving:
+        raise TargetError(
+            f"{name} rotates keys by the length of the text ({', '.join(sorted(moving))} rope): rows cannot be rolled back", hint
+        )
     foreign = sorted({type(layer).__name__ for layer in new_cache(model).layers if type(layer) not in EXACT_CROP})
     if foreign:
         raise TargetError(f"{name} uses cache layers that cannot be rolled back exactly: {', '.join(foreign)}", hint)

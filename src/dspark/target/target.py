@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark.errors import LogitsError, PromptError, TargetError
@@ -154,8 +155,11 @@ class Target:
                 raise PromptError("a chat needs a chat template, and none applies here", "give `prompt` instead of `messages`")
             return self.tokenizer(messages).input_ids
         chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(text, add_special_tokens=False).input_ids
+        except (TemplateError, TypeError, ValueError) as error:
+            raise PromptError(f"the chat template or tokenizer cannot take this chat: {error}") from error
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:

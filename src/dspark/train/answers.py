@@ -4,10 +4,12 @@ Both stages append to a JSON-lines file batch by batch, so a killed run resumes 
 was in; batch i draws with seed + i, so a resumed run writes what an unbroken one would have."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dspark.errors import PromptError
 from dspark.target.target import Target
 from dspark.train.openers import all_openers
 from dspark.train.sample import sample_batch
@@ -91,12 +93,36 @@ def resumable(jobs: Sequence, run: Callable, seed: int, path: Path, progress: Ca
 
 
 def read_records(path: Path) -> list[dict]:
-    """Complete lines of a records file; an unfinished last line is left out."""
+    """Complete lines of our own records file; a last line that a kill left unfinished is left out."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def read_answers(path: Path, vocab_size: int, max_context: int) -> list[dict]:
+    """Answers that a user brings. Raises `PromptError` naming the line that cannot be used."""
+    hint = 'a line is {"prompt_ids": [...], "answer_ids": [...], "temperature": T}, as `dspark train --only-answers` writes it'
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            ids = [*record["prompt_ids"], *record["answer_ids"]]
+            usable = record["prompt_ids"] and len(ids) <= max_context and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids)
+            records.append({"prompt_ids": record["prompt_ids"], "answer_ids": record["answer_ids"],
+                            "temperature": float(record.get("temperature", 1.0)), "kind": str(record.get("kind", "user"))})  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:
+            raise PromptError(f"{path}, line {number}: not a record of an answer ({error})", hint) from error
+        if not usable:
+            raise PromptError(
+                f"{path}, line {number}: token ids do not fit a vocabulary of {vocab_size} and a context of {max_context}", hint
+            )
+    return records
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    """Written beside and renamed: a kill at this moment loses nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    os.replace(partial, path)

@@ -26,7 +26,7 @@ def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence
     passes = min(visits, num_answers) * (config.max_answer_tokens + 80)
     features = passes * 2 * weights / rate
     D = target.hidden_size
-    width = shape.get("intermediate_size") or target.text_config.intermediate_size
+    width = shape.get("intermediate_size") or getattr(target.text_config, "intermediate_size", None) or 4 * D
     layer = 4 * D * D + 3 * D * width
     draft_vocabulary = shape.get("draft_vocab_size") or target.vocab_size
     block_rows = visits * config.anchors_per_sequence * shape.get("block_size", 5)

@@ -1,5 +1,6 @@
 """`dspark train`: prompts, answers, features, steps, held-out rounds, a saved head. Every stage resumes."""
 
+import hashlib
 import json
 import platform
 import sys
@@ -19,7 +20,7 @@ from dspark.head.folder import load_head, save_head
 from dspark.head.head import Head
 from dspark.prompts import Prompt
 from dspark.target.target import Target
-from dspark.train.answers import answer_prompts, invent_prompts, read_records
+from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
 from dspark.train.card import write_card
 from dspark.train.estimate import estimate
 from dspark.train.features import FeatureStore
@@ -74,10 +75,11 @@ def train(
     work = out / "work"
     if target.tokenizer is None and not answers:
         raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
-    begin_or_resume(out, work, config, shape, resume)
+    check_shape(target, config, shape)
+    begin_or_resume(out, work, settings(target, config, shape, prompts, answers), resume)
     bar = Bar()
     say(estimate(target, config, shape, prompts, answers))
-    records = [record for path in answers for record in read_records(path)]
+    records = [record for path in answers for record in read_answers(path, target.vocab_size, target.max_context)]
     if not answers:
         given = [
             {"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()
@@ -85,7 +87,7 @@ def train(
         invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar)
         everything = interleave(given, invented)
         records = answer_prompts(target, everything, config.max_answer_tokens, config.seed * 100_000 + 50_000, work / "answers.jsonl", bar)
-    records = [r for r in records if len(r["answer_ids"]) >= 8]
+    records = held_out_first([r for r in records if len(r["answer_ids"]) >= 8], config.held_out, config.seed)
     if len(records) <= config.held_out:
         raise SettingError(
             f"{len(records)} usable answers leave nothing to train on beside {config.held_out} held out",
@@ -125,10 +127,32 @@ def train(
     return provenance
 
 
-def begin_or_resume(out: Path, work: Path, config: TrainConfig, shape: dict, resume: bool) -> None:
+def settings(target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path]) -> str:
+    """Everything that decides what a run computes, as text: a resumed run must have the same."""
+    weights = target.model.get_output_embeddings().weight
+    described = {
+        "train": asdict(config),
+        "shape": shape,
+        "target": [
+            target.name,
+            str(weights.dtype),
+            list(weights.shape),
+            hashlib.sha256(weights[:64].float().cpu().numpy().tobytes()).hexdigest(),
+        ],
+        "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest(),
+        "answers": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in answers],
+    }
+    return json.dumps(described, sort_keys=True, default=str)
+
+
+def begin_or_resume(out: Path, work: Path, described: str, resume: bool) -> None:
     """One folder, one set of settings: a resumed run with others would be neither."""
-    described = json.dumps({"train": asdict(config), "shape": shape}, sort_keys=True, default=str)
     label = work / "settings.json"
+    taken = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
+    if taken and not label.exists():
+        raise SettingError(f"{out} holds {', '.join(taken)} already; nothing was overwritten", "choose another --out")
+    if resume and not label.exists():
+        raise SettingError(f"there is no training run to resume in {out}", "start one without --resume, or check --out")
     if label.exists():
         if not resume:
             raise SettingError(f"{out} holds an unfinished or finished training run", "continue it with --resume, or choose another --out")
@@ -140,6 +164,30 @@ def begin_or_resume(out: Path, work: Path, config: TrainConfig, shape: dict, res
         label.write_text(described)
     except OSError as error:
         raise HeadError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
+
+
+def held_out_first(records: Sequence[dict], num_held_out: int, seed: int) -> list[dict]:
+    """The records in a seeded order, so that the first ones, which are never trained on, are a fair sample;
+    what shares a prompt with one of those is left out."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = [records[i] for i in order[:num_held_out]]
+    prompts = {tuple(record["prompt_ids"]) for record in held_out}
+    return held_out + [records[i] for i in order[num_held_out:] if tuple(records[i]["prompt_ids"]) not in prompts]
+
+
+def check_shape(target: Target, config: TrainConfig, shape: dict) -> None:
+    """Raise `SettingError` before any work is done for what could only fail after it."""
+    heads, kv_heads = target.text_config.num_attention_heads, shape.get("num_key_value_heads")
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise SettingError(f"{kv_heads} key heads do not divide the target's {heads} heads")
+    if shape.get("num_hidden_layers", 2) > target.num_layers:
+        raise SettingError(f"{shape['num_hidden_layers']} draft layers are more than the target's {target.num_layers}")
+    taps = shape.get("target_layer_ids") or []
+    if any(not -1 <= tap < target.num_layers for tap in taps) or sorted(set(taps)) != list(taps):
+        raise SettingError(f"taps {taps} are not ascending layers of a target with {target.num_layers}")
+    for name in ("learning_rate", "muon_learning_rate"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise SettingError(f"{name} is {getattr(config, name)}", "use a positive number")
 
 
 def interleave(first: Sequence, second: Sequence) -> list:
@@ -168,8 +216,8 @@ def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[
         num_attention_heads=heads,
         num_key_value_heads=shape.get("num_key_value_heads") or heads,
         head_dim=getattr(text, "head_dim", None) or target.hidden_size // heads,
-        intermediate_size=shape.get("intermediate_size") or text.intermediate_size,
-        rms_norm_eps=text.rms_norm_eps,
+        intermediate_size=shape.get("intermediate_size") or getattr(text, "intermediate_size", None) or 4 * target.hidden_size,
+        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta(text),
         vocab_size=vocab_size,
         draft_vocab_size=len(draft_ids),
@@ -245,8 +293,11 @@ def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Ba
     for temperature in (0.0, 1.0):
         tokens = rounds = 0
         for i, record in enumerate(chosen):
-            result = generate(target, head, record["prompt_ids"], max_new_tokens, temperature=temperature, seed=i)
+            room = min(max_new_tokens, target.max_context - len(record["prompt_ids"]))
+            if room < 1:
+                continue
+            result = generate(target, head, record["prompt_ids"], room, temperature=temperature, seed=i)
             tokens, rounds = tokens + result.num_tokens, rounds + result.rounds
             bar(f"held-out rounds, T={temperature:.0f}", i + 1, len(chosen))
-        report[f"tau_t{temperature:.0f}"] = round(tokens / rounds, 3)
+        report[f"tau_t{temperature:.0f}"] = round(tokens / max(1, rounds), 3)
     return report | {"prompts": len(chosen), "max_new_tokens": max_new_tokens}
