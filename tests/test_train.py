@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dspark.config import TrainConfig
 from dspark.core.sampling import Law
@@ -20,7 +21,6 @@ from dspark.train.features import FeatureStore
 from dspark.train.loss import losses
 from dspark.train.run import held_out_first, interleave, train
 from dspark.train.sample import sample_batch
-from safetensors.torch import load_file, save_file
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model
 
