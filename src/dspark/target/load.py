@@ -32,8 +32,8 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu") -
         raise TargetError(f"no folder {name}", "give a folder written by `save_pretrained`, a hub id, or smollm2-135m")
     where = Path(where).expanduser() if os.path.isdir(os.path.expanduser(where)) else where
     try:
-        model: Any
-        model, loading = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], output_loading_info=True)
+        model, loading = loaded
         model.to(device)
     except Exception as error:  # a dozen kinds for what is one thing to the user: these files do not make a model here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
