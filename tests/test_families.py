@@ -234,7 +234,7 @@ UNFIT = {
         "BertForMaskedLM",
         "BertConfig",
         {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        "layers",
+        "cache",
     ),
     # GPT-1 keeps no keys and values at all: every pass would start from nothing.
     "openai_gpt": (
