@@ -129,7 +129,7 @@ def train(
 
 def settings(target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path]) -> str:
     """Everything that decides what a run computes, as text: a resumed run must have the same."""
-    weights = target.model.get_output_embeddings().weight
+    weights = target.model.get_output_embeddings().weight.detach()
     described = {
         "train": asdict(config),
         "shape": shape,
