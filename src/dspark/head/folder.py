@@ -43,7 +43,8 @@ def vocabulary_hash(target: Target) -> str | None:
 def config_json(head: Head, target: Target) -> dict:
     """DeepSpec's config.json: the target's own, then the head's keys over it."""
     config = target.text_config.to_dict()
-    config.pop("quantization_config", None)
+    for key in ("quantization_config", "_name_or_path"):  # neither describes the head; the second is a path of this machine
+        config.pop(key, None)
     own = {key: getattr(head.config, key) for key in OWN_KEYS if key not in IN_SECTION}
     config |= own | {
         "architectures": ["Qwen3DSparkModel"],
