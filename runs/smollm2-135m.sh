@@ -15,7 +15,7 @@ mkdir -p "$out"
 
 sample() { # directory, seed, more options
     local dir=$1 seed=$2; shift 2
-    local resume=; [ -e "$dir/work/settings.json" ] && resume=--resume
+    local resume=; [ -e "$dir/progress/settings.json" ] && resume=--resume
     dspark train smollm2-135m --out "$dir" --only-answers --threads 1 --seed "$seed" $resume "$@"
 }
 sample "$out/invented" 1 --num-prompts 3200 &
@@ -26,7 +26,7 @@ wait
 python3 - "$out" <<'PY'
 import json, pathlib, random, sys
 out = pathlib.Path(sys.argv[1])
-records = [json.loads(line) for file in sorted(out.glob("*/work/answers.jsonl")) for line in file.open()]
+records = [json.loads(line) for file in sorted(out.glob("*/progress/answers.jsonl")) for line in file.open()]
 random.Random(2).shuffle(records)
 kept, limits = [], {"math": 800, "chat": 600, "free": 200}
 for record in records:
@@ -37,6 +37,6 @@ random.Random(3).shuffle(kept)
 (out / "answers.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 PY
 
-resume=; [ -e "$out/head/work/settings.json" ] && resume=--resume
+resume=; [ -e "$out/head/progress/settings.json" ] && resume=--resume
 dspark train smollm2-135m --out "$out/head" --answers "$out/answers.jsonl" --threads 2 \
     --loss distil --lr 1.5e-3 --steps 1400 --draft-vocab 8192 --block-size 5 --layers 2 --rank 96 --cache-gb 6 $resume

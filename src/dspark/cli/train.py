@@ -18,7 +18,7 @@ DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, dtype="bfloat16")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the head's folder; work in progress lies in DIR/work")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the head's folder; work in progress lies in DIR/progress")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
     data = parser.add_argument_group("data")
     data.add_argument("--prompts", metavar="FILE.jsonl", help="your own prompts, mixed with those the target invents")
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--answers", action="append", default=[], metavar="FILE", help="answers sampled earlier, used as they are; may be given again"
     )
-    data.add_argument("--only-answers", action="store_true", help="stop when the answers are sampled (DIR/work/answers.jsonl)")
+    data.add_argument("--only-answers", action="store_true", help="stop when the answers are sampled (DIR/progress/answers.jsonl)")
     data.add_argument(
         "--max-answer-tokens", type=int, default=DEFAULTS["max_answer_tokens"], metavar="N", help="longest answer (default %(default)s)"
     )
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
         target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command
     )
     if options.only_answers:
-        print(f"{report['answers']} answers in {options.out}/work/answers.jsonl")
+        print(f"{report['answers']} answers in {options.out}/progress/answers.jsonl")
     elif options.json:
         print(json.dumps(report))
     else:

@@ -72,7 +72,7 @@ def train(
     Prompts given by the user are mixed with `config.num_prompts` that the target invents;
     `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
     `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten."""
-    work = out / "work"
+    work = out / "progress"
     if target.tokenizer is None and not answers:
         raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
     check_shape(target, config, shape)
