@@ -78,6 +78,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["inspect", "/nowhere"], "no head at /nowhere"),
         (["train", "{target}", "--out", "{new}", "--steps", "0"], "--steps is 0"),
         (["train", "{target}", "--out", "{new}", "--taps", "a,b"], "--taps is 'a,b'"),
+        (["train", "{target}", "--out", "{new}", "--answers", "{prompts}", "--prompts", "{prompts}"], "cannot take effect"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain,warp", "--head", "none"], "unknown mode 'warp'"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "mode dspark needs a head"),
     ],

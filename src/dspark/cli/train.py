@@ -104,6 +104,10 @@ def run(options: argparse.Namespace) -> int:
         taps = [int(i) for i in options.taps.split(",")] if options.taps else None
     except ValueError as error:
         raise SettingError(f"--taps is {options.taps!r}", "give layer numbers with commas, like 1,8,15,22,29") from error
+    if options.answers and (options.prompts or options.only_answers):
+        raise SettingError(
+            "--answers brings finished answers; --prompts and --only-answers cannot take effect beside it", "leave one of them out"
+        )
     prompts = read_prompts(options.prompts) if options.prompts else None
     missing = [path for path in options.answers if not Path(path).is_file()]
     if missing:
