@@ -9,9 +9,10 @@ import transformers
 from dspark.drafters import NoDrafter, PromptLookup
 from dspark.errors import TargetError
 from dspark.generation import generate
+from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
 from oracle import Oracle, plain_greedy
-from tiny import FAMILIES, SHAPE, tiny_head, tiny_model
+from tiny import FAMILIES, NATIVE_SHAPE, SHAPE, tiny_head, tiny_model
 
 GAMMA = 5
 # Longer than the tiny models' window of 8, so that sliding layers have dropped tokens already.
@@ -31,9 +32,17 @@ ROUNDING = 3e-5
 TIE = 1e-4
 
 
+# Every exactness test also runs on the native runtime, where it takes the family.
+NATIVE = ("llama/native", "qwen2/native", "qwen3/native")
+CASES = (*FAMILIES, *NATIVE)
+
+
 @cache
 def target_of(family: str, seed: int = 0) -> Target:
-    return Target(tiny_model(family, seed))
+    if family not in NATIVE:
+        return Target(tiny_model(family, seed))
+    model = tiny_model(family.removesuffix("/native"), seed, **NATIVE_SHAPE)
+    return Target(model, runtime=NativeRuntime(model))
 
 
 @cache
@@ -75,7 +84,7 @@ def assert_same_tokens(target: Target, prompt: list[int], found: list[int], expe
 
 
 @pytest.mark.parametrize("num_prompt", [*range(1, GAMMA + 3), BEYOND_WINDOW])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_rollback_equals_plain_decoding_of_the_accepted_tokens(family, num_prompt):
     target = target_of(family)
     target.tap(range(target.num_layers))
@@ -88,12 +97,13 @@ def test_rollback_equals_plain_decoding_of_the_accepted_tokens(family, num_promp
         scored = target.score(state, [prompt[-1], *drafted])
         assert_same_logits(scored.logits_TV[: num_accepted + 1], expected[num_prompt - 1 : num_prompt + num_accepted])
         target.rollback(state, GAMMA - num_accepted)
-        assert state.num_tokens == state.cache.get_seq_length() == num_prompt + num_accepted
+        assert state.num_tokens == num_prompt + num_accepted
+        assert family in NATIVE or state.cache.get_seq_length() == state.num_tokens
         assert_same_logits(target.score(state, following).logits_TV, expected[-len(following) :])
     target.untap()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_rounds_in_a_row_with_every_accepted_count_leave_the_plain_state(family):
     target = target_of(family)
     rounds = [(num_accepted, random_ids(GAMMA + 1, num_accepted)) for num_accepted in (0, 5, 1, 4, 2, 3, 0, 0, 5, 5)]
@@ -107,7 +117,7 @@ def test_rounds_in_a_row_with_every_accepted_count_leave_the_plain_state(family)
     assert state.num_tokens == len(expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_one_rejected_token_left_behind_would_be_seen(family):
     target = target_of(family)
     prompt, drafted, following = random_ids(BEYOND_WINDOW, 1), random_ids(GAMMA, 2), random_ids(3, 3)
@@ -119,7 +129,7 @@ def test_one_rejected_token_left_behind_would_be_seen(family):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 64])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "llama/native"])
 def test_prefill_in_passes_of_any_size_gives_the_same_state(family, rows, monkeypatch):
     monkeypatch.setattr("dspark.target.target.PREFILL_ROWS", rows)
     target = target_of(family)
@@ -136,7 +146,12 @@ def drafted(family: str, seed: int, prompt: str, drafter: str, gamma: int) -> li
     target = target_of(family, seed)
     if drafter in HEADS:
         kind, rank = HEADS[drafter]
-        return generate(target, tiny_head(target, kind, rank, block_size=gamma, seed=seed), PROMPTS[prompt], NUM_NEW).token_ids
+        return generate(
+            target,
+            tiny_head(target, kind, rank, block_size=gamma, seed=seed, head_dim=16 if family in NATIVE else 8),
+            PROMPTS[prompt],
+            NUM_NEW,
+        ).token_ids
     chosen = PromptLookup(target.vocab_size, gamma) if drafter == "lookup" else NoDrafter()
     return generate(target, None, PROMPTS[prompt], NUM_NEW, drafter=chosen).token_ids
 
@@ -147,7 +162,7 @@ def assert_drafted_equals_plain(family: str, seed: int, prompt: str, drafter: st
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_greedy_tokens_equal_transformers(family, drafter):
     for gamma in (1, 4, 8):
         for prompt in ("one token", "repeating"):
@@ -156,7 +171,7 @@ def test_greedy_tokens_equal_transformers(family, drafter):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_greedy_tokens_equal_transformers_in_full(family, drafter):
     for prompt in PROMPTS:
         for gamma in GAMMAS:
@@ -164,7 +179,7 @@ def test_greedy_tokens_equal_transformers_in_full(family, drafter):
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_accepted_counts_are_as_planned_and_tokens_stay_the_same(family, gamma):
     target = target_of(family)
     num_new = (gamma + 1) * (gamma + 2) // 2 + 3

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspark.core.decode import judge_by_law, judge_fast
 from dspark.core.planner import fixed, threshold
-from dspark.core.sampling import Law, draw, probs
-from dspark.core.verifier import Draft, Verdict, acceptance, residual, verify
+from dspark.core.sampling import Law, Streams, draw, probs
+from dspark.core.verifier import Draft, FewTokens, Verdict, acceptance, residual, verify
+from dspark.errors import LogitsError
 from dspark.generation import make_law
 
 VOCABULARY = 5
@@ -355,3 +357,28 @@ def test_enumeration_rejects_the_draft_law_of_another_row():
     anchor_row = case.q(PROMPT)
     assert bias(case, fixed, 2, acceptance=lambda p, q, x: acceptance(p, anchor_row, x)) > 1e-3
     assert bias(case, fixed, 2, residual=lambda p, q: residual(p, anchor_row)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["greedy", "greedy with a processor", "T=1"])
+def test_the_fast_judge_says_what_the_reference_says(name):
+    halve_first = lambda ids, logits: logits / torch.tensor([2.0, *[1.0] * (VOCABULARY - 1)])  # noqa: E731
+    law = {"greedy": Law(greedy=True), "greedy with a processor": Law((halve_first,), greedy=True), "T=1": Law()}[name]
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for trial in range(200):
+        logits = torch.randint(-2, 3, (4, VOCABULARY), generator=generator).float()  # ties among the best, too
+        tokens = torch.randint(VOCABULARY, (3,), generator=generator).tolist()
+        if trial % 2:
+            tokens = logits.argmax(-1).tolist()[:3]
+        draft = Draft(tokens, FewTokens(torch.tensor(tokens)[:, None], torch.ones(3, 1), VOCABULARY))
+        verdict = judge_by_law(law, [0], draft, 3, logits, Streams(trial))
+        assert judge_fast(law, [0], draft, 3, logits, Streams(trial)) == verdict
+        seen.add(verdict.num_accepted)
+    assert seen == {0, 1, 2, 3}
+    with pytest.raises(LogitsError):
+        judge_fast(law, [0], Draft([], torch.empty(0, 0)), 0, torch.full((1, VOCABULARY), float("nan")), Streams(0))
+
+
+def test_laws_of_few_tokens_are_dense_rows():
+    law = FewTokens(torch.tensor([[3, 1], [0, 4]]), torch.tensor([[0.25, 0.75], [1.0, 0.0]]), VOCABULARY)
+    assert [law[k].tolist() for k in range(len(law))] == [[0, 0.75, 0, 0.25, 0], [1, 0, 0, 0, 0]]

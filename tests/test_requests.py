@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import NoRepeatNGramLogitsProcessor
 
+from dspark.drafters import PromptLookup
 from dspark.errors import LogitsError, PromptError, SettingError, TargetError
 from dspark.generation import generate, make_law, stream
 from dspark.prompts import Prompt, read_prompts
@@ -326,3 +327,24 @@ def test_two_streams_in_turn_do_not_disturb_each_other():
         for i, rounds in enumerate(streams):
             texts[i] += next(rounds).tokens if len(texts[i]) < 16 else []
     assert texts == [expected, expected]
+
+
+def test_prompt_lookup_follows_the_latest_occurrence_of_the_longest_ending():
+    def scan(ids, limit):
+        for size in range(min(4, len(ids) - 1), 1, -1):
+            for start in range(len(ids) - size - 1, -1, -1):
+                if ids[start : start + size] == ids[-size:]:
+                    return ids[start + size : start + size + limit]
+        return []
+
+    generator = torch.Generator().manual_seed(0)
+    drafter, found = PromptLookup(3), 0
+    for _ in range(5):
+        drafter.start()
+        ids = torch.randint(3, (2,), generator=generator).tolist()
+        while len(ids) < 60:
+            ids += torch.randint(3, (int(torch.randint(1, 4, (1,), generator=generator)),), generator=generator).tolist()
+            drafted = drafter.draft(ids, 5, None, None).tokens
+            assert drafted == scan(ids, 5)
+            found += bool(drafted)
+    assert found > 50

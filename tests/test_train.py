@@ -18,7 +18,7 @@ from dspark.train import trainer
 from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
 from dspark.train.batch import make_batch
 from dspark.train.features import FeatureStore
-from dspark.train.loss import losses
+from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
 from dspark.train.sample import sample_batch
 from saved import save_tiny_target
@@ -59,7 +59,7 @@ def test_a_packed_block_equals_the_served_one(target, store, kind):
     S = batch.features_NSMD.shape[1]
     context_kv = head.context_kv(batch.features_NSMD.float(), torch.arange(S)[None])
     anchors = target.embed(batch.previous_NAG[:, :, 0])
-    packed = head.hidden(anchors, batch.anchors_NA, context_kv, batch.mask)
+    packed = head.hidden(anchors, batch.anchors_NA, context_kv, batch.visible_NAS)
     for a, position in enumerate(batch.anchors_NA[0].tolist()):
         served = head.hidden(
             anchors[:, a : a + 1],
@@ -76,7 +76,7 @@ def test_teacher_forced_logits_equal_the_drafters_law(target, kind):
     ids = [5, 9, 17, 3, 44, 80]
     drafter.commit(target.prefill(target.start(), ids[:-1]))
     draft = drafter.draft(ids, 4, Law(), torch.Generator().manual_seed(0))
-    h = head.hidden(target.embed(torch.tensor([[ids[-1]]])), torch.tensor([[5]]), drafter._context(h_like(head)))
+    h = head.hidden(target.embed(torch.tensor([[ids[-1]]])), torch.tensor([[5]]), drafter.context._context(h_like(head)))
     logits, confidence = head(h, torch.tensor([[[ids[-1], *draft.tokens[:-1]]]]))
     for k in range(4):
         inside = draft.probs_KV[k] > 0
@@ -105,7 +105,21 @@ def test_loss_of_a_perfect_draft_is_small(target, store):
     uniform = losses(torch.zeros(1, 4, 3, 128), None, batch, index, config)
     tail = 1 - batch.teacher_probs_NAGP.sum(-1)[batch.valid_NAG]
     assert perfect.total.item() <= 2 * tail.max().item() + 1e-3 < uniform.total.item()
-    assert bool(perfect.agree_NAG[batch.valid_NAG].all())
+    assert torch.equal(greedy_agreement(probs, batch, index), batch.valid_NAG)
+
+
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_log_softmax_at_is_log_softmax_with_its_gradient(rows):
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, 2, 50, generator=generator, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(50, (rows, 2, 7), generator=generator)  # some columns twice
+    weight = torch.randn(rows, 2, 7, generator=generator)
+    expected = logits.log_softmax(-1).gather(-1, index)
+    (wanted,) = torch.autograd.grad((expected * weight).sum(), logits)
+    found = log_softmax_at(logits, index)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), logits)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_cache_is_bounded_and_does_not_change_samples(target, tmp_path):

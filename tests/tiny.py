@@ -37,6 +37,8 @@ FAMILIES = {
     "gpt_oss": ("GptOss", SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN}),
     "glm4_moe": ("Glm4Moe", MOE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}),
 }
+# Sizes that the native runtime takes: all multiples of 16.
+NATIVE_SHAPE = {"head_dim": 16}
 # Standard deviation of every weight matrix: gives logits a spread of about 2.
 SPREAD = 0.35
 CONFIG_NAMES = {"gemma3": "Gemma3TextConfig"}
@@ -67,6 +69,7 @@ def tiny_head(
     layers: int = 2,
     draft_vocab: int | None = None,
     seed: int = 0,
+    head_dim: int = 8,
 ) -> Head:
     """A random head for this target; rank 0 is DFlash, `draft_vocab` keeps every n-th id only."""
     num_draft = draft_vocab or target.vocab_size
@@ -75,7 +78,7 @@ def tiny_head(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         intermediate_size=64,
         rms_norm_eps=1e-6,
         rope_theta=10000.0,

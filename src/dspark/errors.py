@@ -31,3 +31,7 @@ class SettingError(UserError):
 
 class LogitsError(UserError):
     """The target produced logits that define no distribution (NaN, or every token masked)."""
+
+
+class RuntimeUnavailable(UserError):
+    """A faster runtime cannot run this model on this machine; eager decoding can."""

@@ -15,6 +15,7 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
     parser.add_argument("target", metavar="TARGET", help="folder, hub id, or smollm2-135m (the demo target)")
     parser.add_argument("--dtype", default=dtype, help=f"precision of the target: float32 or bfloat16 (default {dtype})")
     parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
+    parser.add_argument("--runtime", default="auto", help="auto, native or eager (default auto: native where it runs the model)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
 
 
@@ -52,7 +53,7 @@ def open_target(options: argparse.Namespace):
     set_threads(options)
     from dspark.target.load import load_target
 
-    return load_target(options.target, dtype=options.dtype, device=options.device)
+    return load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime)
 
 
 def open_head(options: argparse.Namespace, target):

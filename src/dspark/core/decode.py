@@ -1,6 +1,7 @@
-"""The slow reference loop: draft, plan, score, verify, commit. Every fast path must equal it.
+"""The decoding loop: draft, plan, score, verify, commit.
 
-It knows the target and the drafter by what they do only, so the tests run it on tables."""
+It knows the target and the drafter by what they do only, so the tests run it on tables. `judge_by_law` is
+the reference; `judge_fast` skips what cannot matter, and must say the same."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from dspark.core.planner import Plan, fixed
-from dspark.core.sampling import Law, Streams, probs
-from dspark.core.verifier import Draft, verify
+from dspark.core.sampling import Law, Streams, best, probs
+from dspark.core.verifier import Draft, Verdict, verify, verify_greedy
 
 
 class Scorer(Protocol):
@@ -43,6 +44,10 @@ class Round:
     num_accepted: int
 
 
+# (law, ids, draft, num_planned, logits_TV, streams) -> what stands, and the token after it
+Judge = Callable[[Law, list[int], Draft, int, torch.Tensor, Streams], Verdict]
+
+
 def decode(
     target: Scorer,
     drafter: Drafter,
@@ -52,12 +57,14 @@ def decode(
     max_new_tokens: int,
     stop: Callable[[list[int]], bool] = lambda new_ids: False,
     plan: Plan = fixed,
+    judge: Judge | None = None,
 ) -> Iterator[Round]:
     """Yield rounds until `max_new_tokens` or until `stop(new_ids)` says that the last token ends the text.
 
     The last prompt token is the first anchor, so that every new token comes from a round. The
     new tokens have exactly the law of sampling the target one by one (T = 0: are the same)."""
     ids, num_prompt = list(prompt_ids), len(prompt_ids)
+    judge = judge or judge_fast
     state = target.start()
     drafter.start()
     drafter.commit(target.prefill(state, ids[:-1]))
@@ -69,9 +76,7 @@ def decode(
         limit = min(limit, len(draft.tokens))
         num_planned = plan(draft.confidences or [1.0] * limit, limit)
         scored = target.score(state, [ids[-1], *draft.tokens[:num_planned]])
-        target_probs = row_laws(law, ids, draft.tokens[:num_planned], scored.logits_TV)
-        accept = Streams.uniforms(streams.accept, num_planned)
-        verdict = verify(target_probs, draft, accept, *Streams.uniforms(streams.recover, 1))
+        verdict = judge(law, ids, draft, num_planned, scored.logits_TV, streams)
         target.rollback(state, num_planned - verdict.num_accepted)
         drafter.commit(scored.features_TMD[: verdict.num_accepted + 1])
         new = []
@@ -82,6 +87,20 @@ def decode(
             if finished:
                 break
         yield Round(new, len(draft.tokens), num_planned, verdict.num_accepted)
+
+
+def judge_by_law(law: Law, ids: list[int], draft: Draft, num_planned: int, logits_TV: torch.Tensor, streams: Streams) -> Verdict:
+    """What stands of the first `num_planned` drafted tokens after `ids`, given the target's logits over them. The reference."""
+    target_probs = row_laws(law, ids, draft.tokens[:num_planned], logits_TV)
+    accept = Streams.uniforms(streams.accept, num_planned)
+    return verify(target_probs, draft, accept, *Streams.uniforms(streams.recover, 1))
+
+
+def judge_fast(law: Law, ids: list[int], draft: Draft, num_planned: int, logits_TV: torch.Tensor, streams: Streams) -> Verdict:
+    """The verdict of `judge_by_law`; where the law is a plain argmax, without forming it."""
+    if law.greedy and not law.processors:
+        return verify_greedy(best(logits_TV), draft.tokens[:num_planned])
+    return judge_by_law(law, ids, draft, num_planned, logits_TV, streams)
 
 
 def row_laws(law: Law, ids: list[int], drafted: list[int], logits_TV: torch.Tensor) -> torch.Tensor:

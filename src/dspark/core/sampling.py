@@ -48,6 +48,12 @@ def probs(law: Law, prefixes: Sequence[Sequence[int]], logits_TV: torch.Tensor) 
     return logits_TV.softmax(-1)
 
 
+def best(logits_TV: torch.Tensor) -> list[int]:
+    """Each row's best token, the first of equals, as the one-hot law of `probs` has it."""
+    refuse_empty(logits_TV)
+    return logits_TV.argmax(-1).tolist()
+
+
 def apply(processors: Sequence[Processor], ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     for process in processors:
         logits = process(ids, logits)
@@ -55,8 +61,7 @@ def apply(processors: Sequence[Processor], ids: torch.Tensor, logits: torch.Tens
 
 
 def refuse_empty(logits_TV: torch.Tensor) -> None:
-    best = logits_TV.amax(-1)
-    if not torch.isfinite(best).all():
+    if not torch.isfinite(logits_TV.amax(-1)).all():
         raise LogitsError("no token is possible under these logits and sampling settings (NaN, or every token masked)")
 
 

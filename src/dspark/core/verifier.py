@@ -13,12 +13,29 @@ from dspark.core.sampling import draw
 
 
 @dataclass(frozen=True)
+class FewTokens:
+    """Laws over a vocabulary of V tokens that give weight to C of them a row, as dense rows [V] when asked for.
+
+    A draft chooses among few tokens; most of its rows are never read, and greedy decoding reads none."""
+
+    ids_KC: torch.Tensor
+    probs_KC: torch.Tensor
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.ids_KC)
+
+    def __getitem__(self, k: int) -> torch.Tensor:
+        return self.probs_KC.new_zeros(self.vocab_size).scatter_(0, self.ids_KC[k], self.probs_KC[k])
+
+
+@dataclass(frozen=True)
 class Draft:
-    """Proposed tokens with the law each was drawn from, `probs_KV`, and its estimated chance of
+    """Proposed tokens with the law each was drawn from, `probs_KV` (rows [V]), and its estimated chance of
     acceptance given that all before it were accepted (None: the drafter has no opinion)."""
 
     tokens: list[int]
-    probs_KV: torch.Tensor
+    probs_KV: torch.Tensor | FewTokens
     confidences: list[float] | None = None
 
 
@@ -55,3 +72,11 @@ def verify(target_probs_KV: torch.Tensor, draft: Draft, uniforms: Sequence[float
         if uniforms[k] >= acceptance(target_probs_KV[k], draft.probs_KV[k], draft.tokens[k]):
             return Verdict(k, draw(residual(target_probs_KV[k], draft.probs_KV[k]), recover))
     return Verdict(num_verified, draw(target_probs_KV[num_verified], recover))
+
+
+def verify_greedy(best_K: Sequence[int], drafted: Sequence[int]) -> Verdict:
+    """`verify` at temperature 0, where the target's laws are one-hot: a token stands iff it is the target's best.
+
+    `best_K` are the target's best tokens at each drafted position and after the last."""
+    num_accepted = next((k for k, token in enumerate(drafted) if token != best_K[k]), len(drafted))
+    return Verdict(num_accepted, best_K[num_accepted])

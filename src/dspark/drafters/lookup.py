@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dspark.core.verifier import Draft
+from dspark.core.verifier import Draft, FewTokens
 
 LONGEST, SHORTEST = 4, 2  # tokens of the ending to look for; single tokens match too often to be worth a row
 
@@ -12,25 +12,28 @@ LONGEST, SHORTEST = 4, 2  # tokens of the ending to look for; single tokens matc
 class PromptLookup:
     def __init__(self, vocab_size: int, block_size: int = 8, device: torch.device | str = "cpu"):
         self.vocab_size, self.block_size, self.device = vocab_size, block_size, device
+        self.start()
 
     def start(self) -> None:
-        pass
+        self.follows: dict[tuple[int, ...], int] = {}  # a sequence of tokens -> where the text went on after its latest occurrence
+        self.num_seen = 0
 
     def draft(self, ids: Sequence[int], limit: int, law, generator) -> Draft:
-        tokens = follow(ids, limit)
-        law_KV = torch.zeros(len(tokens), self.vocab_size, device=self.device)
-        law_KV[range(len(tokens)), tokens] = 1.0  # a proposal without chance: q is one-hot
-        return Draft(tokens, law_KV)
+        tokens = self.follow(ids, limit)
+        one_hot = torch.ones(len(tokens), 1, device=self.device)  # a proposal without chance
+        return Draft(tokens, FewTokens(torch.tensor(tokens, dtype=torch.long, device=self.device)[:, None], one_hot, self.vocab_size))
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         pass
 
-
-def follow(ids: Sequence[int], limit: int) -> list[int]:
-    """Up to `limit` tokens that followed the latest earlier occurrence of the longest ending."""
-    for size in range(min(LONGEST, len(ids) - 1), SHORTEST - 1, -1):
-        ending = list(ids[-size:])
-        for start in range(len(ids) - size - 1, -1, -1):
-            if ids[start + size - 1] == ending[-1] and list(ids[start : start + size]) == ending:
-                return list(ids[start + size : start + size + limit])
-    return []
+    def follow(self, ids: Sequence[int], limit: int) -> list[int]:
+        """Up to `limit` tokens that followed the latest earlier occurrence of the longest ending."""
+        for end in range(max(self.num_seen, 1), len(ids)):  # every sequence that something follows
+            for size in range(SHORTEST, min(LONGEST, end) + 1):
+                self.follows[tuple(ids[end - size : end])] = end
+        self.num_seen = len(ids)
+        for size in range(min(LONGEST, len(ids) - 1), SHORTEST - 1, -1):
+            start = self.follows.get(tuple(ids[-size:]))
+            if start is not None:
+                return list(ids[start : start + limit])
+        return []

@@ -1,6 +1,6 @@
 """The parallel backbone: draft layers whose keys and values include the target's features (paper eq. 3).
 
-Shapes: N sequences, R draft rows, S context tokens, D hidden, H query heads, K key heads, E head dim.
+Shapes: N sequences, A blocks, R draft rows of all blocks, S context tokens, D hidden, H query heads, K key heads, E head dim.
 Qwen3 layers in DeepSpec's names, whatever the target's family (formats.md, section 5)."""
 
 import torch
@@ -58,16 +58,35 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2), angles)
         return k, self.v_proj(x).view(shape).transpose(1, 2)
 
-    def forward(self, x, angles, context_kv, mask=None):
+    def forward(self, x, angles, context_kv, visible=None):
         q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], self.num_heads, self.head_dim)).transpose(1, 2)
         q = rotate(q, angles)
-        k, v = self.keys_values(x, angles)
-        k, v = torch.cat([context_kv[0], k], dim=2), torch.cat([context_kv[1], v], dim=2)
+        parts = [*context_kv, *self.keys_values(x, angles)]
         groups = self.num_heads // self.num_kv_heads
         if groups > 1:  # SDPA's own enable_gqa takes a slow path on CPUs
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+            parts = [part.repeat_interleave(groups, dim=1) for part in parts]
+        context_k, context_v, k, v = (part.to(parts[-1].dtype) for part in parts)
+        q = q.to(v.dtype)
+        if visible is None:
+            out = F.scaled_dot_product_attention(q, torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2))
+        else:
+            out = packed_attention(q, context_k, context_v, k, v, visible)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def packed_attention(q, context_k, context_v, k, v, visible_NAS: torch.Tensor) -> torch.Tensor:
+    """Many blocks of one sequence at once: a row sees its anchor's visible context, and its own block only.
+
+    One softmax over two products, context and own block. A mask over all rows would spend most of its
+    products on other blocks, and SDPA's backward pass with a mask cost three times this on a CPU."""
+    N, A, S = visible_NAS.shape
+    blocks = (N, q.shape[1], A, -1, q.shape[-1])
+    q = q * q.shape[-1] ** -0.5
+    own_scores = q.view(blocks) @ k.view(blocks).transpose(-1, -2)
+    scores = (q @ context_k.transpose(-1, -2)).view(*own_scores.shape[:-1], S)
+    scores = scores.masked_fill(~visible_NAS[:, None, :, None], float("-inf"))
+    weights = torch.cat([scores, own_scores], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
+    return weights[..., :S].flatten(2, 3) @ context_v + (weights[..., S:] @ v.view(blocks)).flatten(2, 3)
 
 
 class MLP(nn.Module):
@@ -88,6 +107,6 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, angles, context_kv, mask=None):
-        x = x + self.self_attn(self.input_layernorm(x), angles, context_kv, mask)
+    def forward(self, x, angles, context_kv, visible=None):
+        x = x + self.self_attn(self.input_layernorm(x), angles, context_kv, visible)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -49,10 +49,10 @@ class Head(nn.Module):
         context, angles = self.context(features), self.rotary(positions)
         return [cast(Layer, layer).self_attn.keys_values(context, angles) for layer in self.layers]
 
-    def hidden(self, anchors_NAD: torch.Tensor, positions_NA: torch.Tensor, context_kv, mask=None) -> torch.Tensor:
+    def hidden(self, anchors_NAD: torch.Tensor, positions_NA: torch.Tensor, context_kv, visible_NAS=None) -> torch.Tensor:
         """Post-norm hidden states [N, A, G, D] of the blocks after the anchors (embeddings, positions).
 
-        `mask` [N, 1, A*G, S + A*G] says what each row may see; None when all is visible (one block)."""
+        `visible_NAS` says which context each block may see; None with one block that sees it all."""
         N, A, D = anchors_NAD.shape
         G = self.config.block_size
         x = self.mask_embedding.to(anchors_NAD.dtype).expand(N, A, G - 1, D)
@@ -60,7 +60,7 @@ class Head(nn.Module):
         positions = (positions_NA[:, :, None] + torch.arange(G, device=positions_NA.device)).view(N, A * G)
         angles = self.rotary(positions)
         for layer, kv in zip(self.layers, context_kv, strict=True):
-            x = layer(x, angles, kv, mask)
+            x = layer(x, angles, kv, visible_NAS)
         return self.norm(x).view(N, A, G, D)
 
     def base_logits(self, h: torch.Tensor) -> torch.Tensor:

@@ -7,22 +7,30 @@ from typing import Any
 
 import torch
 
-from dspark.errors import SettingError, TargetError
+from dspark.errors import RuntimeUnavailable, SettingError, TargetError
 from dspark.target import demo
+from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+RUNTIMES = ("auto", "native", "eager")
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Target:
-    """Load a Hugging Face causal LM. Raises `TargetError` for an unknown name or a model that
-    cannot be rolled back, `SettingError` for an unknown precision."""
+def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", runtime: str = "auto") -> Target:
+    """Load a Hugging Face causal LM.
+
+    `runtime` is `eager` (transformers' modules), `native` (docs/runtime.md), or `auto`: native where it runs.
+    Raises `TargetError` for an unknown name or a model that cannot be rolled back, `SettingError` for an
+    unknown precision or runtime, `RuntimeUnavailable` where `native` was asked for and cannot run."""
     if dtype not in DTYPES:
         raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
+    if runtime not in RUNTIMES:
+        raise SettingError(f"unknown runtime {runtime!r}", f"choose one of {', '.join(RUNTIMES)}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -50,4 +58,12 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu") -
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError):
         tokenizer = None  # token ids still work; asking for text says so
-    return Target(model, tokenizer, name=str(name))
+    target = Target(model, tokenizer, name=str(name))
+    if runtime != "eager":
+        try:
+            target.runtime = NativeRuntime(model, say)
+        except RuntimeUnavailable as error:
+            if runtime == "native":
+                raise
+            say(f"decoding eagerly: {error.message}")
+    return target

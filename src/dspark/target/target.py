@@ -2,6 +2,7 @@
 
 Shapes: T rows of one forward pass, V vocabulary, M tapped layers, D hidden size."""
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark.errors import LogitsError, PromptError, TargetError
+from dspark.target.native.runtime import NativeRuntime
+from dspark.target.native.stack import Cache as NativeCache
 from dspark.target.rollback import new_cache, refuse_unless_exact, rollback
 
 # Rows per prefill pass: bounds activation memory on long prompts; any value gives the same state.
@@ -22,7 +25,7 @@ PREFILL_ROWS = 1024
 class State:
     """What the target remembers of one request: its cache holds `num_tokens` tokens."""
 
-    cache: DynamicCache
+    cache: DynamicCache | NativeCache
     num_tokens: int = 0
 
 
@@ -44,6 +47,7 @@ class Target:
     tokenizer: Any = None  # a PreTrainedTokenizerBase, or None
     name: str = ""
     layer_ids: tuple[int, ...] = ()
+    runtime: NativeRuntime | None = None  # None: transformers' own modules, eagerly
     _captured: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _hooks: list = field(default_factory=list, repr=False)
 
@@ -81,6 +85,12 @@ class Target:
         eos = self.text_config.eos_token_id if eos is None else eos
         return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
 
+    def fingerprint(self) -> list:
+        """What tells these weights from others: name, precision, shape, and a hash of the first output rows' bytes."""
+        weights = self.model.get_output_embeddings().weight.detach()
+        digest = hashlib.sha256(weights[:64].float().cpu().numpy().tobytes()).hexdigest()
+        return [self.name, str(weights.dtype), list(weights.shape), digest]
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The target's own input embedding, called as a module so that built-in scales apply (Gemma)."""
         return self.model.get_input_embeddings()(ids)
@@ -114,24 +124,28 @@ class Target:
         return torch.stack([self._captured[layer_id] for layer_id in self.layer_ids], dim=2)
 
     def start(self) -> State:
-        return State(new_cache(self.model))
+        return State(new_cache(self.model) if self.runtime is None else self.runtime.start())
 
     @torch.inference_mode()
     def score(self, state: State, tokens: Sequence[int], num_logits: int | None = None) -> Scored:
         """Append `tokens` to the state in one pass; logits for all rows, or the last `num_logits`.
 
         Raises `LogitsError` if the target's logits are not numbers."""
-        ids = torch.tensor([list(tokens)], device=self.device)
-        output = self.model(input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=num_logits or len(tokens))
-        logits_TV = output.logits[0].float()
-        if torch.isnan(logits_TV).any():
+        num_logits = len(tokens) if num_logits is None else num_logits
+        if self.runtime is not None and isinstance(state.cache, NativeCache):
+            logits_TV, features_TMD = self.runtime.score(state.cache, tokens, state.num_tokens, num_logits, self.layer_ids)
+        else:
+            ids = torch.tensor([list(tokens)], device=self.device)
+            output = self.model(input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=num_logits)
+            logits_TV = output.logits[0].float()
+            features_TMD = self.captured()[0] if self.layer_ids else torch.empty(len(tokens), 0, self.hidden_size, device=self.device)
+        if torch.isnan(logits_TV.max()):
             raise LogitsError(
                 f"{self.name or type(self.model).__name__} produced NaN logits at token {state.num_tokens}",
                 "the weights may be damaged, or the precision too low: try `--dtype float32`",
             )
         state.num_tokens += len(tokens)
-        features = self.captured()[0] if self.layer_ids else torch.empty(len(tokens), 0, self.hidden_size)
-        return Scored(logits_TV, features)
+        return Scored(logits_TV, features_TMD)
 
     def prefill(self, state: State, tokens: Sequence[int]) -> torch.Tensor:
         """Append prompt tokens in bounded passes; returns their features_TMD."""
@@ -143,7 +157,8 @@ class Target:
 
     def rollback(self, state: State, num_rejected: int) -> None:
         """Forget the last `num_rejected` scored tokens; call it after every `score`, with 0 too."""
-        rollback(state.cache, num_rejected)
+        if not isinstance(state.cache, NativeCache):
+            rollback(state.cache, num_rejected)  # the native cache overwrites what lies past its tokens
         state.num_tokens -= num_rejected
 
     def prompt_ids(self, messages: str | list[dict], raw: bool = False) -> list[int]:

@@ -19,7 +19,7 @@ class Batch:
     valid_NAG: torch.Tensor  # False past the answer's end
     teacher_ids_NAGP: torch.Tensor
     teacher_probs_NAGP: torch.Tensor
-    mask: torch.Tensor  # [N, 1, A*G, S + A*G], True where a row may look
+    visible_NAS: torch.Tensor  # the context a block may look at: what lies strictly before its anchor
 
 
 def make_batch(samples: Sequence[Sample], num_anchors: int, block_size: int, generator: torch.Generator | None) -> Batch:
@@ -49,16 +49,5 @@ def make_batch(samples: Sequence[Sample], num_anchors: int, block_size: int, gen
         teacher_probs[n, : len(chosen)] = sample.teacher_probs_nP[rows].float()
     positions = anchors[:, :, None] + torch.arange(G + 1)
     tokens = ids.gather(1, positions.view(N, -1)).view(N, A, G + 1)
-    return Batch(
-        features, anchors, tokens[..., :-1], tokens[..., 1:], valid, teacher_ids, teacher_probs, block_mask(anchors, G, longest - 1)
-    )
-
-
-def block_mask(anchors_NA: torch.Tensor, block_size: int, num_context: int) -> torch.Tensor:
-    """Rows see the context strictly before their anchor, and their own block in both directions."""
-    N, A = anchors_NA.shape
-    context = torch.arange(num_context) < anchors_NA[:, :, None]
-    context = context[:, :, None].expand(N, A, block_size, num_context).reshape(N, 1, A * block_size, num_context)
-    block = torch.arange(A).repeat_interleave(block_size)
-    own = (block[:, None] == block[None]).expand(N, 1, -1, -1)
-    return torch.cat([context, own], dim=-1)
+    visible = torch.arange(longest - 1) < anchors[:, :, None]
+    return Batch(features, anchors, tokens[..., :-1], tokens[..., 1:], valid, teacher_ids, teacher_probs, visible)

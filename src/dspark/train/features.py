@@ -53,11 +53,10 @@ class FeatureStore:
 
     def _forget_if_foreign(self, directory: Path) -> None:
         """A cache of other records, layers or weights is deleted, not trusted."""
-        weight = self.target.model.get_output_embeddings().weight
         described = json.dumps([
-            self.target.layer_ids, self.num_teacher, str(self.target.model.dtype), weight.float().std().item(),
+            self.target.layer_ids, self.num_teacher, self.target.fingerprint(),
             hashlib.sha256(json.dumps([(r["prompt_ids"], r["answer_ids"]) for r in self.records]).encode()).hexdigest(),
-            self.offsets.count(None),
+            hashlib.sha256(json.dumps(self.offsets).encode()).hexdigest(),
         ])  # fmt: skip
         label = directory / "cache.json"
         if not label.exists() or label.read_text() != described:

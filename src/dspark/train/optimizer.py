@@ -19,7 +19,7 @@ def make_optimizers(head: Head, config: TrainConfig) -> list[torch.optim.Optimiz
         inner = config.optimizer == "muon" and parameter.dim() == 2 and name.startswith(("layers.", "fc."))
         (matrices if inner else rest).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+        torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     ]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, ns_steps=5))

@@ -129,16 +129,10 @@ def train(
 
 def settings(target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path]) -> str:
     """Everything that decides what a run computes, as text: a resumed run must have the same."""
-    weights = target.model.get_output_embeddings().weight.detach()
     described = {
         "train": asdict(config),
         "shape": shape,
-        "target": [
-            target.name,
-            str(weights.dtype),
-            list(weights.shape),
-            hashlib.sha256(weights[:64].float().cpu().numpy().tobytes()).hexdigest(),
-        ],
+        "target": target.fingerprint(),
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest(),
         "answers": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in answers],
     }

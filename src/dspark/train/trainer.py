@@ -13,7 +13,7 @@ from dspark.head.head import Head
 from dspark.target.target import Target
 from dspark.train.batch import Batch, make_batch
 from dspark.train.features import FeatureStore
-from dspark.train.loss import Losses, losses
+from dspark.train.loss import Losses, greedy_agreement, losses
 from dspark.train.optimizer import make_optimizers, set_learning_rate
 
 
@@ -38,7 +38,7 @@ def train_steps(
     while step < config.steps:
         set_learning_rate(optimizers, step, config)
         batch = step_batch(store, config, step, head.config.block_size)
-        result = forward(head, target, batch, index, config)
+        result = losses(*forward(head, target, batch), batch, index, config)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         result.total.backward()
@@ -53,16 +53,15 @@ def train_steps(
     return head.eval()
 
 
-def forward(head: Head, target: Target, batch: Batch, index: torch.Tensor, config: TrainConfig) -> Losses:
-    """One pass of the head over a batch, matrix products in bfloat16, loss in float32."""
+def forward(head: Head, target: Target, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits and confidence logits of a batch, matrix products in bfloat16."""
     S = batch.features_NSMD.shape[1]
     with torch.no_grad():
         anchors = target.embed(batch.previous_NAG[:, :, 0]).float()
     with torch.autocast("cpu", torch.bfloat16):
         context_kv = head.context_kv(batch.features_NSMD, torch.arange(S)[None])
-        h = head.hidden(anchors, batch.anchors_NA, context_kv, batch.mask)
-        logits, confidence = head(h, batch.previous_NAG)
-    return losses(logits, confidence, batch, index, config)
+        h = head.hidden(anchors, batch.anchors_NA, context_kv, batch.visible_NAS)
+        return head(h, batch.previous_NAG)
 
 
 def step_batch(store: FeatureStore, config: TrainConfig, step: int, block_size: int) -> Batch:
@@ -95,8 +94,11 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
             continue
         sample = store[i]
         batch = make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None)
-        result = forward(head, target, batch, index, config)
-        accepted = result.agree_NAG.float() if temperature == 0 else result.overlap_NAG
+        logits, confidence = forward(head, target, batch)
+        if temperature == 0:
+            accepted = greedy_agreement(logits, batch, index).float()
+        else:
+            accepted = losses(logits, confidence, batch, index, config).overlap_NAG
         runs[temperature].append(accepted[0].cumprod(-1))
     head.train(was_training)
     report: dict = {}

@@ -1,0 +1,112 @@
+"""The native runtime of a whole model: which models it runs, and score and roll-back through it.
+
+Shapes: T rows, M tapped layers, D hidden, V vocabulary."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dspark.errors import RuntimeUnavailable
+from dspark.target.native.build import library
+from dspark.target.native.stack import MAX_ROWS, Cache, NativeStack
+
+# Families whose layers are stack.cpp's: RMS norm, rotary attention with grouped keys (with biases, or norms of
+# queries and keys), SiLU-gated MLP, and nothing besides.
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What NativeStack wants to know of a config, whatever the family calls it."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+
+
+def reason_against(model: Any) -> str | None:
+    """Why this model cannot run natively; None if it can."""
+    name, config = type(model).__name__, model.config
+    if name not in ARCHITECTURES:
+        return f"{name} is not one of {', '.join(ARCHITECTURES)}"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    if model.dtype not in DTYPES:
+        return f"weights are {model.dtype}"
+    if config.hidden_act != "silu":
+        return f"activation {config.hidden_act}"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if name == "MistralForCausalLM" else None
+    if kinds != {"full_attention"} or window is not None:
+        return "attention with a sliding window"
+    shape = shape_of(model)
+    sizes = (shape.hidden_size, shape.head_dim, config.intermediate_size, model.lm_head.weight.shape[0])
+    if any(size % 16 for size in sizes):
+        return f"sizes {sizes} are not all multiples of 16"
+    if model.model.rotary_emb.inv_freq.numel() * 2 != shape.head_dim:
+        return "rotary positions on a part of each head"
+    for path, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"{path or 'the model'} is wrapped by accelerate"
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for path, module in [*model.model.layers.named_modules(), ("lm_head", model.lm_head)]:
+        if path.rsplit(".", 1)[-1] in (*projections, "lm_head") and (type(module) is not nn.Linear or module.weight.dtype != model.dtype):
+            return f"{path} is a {type(module).__name__} of {getattr(getattr(module, 'weight', None), 'dtype', 'no weight')}"
+    return "the LM head has a bias" if model.lm_head.bias is not None else None
+
+
+def shape_of(model: Any) -> Shape:
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps)
+
+
+class NativeRuntime:
+    """Scores rows of a model through stack.cpp. Reads the model's own weights where they lie."""
+
+    def __init__(self, model: Any, say: Callable[[str], None] = lambda text: None):
+        """Raises `RuntimeUnavailable` for a model it cannot run, or a machine without a compiler."""
+        reason = reason_against(model)
+        if reason:
+            raise RuntimeUnavailable(f"the native runtime cannot run this model: {reason}")
+        library(say)
+        self.model = model
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up the weights anew if any was replaced or written to since."""
+        seen = [(p.data_ptr(), p._version, p.dtype) for p in self.model.parameters()]
+        if seen != getattr(self, "seen", None):
+            rotary = self.model.model.rotary_emb
+            self.stack = NativeStack(
+                shape_of(self.model), self.model.model.layers, self.model.model.norm, self.model.lm_head.weight,
+                (rotary.inv_freq, float(rotary.attention_scaling)),
+            )  # fmt: skip
+            self.seen = seen
+
+    def start(self) -> Cache:
+        self.refresh()
+        return self.stack.new_cache()
+
+    def score(
+        self, cache: Cache, tokens: Sequence[int], past: int, num_logits: int, taps: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of `tokens` after `past` cached ones: logits of the last `num_logits` rows [., V] in float32, and
+        the tapped states [T, M, D] in the model's precision. Any number of tokens; the bits do not depend on it."""
+        x_TD = self.model.get_input_embeddings()(torch.tensor(list(tokens)))
+        inner = [tap for tap in taps if tap >= 0]
+        logits, tapped = [], []
+        for start in range(0, len(tokens), MAX_ROWS):
+            rows = x_TD[start : start + MAX_ROWS]
+            wanted = min(len(rows), max(0, num_logits - (len(tokens) - start - len(rows))))
+            found, states, _ = self.stack.forward(cache, rows.to(torch.float32, copy=True), past + start, wanted, inner)
+            states = states.to(x_TD.dtype)
+            logits.append(found)
+            tapped.append(torch.cat([rows[:, None], states], dim=1) if len(inner) < len(taps) else states)
+        return torch.cat(logits), torch.cat(tapped)

@@ -1,0 +1,473 @@
+// A stack of Llama-like layers for a few rows at a time: what one decoding round needs of a model.
+//
+// At batch 1 a round costs what reading the weights costs, if nothing else gets in the way. Each weight is
+// read from memory once and meets all rows of the round while it is in a register, so that eight rows
+// cost little more than one. Weights stay where the model keeps them, row-major; nothing is copied.
+//
+// The arithmetic of a row does not depend on the rows beside it: every sum runs in one fixed order. So one
+// row and K+1 rows give the same bits, and speculative decoding gives the very tokens of plain decoding.
+//
+// Shapes: T rows, D hidden, H query heads, K key heads, E head dim, P positions.
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// ---- numbers: sixteen floats at once; the compiler maps them to whatever vectors the machine has
+
+typedef float f16v __attribute__((vector_size(64)));
+typedef int32_t i16v __attribute__((vector_size(64)));
+typedef uint16_t bf16;
+
+inline f16v load(const float* p) { f16v v; memcpy(&v, p, 64); return v; }
+inline void store(float* p, f16v v) { memcpy(p, &v, 64); }
+inline f16v load(const bf16* p) {
+    typedef uint16_t u16x16 __attribute__((vector_size(32)));
+    typedef uint32_t u32x16 __attribute__((vector_size(64)));
+    u16x16 half; memcpy(&half, p, 32);
+    u32x16 wide = __builtin_convertvector(half, u32x16) << 16;
+    f16v v; memcpy(&v, &wide, 64); return v;
+}
+inline bf16 to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t u; memcpy(&u, &x, 4);
+    if (x != x) return uint16_t((u >> 16) | 64);
+    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline float to_float(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; memcpy(&f, &u, 4); return f; }
+inline float to_float(float x) { return x; }
+inline void put(float* p, float x) { *p = x; }
+inline void put(bf16* p, float x) { *p = to_bf16(x); }
+
+// One rounding, said explicitly: left to itself the compiler fuses `a + b * c` in some copies of a loop only.
+inline f16v multiply_add(f16v b, f16v c, f16v a) {
+#if defined(__AVX512F__)
+    return (f16v)_mm512_fmadd_ps((__m512)b, (__m512)c, (__m512)a);
+#else
+    for (int i = 0; i < 16; i++) a[i] = std::fma(b[i], c[i], a[i]);
+    return a;
+#endif
+}
+
+inline float sum(f16v v) {  // a fixed tree, the one of `sums`
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) v[i] = v[i] + v[i + width];
+    return v[0];
+}
+
+inline f16v exp16(f16v x) {  // 2^n * polynomial, relative error below 2e-7 over floats that do not overflow
+    x = x < -87.0f ? f16v{} - 87.0f : x;
+    x = x > 88.0f ? f16v{} + 88.0f : x;
+    f16v n = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
+    i16v bits; memcpy(&bits, &n, 64);
+    n -= 12582912.0f;
+    f16v r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    f16v p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    i16v scale = (bits + 127) << 23;  // the low bits of `n` before subtraction are the whole number
+    f16v s; memcpy(&s, &scale, 64);
+    return p * s;
+}
+
+// How far ahead of the weights in use others are asked for, in bytes, and into which cache (the second level):
+// measured on Zen 4 with 1 to 16 rows; into the first level it costs half as much again at six rows.
+constexpr int AHEAD = 16384, LOCALITY = 2;
+
+// ---- one weight row times one activation row, STEP products at a time
+
+#if defined(__AVX512BF16__)
+struct Bf16Dot {
+    typedef bf16 W; typedef bf16 X; typedef __m512 Acc;
+    static constexpr int STEP = 32;
+    static Acc zero() { return _mm512_setzero_ps(); }
+    static Acc step(Acc a, __m512i w, __m512i x) { return _mm512_dpbf16_ps(a, (__m512bh)w, (__m512bh)x); }
+    static __m512i get(const bf16* p) { return _mm512_loadu_si512(p); }
+    static __m512i get(const bf16* p, int count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, p); }
+};
+#else
+struct Bf16Dot {
+    typedef bf16 W; typedef bf16 X; typedef f16v Acc;
+    static constexpr int STEP = 16;
+    static Acc zero() { return f16v{}; }
+    static Acc step(Acc a, f16v w, f16v x) { return multiply_add(w, x, a); }
+    static f16v get(const bf16* p) { return load(p); }
+    static f16v get(const bf16* p, int count) { bf16 b[16] = {}; memcpy(b, p, 2 * count); return load(b); }
+};
+#endif
+struct F32Dot {
+    typedef float W; typedef float X; typedef f16v Acc;
+    static constexpr int STEP = 16;
+    static Acc zero() { return f16v{}; }
+    static Acc step(Acc a, f16v w, f16v x) { return multiply_add(w, x, a); }
+    static f16v get(const float* p) { return load(p); }
+    static f16v get(const float* p, int count) { float b[16] = {}; memcpy(b, p, 4 * count); return load(b); }
+};
+
+// Sixteen accumulators to sixteen sums: four rounds of adding halves, each lane in the order of `sum`.
+template <class Acc> inline f16v sums(const Acc (&acc)[16]) {
+#if defined(__AVX512F__)
+    __m512 a[16];
+    memcpy(a, acc, sizeof a);
+    for (int i = 0; i < 8; i++) {  // halves of eight lanes: a[i] in the low half, a[i+8] in the high one
+        __m512 low = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), high = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee);
+        a[i] = _mm512_add_ps(low, high);
+    }
+    for (int i = 0; i < 4; i++) {  // quarters
+        __m512 low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), high = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        a[i] = _mm512_add_ps(low, high);
+    }
+    for (int i = 0; i < 2; i++) {
+        __m512 low = _mm512_shuffle_ps(a[i], a[i + 2], 0x44), high = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+        a[i] = _mm512_add_ps(low, high);
+    }
+    __m512 low = _mm512_shuffle_ps(a[0], a[1], 0x88), high = _mm512_shuffle_ps(a[0], a[1], 0xdd);
+    a[0] = _mm512_add_ps(low, high);
+    // lane 4q + j now holds accumulator: q picks (0, 8, 4, 12), j picks (0, 2, 1, 3)
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    const __m512 sorted = _mm512_permutexvar_ps(order, a[0]);
+    f16v out; memcpy(&out, &sorted, 64); return out;
+#else
+    f16v out;
+    for (int i = 0; i < 16; i++) { f16v v; memcpy(&v, &acc[i], 64); out[i] = sum(v); }
+    return out;
+#endif
+}
+
+// Sixteen outputs of up to MR rows (`count` of them real), NR weight rows at a time: MR * NR = 16 accumulators, always.
+// The processor fetches ahead along one stream; over NR rows it does not, so the lines to come are asked for in
+// the order they lie in memory. With STREAM false the weights are in the cache already.
+template <class Dot, int MR, bool STREAM>
+inline void tile(const typename Dot::W* w, const typename Dot::X* x, int K, int ldx, int count, f16v* y) {
+    constexpr int NR = 16 / MR;
+    const typename Dot::X* rows[MR];
+    for (int m = 0; m < MR; m++) rows[m] = x + int64_t(m < count ? m : 0) * ldx;
+    float out[MR * 16];
+    for (int n0 = 0; n0 < 16; n0 += NR, w += int64_t(NR) * K) {
+        typename Dot::Acc acc[16];
+#pragma GCC unroll 16
+        for (auto& a : acc) a = Dot::zero();
+        const char* ahead = (const char*)w + AHEAD;
+        int k = 0;
+        for (; k + Dot::STEP <= K; k += Dot::STEP) {
+            decltype(Dot::get(x)) xs[MR];
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m++) xs[m] = Dot::get(rows[m] + k);
+#pragma GCC unroll 16
+            for (int n = 0; n < NR; n++, ahead += 64) {
+                const auto ws = Dot::get(w + int64_t(n) * K + k);
+                if (STREAM) __builtin_prefetch(ahead, 0, LOCALITY);
+#pragma GCC unroll 16
+                for (int m = 0; m < MR; m++) acc[m * NR + n] = Dot::step(acc[m * NR + n], ws, xs[m]);
+            }
+        }
+        if (k < K)
+#pragma GCC unroll 16
+            for (int n = 0; n < NR; n++)
+#pragma GCC unroll 16
+                for (int m = 0; m < MR; m++)
+                    acc[m * NR + n] = Dot::step(acc[m * NR + n], Dot::get(w + int64_t(n) * K + k, K - k), Dot::get(rows[m] + k, K - k));
+        float sixteen[16];
+        store(sixteen, sums(acc));
+        for (int m = 0; m < MR; m++) memcpy(out + m * 16 + n0, sixteen + m * NR, NR * sizeof(float));
+    }
+    for (int m = 0; m < count; m++) y[m] = load(out + m * 16);
+}
+
+// Sixteen outputs of T rows: y[t] = x[t] . w[n..n+15].
+template <class Dot>
+inline void sixteen_outputs(const typename Dot::W* w, const typename Dot::X* x, int K, int ldx, int T, f16v* y) {
+    if (T == 1) return tile<Dot, 1, true>(w, x, K, ldx, 1, y);
+    if (T == 2) return tile<Dot, 2, true>(w, x, K, ldx, 2, y);
+    if (T <= 4) return tile<Dot, 4, true>(w, x, K, ldx, T, y);
+    tile<Dot, 8, true>(w, x, K, ldx, T < 8 ? T : 8, y);
+    for (int t = 8; t < T; t += 8) tile<Dot, 8, false>(w, x + int64_t(t) * ldx, K, ldx, T - t < 8 ? T - t : 8, y + t);
+}
+
+template <class X> inline void rms_norm(const float* x, const float* weight, float eps, int D, X* out) {
+    f16v squares{};
+    for (int i = 0; i < D; i += 16) { f16v v = load(x + i); squares += v * v; }
+    const float scale = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
+    for (int i = 0; i < D; i++) put(out + i, x[i] * scale * weight[i]);
+}
+
+// Rotates one head's E numbers in place; table holds E/2 cosines, then E/2 sines, of the row's position.
+inline void rotate(float* x, const float* table, int E) {
+    const int half = E / 2;
+    for (int i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half], c = table[i], s = table[half + i];
+        x[i] = a * c - b * s;
+        x[i + half] = b * c + a * s;
+    }
+}
+
+}  // namespace
+
+// ---- what the caller fills in; native/runtime.py mirrors these structures
+
+extern "C" {
+
+struct Linear { const void* weight; const float* bias; int32_t num_out, num_in; };
+struct Layer {
+    const float *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm, k_norm: null for families without
+    Linear q, k, v, o, gate, up, down;
+};
+struct Stack {
+    int32_t num_layers, hidden, heads, kv_heads, head_dim, inner, is_bf16;
+    float eps, rope_scale;
+    const float* inverse_frequencies;  // E/2
+    const Layer* layers;
+    const float* final_norm;
+    Linear output;
+};
+// The keys and values of one request: [layer][key or value][kv head][capacity][E].
+struct Cache { void* data; int64_t capacity; };
+struct Pass {
+    int32_t num_rows, past, causal, num_logits, num_taps, threads;
+    const int32_t* tap_layers;
+    float* x;        // [T, D] residual stream, in and out
+    float* taps;     // [T, M, D]
+    float* logits;   // [num_logits, V]
+    float* normed;   // [num_logits, D] the states behind the logits; null if not wanted
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Range { int first, last; };
+inline Range share(int count) {  // this thread's part of `count` equal pieces
+    const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    return {int(int64_t(count) * me / threads), int(int64_t(count) * (me + 1) / threads)};
+}
+
+inline void add_bias(const Linear& linear, int n, int T, f16v* y) {
+    if (linear.bias)
+        for (int t = 0; t < T; t++) y[t] += load(linear.bias + n);
+}
+
+template <class Dot> struct Runner {
+    typedef typename Dot::X X;
+    const Stack& s;
+    const Cache cache;
+    const int T;
+    std::vector<float> angles;
+
+    Runner(const Stack& stack, Cache kv, int num_rows, int first_position) : s(stack), cache(kv), T(num_rows), angles(num_rows * stack.head_dim) {
+        const int half = s.head_dim / 2;
+        for (int t = 0; t < T; t++)
+            for (int i = 0; i < half; i++) {
+                const float angle = float(first_position + t) * s.inverse_frequencies[i];
+                angles[t * s.head_dim + i] = std::cos(angle) * s.rope_scale;
+                angles[t * s.head_dim + half + i] = std::sin(angle) * s.rope_scale;
+            }
+    }
+
+    X* row(int layer, int value, int head, int64_t position) const {
+        return (X*)cache.data + (((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity + position) * s.head_dim;
+    }
+
+    void outputs(const Linear& linear, int n, const X* x, f16v* y, int rows) const {
+        sixteen_outputs<Dot>((const typename Dot::W*)linear.weight + int64_t(n) * linear.num_in, x, linear.num_in, linear.num_in, rows, y);
+        add_bias(linear, n, rows, y);
+    }
+
+    // One head of a query, key or value projection, for all rows: [T, E].
+    void project_head(const Linear& linear, int head, const X* x, f16v* y, float* out) const {
+        const int E = s.head_dim;
+        for (int e = 0; e < E; e += 16) {
+            outputs(linear, head * E + e, x, y, T);
+            for (int t = 0; t < T; t++) store(out + t * E + e, y[t]);
+        }
+    }
+
+    void finish_head(float* head_TE, const float* norm) const {
+        const int E = s.head_dim;
+        for (int t = 0; t < T; t++) {
+            if (norm) rms_norm(head_TE + t * E, norm, s.eps, E, head_TE + t * E);
+            rotate(head_TE + t * E, &angles[t * E], E);
+        }
+    }
+
+    void cache_head(int layer, int value, int head, int past, const float* head_TE) const {
+        for (int t = 0; t < T; t++) {
+            X* to = row(layer, value, head, past + t);
+            for (int e = 0; e < s.head_dim; e++) put(to + e, head_TE[t * s.head_dim + e]);
+        }
+    }
+
+    // Keys and values of one layer from normed rows; `unit` counts key heads, then value heads.
+    void key_or_value(int layer, int unit, int past, const X* x, f16v* y, float* head_TE) const {
+        const Layer& l = s.layers[layer];
+        const int value = unit >= s.kv_heads, head = unit - value * s.kv_heads;
+        project_head(value ? l.v : l.k, head, x, y, head_TE);
+        if (!value) finish_head(head_TE, l.k_norm);
+        cache_head(layer, value, head, past, head_TE);
+    }
+
+    // One query head over the cache, all rows; row t sees positions below past + t + 1, or all of them.
+    void attend(int layer, int head, const Pass& p, const X* q, X* out, std::vector<float>& scores, f16v* y) const {
+        const int E = s.head_dim, HE = s.heads * E, kv = head / (s.heads / s.kv_heads);
+        const int total = p.past + T, padded = (total + 15) / 16 * 16;
+        const float scale = 1.0f / std::sqrt(float(E));
+        scores.resize(size_t(T) * padded);
+        for (int j = 0; j < padded; j += 16) {
+            sixteen_outputs<Dot>(row(layer, 0, kv, j), q + head * E, E, HE, T, y);
+            for (int t = 0; t < T; t++) store(&scores[size_t(t) * padded + j], y[t] * scale);
+        }
+        for (int t = 0; t < T; t++) {
+            float* weights = &scores[size_t(t) * padded];
+            const int seen = p.causal ? p.past + t + 1 : total;
+            float most = weights[0];
+            for (int j = 1; j < seen; j++) most = weights[j] > most ? weights[j] : most;
+            for (int j = seen; j < padded; j++) weights[j] = -INFINITY;
+            f16v total_weight{};
+            for (int j = 0; j < padded; j += 16) {
+                const f16v score = load(weights + j);
+                f16v weight = exp16(score - most);
+                weight = score == -INFINITY ? f16v{} : weight;
+                total_weight += weight;
+                store(weights + j, weight);
+            }
+            y[t] = f16v{} + 1.0f / sum(total_weight);
+        }
+        for (int t = 0; t < T; t++) {
+            const float* weights = &scores[size_t(t) * padded];
+            const int seen = p.causal ? p.past + t + 1 : total;
+            for (int e = 0; e < E; e += 16) {
+                f16v acc{};
+                const X* values = row(layer, 1, kv, 0) + e;
+                for (int j = 0; j < seen; j++) acc = multiply_add(f16v{} + weights[j], load(values + int64_t(j) * E), acc);
+                acc *= y[t];
+                for (int i = 0; i < 16; i++) put(out + int64_t(t) * HE + head * E + e + i, acc[i]);
+            }
+        }
+    }
+
+    void forward(const Pass& p) {
+        const int D = s.hidden, E = s.head_dim, HE = s.heads * E, V = s.output.num_out;
+        std::vector<X> q(size_t(T) * HE), attended(size_t(T) * HE), inner(size_t(T) * s.inner);
+#pragma omp parallel num_threads(p.threads)
+        {
+            std::vector<X> normed(size_t(T) * D);
+            std::vector<float> head_TE(size_t(T) * E), scores;
+            std::vector<f16v> ys(2 * T);
+            f16v *y = ys.data(), *z = y + T;
+            auto norm_rows = [&](const float* weight) {  // by every thread for itself: cheaper than a barrier
+                for (int t = 0; t < T; t++) rms_norm(p.x + int64_t(t) * D, weight, s.eps, D, &normed[size_t(t) * D]);
+            };
+            auto add_to_stream = [&](const Linear& linear, const X* x, float* tap) {
+                const Range mine = share(D / 16);
+                for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
+                    outputs(linear, n, x, y, T);
+                    for (int t = 0; t < T; t++) {
+                        const f16v sum = load(p.x + int64_t(t) * D + n) + y[t];
+                        store(p.x + int64_t(t) * D + n, sum);
+                        if (tap) store(tap + int64_t(t) * p.num_taps * D + n, sum);
+                    }
+                }
+            };
+            for (int layer = 0; layer < s.num_layers; layer++) {
+                const Layer& l = s.layers[layer];
+                norm_rows(l.input_norm);
+                const Range heads = share(s.heads + 2 * s.kv_heads);
+                for (int unit = heads.first; unit < heads.last; unit++) {
+                    if (unit >= s.heads) {
+                        key_or_value(layer, unit - s.heads, p.past, normed.data(), y, head_TE.data());
+                        continue;
+                    }
+                    project_head(l.q, unit, normed.data(), y, head_TE.data());
+                    finish_head(head_TE.data(), l.q_norm);
+                    for (int t = 0; t < T; t++)
+                        for (int e = 0; e < E; e++) put(&q[size_t(t) * HE + unit * E + e], head_TE[t * E + e]);
+                }
+#pragma omp barrier
+                const Range mine = share(s.heads);
+                for (int head = mine.first; head < mine.last; head++) attend(layer, head, p, q.data(), attended.data(), scores, y);
+#pragma omp barrier
+                add_to_stream(l.o, attended.data(), nullptr);
+#pragma omp barrier
+                norm_rows(l.post_norm);
+                const Range units = share(s.inner / 16);
+                for (int n = units.first * 16; n < units.last * 16; n += 16) {
+                    outputs(l.gate, n, normed.data(), y, T);
+                    outputs(l.up, n, normed.data(), z, T);
+                    for (int t = 0; t < T; t++) {
+                        const f16v act = y[t] / (1.0f + exp16(-y[t])) * z[t];
+                        for (int i = 0; i < 16; i++) put(&inner[size_t(t) * s.inner + n + i], act[i]);
+                    }
+                }
+#pragma omp barrier
+                float* tap = nullptr;
+                for (int m = 0; m < p.num_taps; m++)
+                    if (p.tap_layers[m] == layer) tap = p.taps + int64_t(m) * D;
+                add_to_stream(l.down, inner.data(), tap);
+#pragma omp barrier
+            }
+            if (p.num_logits) {
+                const int first = T - p.num_logits;
+                norm_rows(s.final_norm);
+                const X* last = &normed[size_t(first) * D];
+                if (p.normed && omp_get_thread_num() == 0)
+                    for (int64_t i = 0; i < int64_t(p.num_logits) * D; i++) p.normed[i] = to_float(last[i]);
+                const Range mine = share(V / 16);
+                for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
+                    outputs(s.output, n, last, y, p.num_logits);
+                    for (int t = 0; t < p.num_logits; t++) store(p.logits + int64_t(t) * V + n, y[t]);
+                }
+            }
+        }
+    }
+
+    // A head's context (paper eq. 2): keys and values of every layer from the target's features [T, M * D].
+    void context(const Linear& fc, const float* norm, const float* features, int past, int threads) {
+        const int D = s.hidden, I = fc.num_in;
+        std::vector<X> input(size_t(T) * I);
+        for (size_t i = 0; i < input.size(); i++) put(&input[i], features[i]);
+        std::vector<float> mixed(size_t(T) * D);
+#pragma omp parallel num_threads(threads)
+        {
+            std::vector<X> normed(size_t(T) * D);
+            std::vector<float> head_TE(size_t(T) * s.head_dim);
+            std::vector<f16v> y(T);
+            const Range mine = share(D / 16);
+            for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
+                outputs(fc, n, input.data(), y.data(), T);
+                for (int t = 0; t < T; t++) store(&mixed[size_t(t) * D + n], y[t]);
+            }
+#pragma omp barrier
+            for (int t = 0; t < T; t++) rms_norm(&mixed[size_t(t) * D], norm, s.eps, D, &normed[size_t(t) * D]);
+            const int per_layer = 2 * s.kv_heads;
+            const Range units = share(s.num_layers * per_layer);
+            for (int unit = units.first; unit < units.last; unit++)
+                key_or_value(unit / per_layer, unit % per_layer, past, normed.data(), y.data(), head_TE.data());
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Rows of one request after `past` cached ones; writes their keys and values, taps, and the last rows' logits.
+void stack_forward(const Stack* stack, const Cache* cache, const Pass* pass) {
+    if (stack->is_bf16) Runner<Bf16Dot>(*stack, *cache, pass->num_rows, pass->past).forward(*pass);
+    else Runner<F32Dot>(*stack, *cache, pass->num_rows, pass->past).forward(*pass);
+}
+
+void stack_context(const Stack* stack, const Cache* cache, const Linear* fc, const float* norm, const float* features,
+                   int num_rows, int past, int threads) {
+    if (stack->is_bf16) Runner<Bf16Dot>(*stack, *cache, num_rows, past).context(*fc, norm, features, past, threads);
+    else Runner<F32Dot>(*stack, *cache, num_rows, past).context(*fc, norm, features, past, threads);
+}
+
+}  // extern "C"

@@ -1,0 +1,135 @@
+"""Python's side of stack.cpp: layers as the structures it reads, and one pass of some rows through them.
+
+Shapes: T rows, M tapped layers, D hidden, V vocabulary, E head dim."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dspark.target.native.build import library
+
+FIRST_CAPACITY = 256
+# Rows of one pass: enough to read the weights from cache for most of them, few enough for small buffers.
+MAX_ROWS = 64
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("num_out", ctypes.c_int32), ("num_in", ctypes.c_int32)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")],
+        *[(name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")],
+    ]
+
+
+class Stack(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "inner", "is_bf16")],
+        ("eps", ctypes.c_float),
+        ("rope_scale", ctypes.c_float),
+        ("inverse_frequencies", ctypes.c_void_p),
+        ("layers", ctypes.POINTER(Layer)),
+        ("final_norm", ctypes.c_void_p),
+        ("output", Linear),
+    ]
+
+
+class CacheView(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("capacity", ctypes.c_int64)]
+
+
+class Pass(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in ("num_rows", "past", "causal", "num_logits", "num_taps", "threads")],
+        *[(name, ctypes.c_void_p) for name in ("tap_layers", "x", "taps", "logits", "normed")],
+    ]
+
+
+@dataclass
+class Cache:
+    """Keys and values of one request, [layers, 2, key heads, capacity, E]; grows by doubling."""
+
+    data: torch.Tensor
+
+    def reserve(self, num_tokens: int) -> None:
+        capacity = self.data.shape[3]
+        if num_tokens > capacity:
+            grown = self.data.new_zeros(*self.data.shape[:3], max(2 * capacity, (num_tokens + 15) // 16 * 16), self.data.shape[4])
+            grown[:, :, :, :capacity] = self.data
+            self.data = grown
+
+    def view(self) -> CacheView:
+        return CacheView(self.data.data_ptr(), self.data.shape[3])
+
+
+class NativeStack:
+    """Layers that stack.cpp can run. Holds references to every tensor whose address it handed out."""
+
+    def __init__(self, config: Any, layers: Sequence[Any], final_norm: Any, output: torch.Tensor, rope: tuple[torch.Tensor, float]):
+        """`config` names heads and sizes, `layers` are modules in Llama's names, `output` are the rows of the LM head."""
+        self.kept: list[torch.Tensor] = []
+        self.num_out, self.dtype = output.shape[0], output.dtype
+        self.hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.cache_shape = (len(layers), 2, config.num_key_value_heads, FIRST_CAPACITY, config.head_dim)
+        self.layers = (Layer * len(layers))(*[self._layer(layer) for layer in layers])
+        inverse_frequencies, rope_scale = rope
+        self.stack = Stack(
+            len(layers), config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+            layers[0].mlp.gate_proj.weight.shape[0], self.dtype == torch.bfloat16, config.rms_norm_eps, rope_scale,
+            self._float(inverse_frequencies), self.layers, self._float(final_norm.weight), self.linear(output),
+        )  # fmt: skip
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _float(self, tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else self._keep(tensor.detach().float().contiguous())
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        return Linear(self._keep(weight.detach().to(self.dtype).contiguous()), self._float(bias), *weight.shape)
+
+    def _layer(self, layer: Any) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        return Layer(
+            self._float(layer.input_layernorm.weight), self._float(layer.post_attention_layernorm.weight), *map(self._float, norms),
+            *[self.linear(p.weight, p.bias) for p in projections],
+        )  # fmt: skip
+
+    def new_cache(self) -> Cache:
+        return Cache(torch.zeros(self.cache_shape, dtype=self.dtype))
+
+    def forward(
+        self, cache: Cache, x_TD: torch.Tensor, past: int, num_logits: int, taps: Sequence[int] = (), causal: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows after `past` cached ones: (logits [num_logits, V], taps [T, M, D], normed states [num_logits, D]), all
+        float32. `x_TD` holds embeddings in float32 and is overwritten. The caller counts the cached rows."""
+        T = len(x_TD)
+        cache.reserve(past + (T + 15) // 16 * 16)
+        logits = torch.empty(num_logits, self.num_out)
+        tapped, normed = torch.empty(T, len(taps), self.hidden), torch.empty(num_logits, self.hidden)
+        layers = (ctypes.c_int32 * len(taps))(*taps)
+        x_TD = x_TD.contiguous()
+        described = Pass(
+            T, past, causal, num_logits, len(taps), torch.get_num_threads(), ctypes.addressof(layers), x_TD.data_ptr(),
+            tapped.data_ptr(), logits.data_ptr(), normed.data_ptr(),
+        )  # fmt: skip
+        library().stack_forward(ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(described))
+        return logits, tapped, normed
+
+    def context(self, cache: Cache, fc: Linear, norm: torch.Tensor, features: torch.Tensor, past: int) -> None:
+        """Keys and values of a head's context from the target's features [T, M * D], float32, after `past` cached ones."""
+        for start in range(0, len(features), MAX_ROWS):
+            rows = features[start : start + MAX_ROWS].contiguous()
+            cache.reserve(past + start + (len(rows) + 15) // 16 * 16)
+            library().stack_context(
+                ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(fc), ctypes.c_void_p(norm.data_ptr()),
+                ctypes.c_void_p(rows.data_ptr()), len(rows), past + start, torch.get_num_threads(),
+            )  # fmt: skip

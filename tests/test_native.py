@@ -1,0 +1,287 @@
+"""The native runtime: the same numbers as transformers', the same bits for a row whatever rows are beside it,
+and never in the way of a model or a machine it cannot serve."""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dspark.drafters import PromptLookup
+from dspark.errors import RuntimeUnavailable, SettingError
+from dspark.generation import generate
+from dspark.head.context import EagerContext, NativeContext, make_context
+from dspark.target.load import load_target
+from dspark.target.native import build
+from dspark.target.native.runtime import NativeRuntime, reason_against
+from dspark.target.native.stack import FIRST_CAPACITY, MAX_ROWS
+from dspark.target.target import Target
+from saved import save_tiny_target
+from tiny import NATIVE_SHAPE, tiny_head, tiny_model
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+DTYPES = (torch.float32, torch.bfloat16)
+# 48 is no multiple of the 32 products of one bfloat16 step, 3 query heads are no multiple of the threads.
+ROUNDING = 3e-5
+ODD = NATIVE_SHAPE | {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 80}
+
+
+def native(family: str, dtype: torch.dtype = torch.float32, **shape) -> Target:
+    model = tiny_model(family, **(NATIVE_SHAPE | shape)).to(dtype)
+    return Target(model, name="tiny", runtime=NativeRuntime(model))
+
+
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(128, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def rows_in_passes(target: Target, ids: list[int], sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    state, logits, features = target.start(), [], []
+    for size in sizes:
+        done = target.score(state, ids[state.num_tokens : state.num_tokens + size])
+        target.rollback(state, 0)
+        logits.append(done.logits_TV)
+        features.append(done.features_TMD)
+    return torch.cat(logits), torch.cat(features)
+
+
+@pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_are_those_of_transformers(family, shape):
+    target = native(family, **shape)
+    eager = Target(target.model)
+    ids = ids_of(100)
+    for each in (target, eager):
+        each.tap((-1, 0, 3))
+    expected = eager.score(eager.start(), ids)
+    found = target.score(target.start(), ids)
+    assert error(found.logits_TV, expected.logits_TV) < ROUNDING
+    assert error(found.features_TMD, expected.features_TMD) < ROUNDING
+
+
+def test_bfloat16_is_as_near_to_float32_as_transformers_is():
+    target = native("llama", torch.bfloat16)
+    ids = ids_of(60)
+    exact = target.model.float()(torch.tensor([ids])).logits[0]
+    target.model.bfloat16()
+    eager = (Target(target.model).score(Target(target.model).start(), ids).logits_TV - exact).square().mean()
+    ours = (target.score(target.start(), ids).logits_TV - exact).square().mean()
+    assert 0 < ours < 1.5 * eager
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD], ids=["even", "odd"])
+def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(shape, dtype, threads):
+    target = native("qwen3", dtype, **shape)
+    target.tap((0, 3))
+    ids = ids_of(90)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        logits, features = rows_in_passes(target, ids, [1] * 90)
+        for sizes in ([90], [2] * 45, [3] * 30, [4, 5, 6, 7, 8, 9, 10, 11, 12, 18], [MAX_ROWS, 26], [17] * 5 + [5]):
+            again = rows_in_passes(target, ids, sizes)
+            assert torch.equal(again[0], logits), sizes
+            assert torch.equal(again[1], features), sizes
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rejected_rows_leave_no_bit_behind(dtype):
+    target = native("llama", dtype)
+    ids, wrong = ids_of(40), ids_of(40, seed=1)
+    expected, _ = rows_in_passes(target, ids, [1] * 40)
+    state, rows = target.start(), []
+    while state.num_tokens < 40:
+        kept = 1 + state.num_tokens % 3
+        scored = target.score(state, [*ids[state.num_tokens : state.num_tokens + kept], *wrong[:5]])
+        target.rollback(state, 5)
+        rows.append(scored.logits_TV[:kept])
+    assert torch.equal(torch.cat(rows)[:40], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash", "lookup"])
+def test_drafted_tokens_are_the_plain_ones_at_every_precision(kind, dtype):
+    target = native("llama", dtype, max_position_embeddings=1024)
+    num_new = FIRST_CAPACITY + 40  # past the first buffer of keys and values
+    plain = generate(target, None, ids_of(5), num_new).token_ids
+    for gamma in (1, 4, 8):
+        if kind == "lookup":
+            found = generate(target, None, ids_of(5), num_new, drafter=PromptLookup(128, gamma))
+        else:
+            head = tiny_head(target, "vanilla" if kind == "dflash" else kind, 0 if kind == "dflash" else 8, gamma, head_dim=16).to(dtype)
+            found = generate(target, head, ids_of(5), num_new)
+        assert found.token_ids == plain
+        assert any(done.num_drafted for done in found.rounds_log)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [0, 8])
+def test_native_blocks_are_the_eager_ones(rank, dtype):
+    target = native("llama", dtype)
+    head = tiny_head(target, rank=rank, head_dim=16, block_size=5).to(dtype)
+    context = make_context(head, target)
+    assert isinstance(context, NativeContext)
+    eager = EagerContext(head)
+    target.tap(head.config.target_layer_ids)
+    features = target.score(target.start(), ids_of(30)).features_TMD
+    tolerance = {torch.float32: ROUNDING, torch.bfloat16: 0.03}[dtype]
+    for first, last in ((0, 0), (0, 1), (1, 4), (4, 30)):
+        for each in (context, eager):
+            each.commit(features[first:last])
+        anchor = target.embed(torch.tensor(7))
+        (h, logits), (h_eager, logits_eager) = context.block(anchor), eager.block(anchor)
+        assert error(h.float(), h_eager.float()) < tolerance
+        assert error(logits, logits_eager) < tolerance
+
+
+def test_drafting_twice_from_one_state_gives_one_draft():
+    """The block's own keys lie behind the context; they must not outlive the pass."""
+    target = native("llama")
+    head = tiny_head(target, head_dim=16)
+    context = make_context(head, target)
+    target.tap(head.config.target_layer_ids)
+    features = target.score(target.start(), ids_of(20)).features_TMD
+    context.commit(features[:10])
+    context.block(target.embed(torch.tensor(3)))
+    context.commit(features[10:])
+    straight = make_context(head, target)
+    straight.commit(features)
+    anchor = target.embed(torch.tensor(9))
+    assert torch.equal(context.block(anchor)[1], straight.block(anchor)[1])
+
+
+def test_a_head_of_odd_sizes_drafts_eagerly():
+    target = native("llama")
+    assert isinstance(make_context(tiny_head(target, head_dim=8), target), EagerContext)
+    assert isinstance(make_context(tiny_head(target, head_dim=16, draft_vocab=100), target), EagerContext)
+
+
+def test_changed_weights_are_taken_up():
+    target = native("llama")
+    ids = ids_of(10)
+    before = target.score(target.start(), ids).logits_TV
+    with torch.no_grad():
+        target.model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
+        target.model.model.norm.weight.mul_(2.0)
+    eager = Target(target.model)
+    expected = eager.score(eager.start(), ids).logits_TV
+    assert not torch.allclose(before, expected, atol=1e-2)
+    assert error(target.score(target.start(), ids).logits_TV, expected) < ROUNDING
+
+
+def test_nan_weights_are_reported():
+    target = native("llama")
+    with torch.no_grad():
+        target.model.model.layers[0].mlp.down_proj.weight[3, 3] = float("nan")
+    with pytest.raises(Exception, match="NaN logits"):
+        target.score(target.start(), ids_of(3))
+
+
+REFUSED = {
+    "another family": (lambda: tiny_model("gemma3"), "not one of"),
+    "half precision": (lambda: tiny_model("llama", **NATIVE_SHAPE).half(), "float16"),
+    "odd sizes": (lambda: tiny_model("llama"), "multiples of 16"),
+    "another activation": (lambda: tiny_model("llama", **NATIVE_SHAPE, hidden_act="gelu"), "gelu"),
+    "sliding window": (
+        lambda: tiny_model("qwen2", **NATIVE_SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding"
+    ),
+    "replaced layer": (lambda: with_low_rank(tiny_model("llama", **NATIVE_SHAPE)), "LowRank"),
+}  # fmt: skip
+
+
+class LowRank(nn.Linear):
+    """As an adapter library would put it in a layer's place."""
+
+
+def with_low_rank(model):
+    model.model.layers[2].self_attn.v_proj = LowRank(32, 32, bias=False)
+    return model
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_it_cannot_run_are_refused_with_the_reason(case):
+    make, reason = REFUSED[case]
+    model = make()
+    assert reason in (reason_against(model) or "")
+    with pytest.raises(RuntimeUnavailable, match=reason):
+        NativeRuntime(model)
+
+
+def test_load_target_falls_back_to_eager_and_says_so(tmp_path, capsys):
+    save_tiny_target(tmp_path / "target")  # sizes of 8
+    assert load_target(tmp_path / "target").runtime is None
+    assert "decoding eagerly" in capsys.readouterr().err
+    assert load_target(tmp_path / "target", runtime="eager").runtime is None
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RuntimeUnavailable, match="multiples of 16"):
+        load_target(tmp_path / "target", runtime="native")
+    with pytest.raises(SettingError, match="unknown runtime"):
+        load_target(tmp_path / "target", runtime="fast")
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch) -> Path:
+    """A compiler that copies a file instead of compiling, and counts its runs."""
+    script = tmp_path / "c++"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && { echo fake 1.0; exit 0; }\necho run >> "$0.runs"\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && printf library > "$2"; shift; done\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
+    return script
+
+
+def runs(compiler: Path) -> int:
+    return len(Path(f"{compiler}.runs").read_text().splitlines())
+
+
+def test_the_library_is_built_once_and_a_damaged_one_again(compiler, tmp_path):
+    said: list[str] = []
+    path = build.built(said.append, tmp_path / "cache")
+    assert build.built(said.append, tmp_path / "cache") == path
+    assert runs(compiler) == len(said) == 1
+    path.write_bytes(b"lib")
+    assert build.built(said.append, tmp_path / "cache") == path
+    assert runs(compiler) == 2
+    assert path.read_bytes() == b"library"
+    assert sorted(p.suffix for p in path.parent.iterdir()) == [".sha256", ".so"]
+    assert path.with_suffix(".sha256").read_text() == hashlib.sha256(b"library").hexdigest()
+
+
+def test_another_machine_or_source_gets_another_library(compiler, tmp_path, monkeypatch):
+    path = build.built(print, tmp_path / "cache")
+    monkeypatch.setattr(build, "processor_flags", lambda: "flags: mmx")
+    assert build.built(print, tmp_path / "cache") != path
+
+
+def test_no_compiler_or_a_failing_one_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    with pytest.raises(RuntimeUnavailable, match="no C\\+\\+ compiler found"):
+        build.built(print, tmp_path / "cache")
+    failing = tmp_path / "c++"
+    failing.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cpp:1: error: no such vector" >&2\nexit 1\n')
+    os.chmod(failing, 0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(RuntimeUnavailable, match="no such vector"):
+        build.built(print, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_seed_replays():
+    target = native("llama", torch.bfloat16)
+    head = tiny_head(target, head_dim=16).to(torch.bfloat16)
+    answers = [generate(target, head, ids_of(6), 30, temperature=1.0, top_k=5, seed=seed).token_ids for seed in (3, 3, 4)]
+    assert answers[0] == answers[1] != answers[2]
