@@ -1,46 +1,98 @@
-"""Are the texts of all modes the same? Reads the JSON that `dspark bench --json` ends with.
+"""Does dspark say what transformers says? Greedy tokens of both on the same prompts.
 
-    python bench/tokens.py RESULT.json [--baseline hf] [--strip OUT.json]
+    python bench/tokens.py reference TARGET --prompts FILE.jsonl ... --out REF.jsonl [--dtype D] [--batch N]
+    dspark generate TARGET --prompts ALL.jsonl --json --drafter NAME > OURS.jsonl
+    python bench/tokens.py compare REF.jsonl OURS.jsonl ... [--ties TARGET --dtype D]
 
-Prints, for every mode, how many prompts gave the baseline's tokens and where the others first differ;
-exits 1 if any differ. `--strip` writes the document without the token ids, small enough to keep."""
+`reference` runs transformers' own `generate`, left-padded in batches; prompts go through the chat template as
+`dspark generate` puts them. `compare` prints how many texts are the same and where the others first differ; exits 1
+if any differ. With --ties it asks the target, run by transformers, how far apart the logits of the two tokens are
+at each first difference, and exits 1 only if one of them is no near-tie for the precision."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
+import torch
+
+from dspark.measure.lossless import TIE, first_difference, logit_gap
+from dspark.prompts import read_prompts
+from dspark.target.load import load_target
+
+
+def reference(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    target = load_target(options.target, options.dtype, runtime="eager")
+    prompts = [target.prompt_ids(p.content) for file in options.prompts for p in read_prompts(file)]
+    eos = min(target.eos_ids)
+    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    for start in range(0, len(order), options.batch):
+        batch = order[start : start + options.batch]
+        longest = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[eos] * (longest - len(prompts[i])) + prompts[i] for i in batch])
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        output = target.model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=options.max_new_tokens, pad_token_id=eos
+        )  # fmt: skip
+        for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            end = next((n + 1 for n, token in enumerate(row) if token in target.eos_ids), len(row))
+            answers[i] = row[:end]
+        print(f"{len(answers)} of {len(prompts)}", file=sys.stderr, flush=True)
+    lines = [json.dumps({"index": i, "prompt_ids": prompts[i], "token_ids": answers[i]}) for i in range(len(prompts))]
+    options.out.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    expected = [json.loads(line) for line in options.reference.read_text().splitlines()]
+    target = load_target(options.ties, options.dtype, runtime="eager") if options.ties else None
+    failed = False
+    for file in options.results:
+        found = [json.loads(line)["token_ids"] for line in file.read_text().splitlines()]
+        if len(found) != len(expected):
+            print(f"error: {file} has {len(found)} answers, {options.reference} {len(expected)}", file=sys.stderr)
+            return 2
+        pairs = [(record, ours, first_difference(ours, record["token_ids"])) for record, ours in zip(expected, found, strict=True)]
+        differing = [(record, ours, at) for record, ours, at in pairs if at is not None]
+        print(f"{file.stem}: {len(found) - len(differing)} of {len(found)} texts are the same, {sum(map(len, found))} tokens")
+        gaps = []
+        for record, ours, at in differing:
+            where, theirs = f"  prompt {record['index']} from token {at}", record["token_ids"]
+            if target is None:
+                print(where)
+                continue
+            prefix = record["prompt_ids"] + theirs[:at]
+            gaps.append(logit_gap(target, prefix, theirs[at] if at < len(theirs) else None, ours[at] if at < len(ours) else None))
+            print(f"{where}: logits {gaps[-1]:.3g} apart")
+        if gaps:
+            tie = TIE[target.model.dtype]
+            print(f"  largest gap {max(gaps):.3g}, a tie is {tie:g}: {sum(gap <= tie for gap in gaps)} of {len(gaps)} differences are ties")
+        failed |= any(gap > TIE[target.model.dtype] for gap in gaps) if target else bool(differing)
+    return int(failed)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--baseline", default="hf")
-    parser.add_argument("--strip", type=Path)
+    verbs = parser.add_subparsers(required=True)
+    one = verbs.add_parser("reference")
+    one.add_argument("target")
+    one.add_argument("--prompts", action="append", required=True)
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--dtype", default="float32")
+    one.add_argument("--batch", type=int, default=20)
+    one.add_argument("--max-new-tokens", type=int, default=128)
+    one.add_argument("--threads", type=int, default=torch.get_num_threads())
+    one.set_defaults(run=reference)
+    two = verbs.add_parser("compare")
+    two.add_argument("reference", type=Path)
+    two.add_argument("results", type=Path, nargs="+")
+    two.add_argument("--ties", metavar="TARGET")
+    two.add_argument("--dtype", default="float32")
+    two.set_defaults(run=compare)
     options = parser.parse_args()
-    document = json.loads(options.result.read_text().strip().splitlines()[-1])
-    runs: dict[str, dict[int, list[int]]] = {}
-    for run in document["prompts"]:
-        runs.setdefault(run["mode"], {})[run["index"]] = run["token_ids"]
-    if options.baseline not in runs:
-        print(f"error: no mode {options.baseline} in {options.result}; it has {', '.join(runs)}", file=sys.stderr)
-        return 2
-    baseline, all_same = runs.pop(options.baseline), True
-    for mode, texts in runs.items():
-        differing = [(i, first_difference(texts[i], baseline[i])) for i in texts if texts[i] != baseline[i]]
-        all_same &= not differing
-        where = "".join(f"; prompt {i} from token {at}" for i, at in differing)
-        print(
-            f"{mode}: {len(texts) - len(differing)} of {len(texts)} prompts equal {options.baseline}, {sum(map(len, texts.values()))} tokens{where}"
-        )
-    if options.strip:
-        for run in document["prompts"]:
-            del run["token_ids"]
-        options.strip.write_text(json.dumps(document) + "\n")
-    return 0 if all_same else 1
-
-
-def first_difference(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return options.run(options)
 
 
 if __name__ == "__main__":

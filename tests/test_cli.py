@@ -1,6 +1,8 @@
 """The command line: contract of the JSON output, one clear message and exit 2 for a user's mistake."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -79,6 +81,14 @@ def test_streamed_text_is_the_text(place, capsys):
         (["train", "{target}", "--out", "{new}", "--steps", "0"], "--steps is 0"),
         (["train", "{target}", "--out", "{new}", "--taps", "a,b"], "--taps is 'a,b'"),
         (["train", "{target}", "--out", "{new}", "--answers", "{prompts}", "--prompts", "{prompts}"], "cannot take effect"),
+        (["train", "{target}", "--out", "{new}", "--answers", "{prompts}", "--num-prompts", "5"], "cannot take effect"),
+        (["train", "{target}", "--out", "{new}", "--num-prompts", "9", "--held-out", "9"], "leave nothing to train on"),
+        (["train", "{target}", "--out", "{new}", "--draft-vocab", "200"], "has no room for the 259 special and byte tokens"),
+        (["train", "{target}", "--out", "{new}", "--device", "cuda"], "training runs on the CPU"),
+        (["train", "{target}", "--out", "{new}", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
+        (["generate", "{target}", "hi", "--threads", "99999999999999999999"], "--threads is 99999999999999999999"),
+        (["generate", "{target}", "hi", "--runtime", "warp"], "unknown runtime 'warp'"),
+        (["generate", "{target}", "hi", "--head", "{prompts}"], "is a file"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain,warp", "--head", "none"], "unknown mode 'warp'"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "mode dspark needs a head"),
     ],
@@ -127,6 +137,37 @@ def test_inspect_prints_the_card(place, capsys):
     assert code == 0 and out.startswith("# a card")
     code, out, _ = run(capsys, "inspect", place / "head", "--json")
     assert json.loads(out)["config"]["block_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "half \\ud83d of a pair"}', "surrogate"),
+        ('{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ],
+    ids=["surrogate", "nested"],
+)
+def test_lines_that_no_reader_takes_are_named(place, capsys, tmp_path, line, says):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "fine \\ud83d\\ude00"}\n' + line + "\n")
+    code, _, err = run(capsys, "generate", place / "target", "--prompts", file)
+    assert code == 2 and "line 2" in err and says in err
+
+
+def test_a_damaged_provenance_record_is_said(place, capsys, tmp_path):
+    shutil.copytree(place / "head", tmp_path / "head")
+    (tmp_path / "head" / "provenance.json").write_text("{")
+    code, _, err = run(capsys, "inspect", tmp_path / "head", "--json")
+    assert code == 2 and "provenance.json is damaged" in err
+    assert run(capsys, "inspect", tmp_path / "head")[0] == 0
+
+
+def test_chat_says_what_it_cannot_read(place):
+    command = [sys.executable, "-m", "dspark.cli.main", "chat", place / "target", "--head", "none", "--max-new-tokens", "5"]
+    done = subprocess.run(
+        command, check=False, input=b"caf\xe9\n", capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "utf-8"}
+    )
+    assert done.returncode == 2 and b"is not utf-8 text" in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_chat_answers_each_line_and_ends_with_the_input(place):

@@ -147,6 +147,15 @@ DAMAGED_CONFIGS = {
     "layers no list": lambda text: re.sub(r'"target_layer_ids": \[[^]]*\]', '"target_layer_ids": 2', text),
     "hidden size a word": lambda text: text.replace('"hidden_size": 32', '"hidden_size": "wide"'),
     "mask token outside": lambda text: text.replace('"mask_token_id": 127', '"mask_token_id": 4000'),
+    "mask token a word": lambda text: text.replace('"mask_token_id": 127', '"mask_token_id": "x"'),
+    "no blocks": lambda text: text.replace('"block_size": 4', '"block_size": 0'),
+    "block size true": lambda text: text.replace('"block_size": 4', '"block_size": true'),
+    "half a layer": lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1.5'),
+    "negative rank": lambda text: text.replace('"markov_rank": 8', '"markov_rank": -8'),
+    "confidence maybe": lambda text: text.replace('"enable_confidence_head": true', '"enable_confidence_head": "maybe"'),
+    "key heads that do not divide": lambda text: text.replace('"num_key_value_heads": 2', '"num_key_value_heads": 3'),
+    "layers out of order": lambda text: re.sub(r'"target_layer_ids": \[[^]]*\]', '"target_layer_ids": [3, 0]', text),
+    "no layers": lambda text: re.sub(r'"target_layer_ids": \[[^]]*\]', '"target_layer_ids": []', text),
     "section no object": lambda text: re.sub(r'"dspark": \{.*?\n  \}', '"dspark": 1', text, flags=re.DOTALL),
     "tapped layer outside": lambda text: re.sub(r'"target_layer_ids": \[[^]]*\]', '"target_layer_ids": [0, 4]', text),
 }
@@ -334,3 +343,14 @@ def test_heads_are_found_by_path_and_refused_by_name(folder):
     assert find_head(None, "no such target") is None
     with pytest.raises(HeadError, match="no head at"):
         find_head(str(folder / "missing"), "tiny")
+
+
+@pytest.mark.parametrize("num_renamed", range(4))
+def test_a_save_that_was_killed_between_renames_is_undone(num_renamed, folder, target):
+    before = contents(folder)
+    for name in sorted(before)[:num_renamed]:
+        (folder / name).rename(folder / f"{name}.old")
+    for name in sorted(before)[: num_renamed // 2]:
+        (folder / name).write_bytes(b"new")
+    load_head(folder, target)
+    assert contents(folder) == before

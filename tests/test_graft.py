@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from dspark.errors import SettingError
 from dspark.grafting import graft, ungraft
 from dspark.target.target import Target
-from tiny import tiny_head, tiny_model
+from tiny import NATIVE_SHAPE, tiny_head, tiny_model
 
 PROMPT = torch.tensor([[3, 17, 99, 45, 3, 17, 99]])
 NUM_NEW = 20
@@ -18,13 +18,17 @@ NUM_NEW = 20
 
 @cache
 def plain_model():
-    return tiny_model("llama")
+    return tiny_model("llama", **NATIVE_SHAPE)
 
 
-@pytest.fixture(params=[("vanilla", 8), ("rnn", 8), ("vanilla", 0)], ids=["vanilla", "rnn", "dflash"])
+HEADS = {"vanilla": ("vanilla", 8), "rnn": ("rnn", 8), "dflash": ("vanilla", 0)}
+
+
+@pytest.fixture(params=[(head, runtime) for head in HEADS for runtime in ("eager", "native")], ids="/".join)
 def model(request):
-    model = tiny_model("llama")
-    graft(model, tiny_head(Target(tiny_model("llama")), *request.param))
+    head, runtime = request.param
+    model = tiny_model("llama", **NATIVE_SHAPE)
+    graft(model, tiny_head(Target(model), *HEADS[head], head_dim=16), runtime)
     return model
 
 
@@ -210,8 +214,8 @@ def test_ungraft_gives_back_a_generate_of_the_users_own():
 
 
 def test_grafting_again_replaces_the_head():
-    model = tiny_model("llama")
-    target = Target(tiny_model("llama"))
+    model = tiny_model("llama", **NATIVE_SHAPE)
+    target = Target(tiny_model("llama", **NATIVE_SHAPE))
     for kind in ("vanilla", "gated"):
         graft(model, tiny_head(target, kind))
         assert_same(model)

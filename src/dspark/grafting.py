@@ -16,6 +16,7 @@ from dspark.drafters import DSparkDrafter
 from dspark.errors import SettingError
 from dspark.generation import split_law
 from dspark.head.head import Head
+from dspark.target.load import use_runtime
 from dspark.target.target import Target
 
 ATTRIBUTE = "_dspark_graft"
@@ -23,14 +24,16 @@ TAKEN = ("custom_generate", "past_key_values", "assistant_model", "prompt_lookup
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
-def graft(model, head: Head) -> None:
+def graft(model, head: Head, runtime: str = "auto") -> None:
     """From now on `model.generate(...)` drafts with `head`. One prompt a call; sampling, greedy
     decoding, processors, stopping criteria and streamers work as before, `torch.manual_seed` replays.
+    `runtime` as in `load_target`; `eager` computes with the model's own modules.
 
     What cannot be speculated (batches, beams, an own cache, recorded scores) raises `SettingError`;
     `ungraft(model)` restores the plain method."""
     ungraft(model)
     target = Target(model)
+    use_runtime(target, runtime)
     drafter = DSparkDrafter(head, target)
     own, plain = model.__dict__.get("generate"), model.generate
 

@@ -36,6 +36,10 @@ def parse(line: str, where: str) -> Prompt:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno})", hint) from error
+    except RecursionError as error:
+        raise PromptError(f"{where}: nested too deeply", hint) from error
+    if any("\ud800" <= character <= "\udfff" for character in json.dumps(record, ensure_ascii=False)):
+        raise PromptError(f"{where}: holds half of a surrogate pair, which is no character", "write the character itself, or both halves")
     if not isinstance(record, dict):
         raise PromptError(f"{where}: expected an object, found {type(record).__name__}", hint)
     extra = {key: value for key, value in record.items() if key not in ("prompt", "messages")}

@@ -21,12 +21,17 @@ def run(options: argparse.Namespace) -> int:
     head = open_head(options, target)
     from dspark.generation import generate
 
+    if target.tokenizer is None or target.tokenizer.chat_template is None:
+        raise PromptError(f"{target.name} has no chat template", "use `dspark generate --raw`")
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
     say("type a message; an empty line or Ctrl-D ends, /new starts over")
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        text = sys.stdin.readline().strip()
+        try:
+            text = sys.stdin.readline().strip()
+        except UnicodeDecodeError as error:
+            raise PromptError(f"the input is not {sys.stdin.encoding} text", "set the terminal, or the input, to UTF-8") from error
         if not text:
             return 0
         if text == "/new":

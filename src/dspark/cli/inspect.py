@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from dspark.errors import HeadError
 from dspark.head.folder import named_head, read_config
 
 
@@ -16,7 +17,10 @@ def run(options: argparse.Namespace) -> int:
     config, section = read_config(folder)
     if options.json:
         record = folder / "provenance.json"
-        provenance = json.loads(record.read_text()) if record.exists() else None
+        try:
+            provenance = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+        except ValueError as error:
+            raise HeadError(f"{record} is damaged: {error}", "restore the file; the head itself works without it") from error
         print(json.dumps({"folder": str(folder), "config": config.__dict__, "dspark": section, "provenance": provenance}))
         return 0
     card = folder / "README.md"

@@ -44,8 +44,8 @@ def set_threads(options: argparse.Namespace) -> None:
     import torch
 
     if options.threads is not None:
-        if options.threads < 1:
-            raise SettingError(f"--threads is {options.threads}", "use 1 or more")
+        if not 1 <= options.threads <= 4096:
+            raise SettingError(f"--threads is {options.threads}", "use 1 to 4096; more than there are cores only slows down")
         torch.set_num_threads(options.threads)
 
 

@@ -13,7 +13,7 @@ from dspark.config import SEQUENTIAL_HEADS, TrainConfig
 from dspark.errors import SettingError
 from dspark.prompts import read_prompts
 
-DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(TrainConfig)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--num-prompts",
         type=int,
-        default=DEFAULTS["num_prompts"],
+        default=None,
         metavar="N",
-        help="instructions the target invents (default %(default)s)",
+        help=f"instructions the target invents (default {DEFAULTS['num_prompts']})",
     )
     data.add_argument(
         "--answers", action="append", default=[], metavar="FILE", help="answers sampled earlier, used as they are; may be given again"
@@ -98,22 +98,28 @@ def run(options: argparse.Namespace) -> int:
     for name in ("steps", "sequences", "anchors", "layers", "block_size", "max_answer_tokens", "held_out"):
         if getattr(options, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
-    if options.rank < 0 or options.draft_vocab < 0 or options.seed < 0:
-        raise SettingError("--rank, --draft-vocab and --seed cannot be negative")
+    if options.rank < 0 or options.draft_vocab < 0 or (options.num_prompts or 0) < 0:
+        raise SettingError("--rank, --draft-vocab and --num-prompts cannot be negative")
+    if not 0 <= options.seed < 2**32:
+        raise SettingError(f"--seed is {options.seed}", "seeds of a training run are whole numbers from 0 to 2**32 - 1")
+    if options.device != "cpu":
+        raise SettingError(f"--device is {options.device}", "training runs on the CPU; the trained head serves on any device")
     try:
         taps = [int(i) for i in options.taps.split(",")] if options.taps else None
     except ValueError as error:
         raise SettingError(f"--taps is {options.taps!r}", "give layer numbers with commas, like 1,8,15,22,29") from error
-    if options.answers and (options.prompts or options.only_answers):
+    if options.answers and (options.prompts or options.only_answers or options.num_prompts is not None):
         raise SettingError(
-            "--answers brings finished answers; --prompts and --only-answers cannot take effect beside it", "leave one of them out"
+            "--answers brings finished answers; --prompts, --num-prompts and --only-answers cannot take effect beside it",
+            "leave one of them out",
         )
+    num_prompts = DEFAULTS["num_prompts"] if options.num_prompts is None else options.num_prompts
     prompts = read_prompts(options.prompts) if options.prompts else None
     missing = [path for path in options.answers if not Path(path).is_file()]
     if missing:
         raise SettingError(f"no answers file {missing[0]}", "sample some: `dspark train TARGET --out DIR --only-answers`")
     config = TrainConfig(
-        seed=options.seed, num_prompts=options.num_prompts, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
+        seed=options.seed, num_prompts=num_prompts, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
         sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
         muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
     )  # fmt: skip

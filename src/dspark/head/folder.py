@@ -114,6 +114,14 @@ def replace_all(folder: Path, names: list[str]) -> None:
         (folder / f"{name}.old").unlink()
 
 
+def undo_interrupted_save(folder: Path) -> None:
+    """A kill between the renames of `replace_all` leaves some NAME.old behind: bring the old head back, whole."""
+    kept = list(folder.glob("*.old"))
+    if any(not path.with_suffix("").exists() for path in kept):
+        for path in kept:
+            os.replace(path, path.with_suffix(""))
+
+
 def read_config(folder: Path) -> tuple[HeadConfig, dict]:
     """The head's shape and its `dspark` section. Raises `HeadError` naming what is missing or unknown."""
     try:
@@ -142,6 +150,7 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
     if not isinstance(values["target_layer_ids"], list):
         raise HeadError(f"{folder}/config.json: target_layer_ids is {values['target_layer_ids']!r}, a list was expected")
     values["target_layer_ids"] = tuple(values["target_layer_ids"])
+    refuse_senseless(values, folder)
     if not 0 <= values["mask_token_id"] < values["vocab_size"]:
         raise HeadError(
             f"{folder}/config.json: mask_token_id {values['mask_token_id']} is outside the vocabulary of {values['vocab_size']}"
@@ -153,12 +162,39 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
     return HeadConfig(**values), section
 
 
+def refuse_senseless(values: dict, folder: Path) -> None:
+    """Raise `HeadError` for a value of another type than `HeadConfig` says, or a size below 1."""
+    for field in fields(HeadConfig):
+        value = values[field.name] if field.name != "target_layer_ids" else None
+        if field.type is bool:
+            sound = isinstance(value, bool)
+        elif field.type in (int, float):
+            lowest = 0 if field.name in ("markov_rank", "mask_token_id") else 1 if field.type is int else 1e-30
+            sound = isinstance(value, (int, field.type)) and not isinstance(value, bool) and lowest <= value < 2**31
+        else:
+            sound = True
+        if not sound:
+            raise HeadError(f"{folder}/config.json: {field.name} is {value!r}", "restore the file, or train the head again")
+    layers = values["target_layer_ids"]
+    if not layers or not all(type(i) is int for i in layers) or list(layers) != sorted(set(layers)):
+        raise HeadError(f"{folder}/config.json: target_layer_ids {list(layers)} are not ascending layer numbers")
+    if values["num_attention_heads"] % values["num_key_value_heads"]:
+        raise HeadError(
+            f"{folder}/config.json: {values['num_key_value_heads']} key heads do not divide {values['num_attention_heads']} heads"
+        )
+    if values["draft_vocab_size"] > values["vocab_size"]:
+        raise HeadError(
+            f"{folder}/config.json: draft_vocab_size {values['draft_vocab_size']} exceeds the vocabulary of {values['vocab_size']}"
+        )
+
+
 def load_head(folder: str | Path, target: Target) -> Head:
     """Load a head for this target and prove that it is the head, and the target, it was trained as.
 
     Raises `HeadError` for missing, extra or misshaped tensors, another target, another
     vocabulary, or golden vectors that do not come out again. Taps the target's layers."""
     folder = Path(folder)
+    undo_interrupted_save(folder)
     config, section = read_config(folder)
     refuse_other_target(config, section, target)
     weights = read_tensors(folder / "model.safetensors")
@@ -294,6 +330,8 @@ def named_head(name: str | Path) -> Path:
     shipped = shipped_head(str(name))
     if shipped is not None:
         return shipped
+    if Path(name).expanduser().exists():
+        raise HeadError(f"{name} is a file", "give the folder of a head")
     if "/" in str(name) and not str(name).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -18,6 +18,7 @@ from dspark.target.target import Target
 # Largest difference between the two best logits that counts as a tie, in units of the target's
 # precision: the same row computed in a pass of another length differs by a few of these.
 TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+LAW_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def verify_pair(
         progress(f"greedy tokens, drafter {name}")
         checks.append(greedy_tokens(target, head, prompts, max_new_tokens, name))
         progress(f"law of a sampled round, drafter {name}")
-        checks.append(round_law(target, head, prompts[0], name))
+        checks.append(round_law(target, head, prompts[:LAW_PROMPTS], name))
     progress("roll-back")
     checks.append(roll_back(target, prompts[0]))
     progress("replay")
@@ -89,37 +90,42 @@ def logit_gap(target: Target, prefix: list[int], one: int | None, other: int | N
     return abs(logits[one] - logits[other]).item()
 
 
-def round_law(target: Target, head: Head | None, ids: list[int], drafter: str, num_drafts: int = 20) -> Check:
-    """For real drafts at T = 1: q(x) * accept(x) + reject * residual must be p, at the first drafted position.
+def round_law(target: Target, head: Head | None, prompts: Sequence[list[int]], drafter: str, num_drafts: int = 8) -> Check:
+    """For real drafts at T = 1, at every drafted position: q(x) * accept(x) + reject * residual must be p.
 
     This is an identity of the verifier on the pair's own p and q, in float64; it fails if a
     draft's stated law is not a law, or if it puts weight where the token could not have come from."""
     law = make_law(temperature=1.0)
-    state = target.start()
-    engine = make_drafter(drafter, target, head)
-    engine.start()
-    engine.commit(target.prefill(state, ids[:-1]))
-    p = probs(law, [()], target.score(state, ids[-1:]).logits_TV.double())[0]
-    worst, drawn_ok, num_drawn = 0.0, True, 0
+    worst, drawn_ok, num_positions = 0.0, True, 0
     generator = torch.Generator().manual_seed(0)
-    for _ in range(num_drafts):
-        draft = engine.draft(ids, engine.block_size, law, generator)
-        if not draft.tokens:
-            continue
-        num_drawn += 1
-        q = draft.probs_KV[0].double()
-        drawn_ok &= bool(q[draft.tokens[0]] > 0) and abs(q.sum().item() - 1) < 1e-5
-        q = q / q.sum()
-        kept = torch.zeros_like(p)
-        for token in q.nonzero()[:, 0].tolist():
-            kept[token] = q[token] * acceptance(p, q, token)
-        out = kept + (1 - kept.sum()) * residual(p, q)
-        worst = max(worst, (out - p).abs().max().item())
+    for ids in prompts:
+        state, engine = target.start(), make_drafter(drafter, target, head)
+        engine.start()
+        engine.commit(target.prefill(state, ids[:-1]))
+        for _ in range(num_drafts):
+            draft = engine.draft(ids, engine.block_size, law, generator)
+            if not draft.tokens:
+                continue
+            p_KV = probs(law, [()], target.score(state, [ids[-1], *draft.tokens]).logits_TV.double())
+            target.rollback(state, 1 + len(draft.tokens))
+            for k, token in enumerate(draft.tokens):
+                q = draft.probs_KV[k].double()
+                drawn_ok &= bool(q[token] > 0) and abs(q.sum().item() - 1) < 1e-5
+                worst = max(worst, law_error(p_KV[k], q / q.sum()))
+                num_positions += 1
     return Check(
         f"law of a round at T=1 ({drafter})",
         drawn_ok and worst < 1e-12,
-        f"largest error {worst:.1e} over {num_drawn} drafts" if num_drawn else "nothing was drafted, nothing to check",
+        f"largest error {worst:.1e} over {num_positions} drafted tokens" if num_positions else "nothing was drafted, nothing to check",
     )
+
+
+def law_error(p_V: torch.Tensor, q_V: torch.Tensor) -> float:
+    """How far the law that comes out of accepting or replacing a draw from q is from p."""
+    kept = torch.zeros_like(p_V)
+    for token in q_V.nonzero()[:, 0].tolist():
+        kept[token] = q_V[token] * acceptance(p_V, q_V, token)
+    return (kept + (1 - kept.sum()) * residual(p_V, q_V) - p_V).abs().max().item()
 
 
 def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:

@@ -29,8 +29,7 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     unknown precision or runtime, `RuntimeUnavailable` where `native` was asked for and cannot run."""
     if dtype not in DTYPES:
         raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
-    if runtime not in RUNTIMES:
-        raise SettingError(f"unknown runtime {runtime!r}", f"choose one of {', '.join(RUNTIMES)}")
+    check_runtime(runtime)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -59,11 +58,23 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     except (OSError, ValueError, KeyError):
         tokenizer = None  # token ids still work; asking for text says so
     target = Target(model, tokenizer, name=str(name))
-    if runtime != "eager":
-        try:
-            target.runtime = NativeRuntime(model, say)
-        except RuntimeUnavailable as error:
-            if runtime == "native":
-                raise
-            say(f"decoding eagerly: {error.message}")
+    use_runtime(target, runtime)
     return target
+
+
+def check_runtime(name: str) -> None:
+    if name not in RUNTIMES:
+        raise SettingError(f"unknown runtime {name!r}", f"choose one of {', '.join(RUNTIMES)}")
+
+
+def use_runtime(target: Target, name: str) -> None:
+    """Give the target the runtime of this name. Raises `SettingError`, or `RuntimeUnavailable` where `native` cannot run."""
+    check_runtime(name)
+    if name == "eager":
+        return
+    try:
+        target.runtime = NativeRuntime(target.model, say)
+    except RuntimeUnavailable as error:
+        if name == "native":
+            raise
+        say(f"decoding eagerly: {error.message}")

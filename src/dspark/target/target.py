@@ -39,7 +39,8 @@ class Scored:
 
 @dataclass
 class Target:
-    """A loaded model. `model` and `tokenizer` are the user's own and stay usable as they are.
+    """A loaded model. `model` and `tokenizer` are the user's own and stay usable as they are; the model is
+    put into eval mode.
 
     Raises `TargetError` for models that cannot be rolled back exactly."""
 

@@ -16,6 +16,7 @@ from dspark.train.sample import sample_batch
 
 BATCH = 128  # rows a batch: matrix products are near their peak rate here, the cache still fits
 INVENT_TOKENS = 80  # an instruction longer than this is cut; it is still an instruction
+EMPTY_START = "\n"  # what an empty opener becomes where the tokenizer has no token to begin a text with
 INVENT_TEMPERATURE = 0.8  # at 1 a small model's instructions wander off
 # Greedy, mild and full sampling: the head is measured at T = 0 and T = 1, and features differ.
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -31,7 +32,7 @@ def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: 
     stop = target.eos_ids | frozenset(target.tokenizer(after, add_special_tokens=False).input_ids[:1])
 
     def run(batch: Sequence[tuple[str, str]], batch_seed: int) -> list[dict]:
-        ids = [target.tokenizer(before + opener, add_special_tokens=False).input_ids for _, opener in batch]
+        ids = [target.tokenizer(before + opener or EMPTY_START, add_special_tokens=False).input_ids for _, opener in batch]
         invented = sample_batch(target, ids, [INVENT_TEMPERATURE] * len(ids), INVENT_TOKENS, batch_seed, stop)
         texts = [
             (opener + target.tokenizer.decode([t for t in new if t not in stop])).strip()

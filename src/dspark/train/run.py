@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import re
 import sys
 import time
 from collections import Counter
@@ -20,12 +21,14 @@ from dspark.head.folder import load_head, save_head
 from dspark.head.head import Head
 from dspark.prompts import Prompt
 from dspark.target.target import Target
-from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
+from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records, write_records
 from dspark.train.card import write_card
 from dspark.train.estimate import estimate
 from dspark.train.features import FeatureStore
 from dspark.train.trainer import measure, train_steps
 from dspark.train.warmstart import new_head
+
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
 
 
 def say(text: str) -> None:
@@ -76,6 +79,11 @@ def train(
     if target.tokenizer is None and not answers:
         raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
     check_shape(target, config, shape)
+    if not answers and len(prompts or ()) + config.num_prompts <= config.held_out:
+        raise SettingError(
+            f"{len(prompts or ()) + config.num_prompts} prompts leave nothing to train on beside {config.held_out} held out",
+            "ask for more prompts, or lower --held-out",
+        )
     begin_or_resume(out, work, settings(target, config, shape, prompts, answers), resume)
     bar = Bar()
     say(estimate(target, config, shape, prompts, answers))
@@ -179,6 +187,11 @@ def check_shape(target: Target, config: TrainConfig, shape: dict) -> None:
     taps = shape.get("target_layer_ids") or []
     if any(not -1 <= tap < target.num_layers for tap in taps) or sorted(set(taps)) != list(taps):
         raise SettingError(f"taps {taps} are not ascending layers of a target with {target.num_layers}")
+    draft_size, kept = shape.get("draft_vocab_size") or target.vocab_size, len(always_kept(target))
+    if draft_size < kept:
+        raise SettingError(
+            f"a draft vocabulary of {draft_size} has no room for the {kept} special and byte tokens", "ask for more, or 0 for all"
+        )
     for name in ("learning_rate", "muon_learning_rate"):
         if not 0 < getattr(config, name) < float("inf"):
             raise SettingError(f"{name} is {getattr(config, name)}", "use a positive number")
@@ -201,7 +214,7 @@ def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[
     ranked = [token for token, _ in counts.most_common() if token not in kept] + [
         t for t in range(vocab_size) if t not in counts and t not in kept
     ]
-    draft_ids = torch.tensor(sorted([*sorted(kept)[:draft_size], *ranked[: max(0, draft_size - len(kept))]]))
+    draft_ids = torch.tensor(sorted([*kept, *ranked[: draft_size - len(kept)]]))
     layer_ids = tuple(shape.get("target_layer_ids") or default_taps(target.num_layers))
     heads = text.num_attention_heads
     config = HeadConfig(
@@ -237,7 +250,8 @@ def always_kept(target: Target) -> set[int]:
     if target.tokenizer is None:
         return set(target.eos_ids)
     special = {i for i in target.tokenizer.all_special_ids if i < target.vocab_size} | set(target.eos_ids)
-    single = {i for text, i in target.tokenizer.get_vocab().items() if len(text) == 1 and i < target.vocab_size}
+    vocabulary = target.tokenizer.get_vocab().items()
+    single = {i for text, i in vocabulary if (len(text) == 1 or BYTE_TOKEN.fullmatch(text)) and i < target.vocab_size}
     return special | single
 
 
@@ -265,7 +279,9 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
 
     def on_step(step: int, result) -> None:
         nonlocal average, steps_at_start
-        steps_at_start = step - 1 if steps_at_start is None else steps_at_start
+        if steps_at_start is None:  # a killed run may have measured further than its last checkpoint
+            steps_at_start = step - 1
+            write_records(curve_file, [entry for entry in read_records(curve_file) if entry["step"] < step])
         now = result.overlap_NAG.sum((0, 1)) / result.valid_NAG.sum((0, 1)).clamp_min(1)
         average = now.tolist() if not average else [0.9 * a + 0.1 * n for a, n in zip(average, now.tolist(), strict=True)]
         accepted = " ".join(f"{a:.2f}" for a in average)

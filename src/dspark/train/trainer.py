@@ -99,11 +99,12 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
             accepted = greedy_agreement(logits, batch, index).float()
         else:
             accepted = losses(logits, confidence, batch, index, config).overlap_NAG
-        runs[temperature].append(accepted[0].cumprod(-1))
+        whole = batch.valid_NAG[0].all(-1)  # a block that the answer's end cuts says nothing about its last positions
+        runs[temperature].append(accepted[0, whole].cumprod(-1))
     head.train(was_training)
     report: dict = {}
     for temperature, parts in runs.items():
-        if parts:
+        if sum(len(part) for part in parts):
             survival = torch.cat(parts).mean(0)
             before = torch.cat([torch.ones(1), survival[:-1]])
             name = f"t{temperature:.0f}"
