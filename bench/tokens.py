@@ -1,8 +1,9 @@
 """Does dspark say what transformers says? Greedy tokens of both on the same prompts.
 
     python bench/tokens.py reference TARGET --prompts FILE.jsonl ... --out REF.jsonl [--dtype D] [--batch N]
-    dspark generate TARGET --prompts ALL.jsonl --json --drafter NAME > OURS.jsonl
-    python bench/tokens.py compare REF.jsonl OURS.jsonl ... [--ties TARGET --dtype D]
+    dspark generate TARGET --prompts FILE.jsonl --json --drafter NAME > OURS.jsonl
+    dspark bench TARGET --prompts FILE.jsonl ... --json > OURS.json
+    python bench/tokens.py compare REF.jsonl OURS ... [--ties TARGET --dtype D]
 
 `reference` runs transformers' own `generate`, left-padded in batches; prompts go through the chat template as
 `dspark generate` puts them. `compare` prints how many texts are the same and where the others first differ; exits 1
@@ -49,14 +50,13 @@ def compare(options: argparse.Namespace) -> int:
     expected = [json.loads(line) for line in options.reference.read_text().splitlines()]
     target = load_target(options.ties, options.dtype, runtime="eager") if options.ties else None
     failed = False
-    for file in options.results:
-        found = [json.loads(line)["token_ids"] for line in file.read_text().splitlines()]
+    for name, found in [pair for file in options.results for pair in texts(file)]:
         if len(found) != len(expected):
-            print(f"error: {file} has {len(found)} answers, {options.reference} {len(expected)}", file=sys.stderr)
+            print(f"error: {name} has {len(found)} answers, {options.reference} {len(expected)}", file=sys.stderr)
             return 2
         pairs = [(record, ours, first_difference(ours, record["token_ids"])) for record, ours in zip(expected, found, strict=True)]
         differing = [(record, ours, at) for record, ours, at in pairs if at is not None]
-        print(f"{file.stem}: {len(found) - len(differing)} of {len(found)} texts are the same, {sum(map(len, found))} tokens")
+        print(f"{name}: {len(found) - len(differing)} of {len(found)} texts are the same, {sum(map(len, found))} tokens")
         gaps = []
         for record, ours, at in differing:
             where, theirs = f"  prompt {record['index']} from token {at}", record["token_ids"]
@@ -71,6 +71,15 @@ def compare(options: argparse.Namespace) -> int:
             print(f"  largest gap {max(gaps):.3g}, a tie is {tie:g}: {sum(gap <= tie for gap in gaps)} of {len(gaps)} differences are ties")
         failed |= any(gap > TIE[target.model.dtype] for gap in gaps) if target else bool(differing)
     return int(failed)
+
+
+def texts(file: Path) -> list[tuple[str, list[list[int]]]]:
+    """(name, token ids by prompt) of a file that `dspark generate --json` wrote, or of each mode of `dspark bench --json`."""
+    last = json.loads(file.read_text().strip().splitlines()[-1])
+    if "modes" not in last:
+        return [(file.stem, [json.loads(line)["token_ids"] for line in file.read_text().splitlines()])]
+    runs = sorted(last["prompts"], key=lambda run: run["index"])
+    return [(f"{file.stem}, {mode}", [run["token_ids"] for run in runs if run["mode"] == mode]) for mode in last["modes"]]
 
 
 def main() -> int:

@@ -132,6 +132,18 @@ def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeyp
     assert code == 1 and "FAIL roll-back" in out
 
 
+def test_profile_tells_rows_draft_and_bandwidth(place, capsys, monkeypatch):
+    monkeypatch.setattr("dspark.measure.profile.BANDWIDTH_BYTES", 2**22)
+    code, out, _ = run(capsys, "profile", place / "target", "--head", place / "head", "--context", 40, "--json")
+    found = json.loads(out)
+    assert code == 0 and list(found["rows"]) == ["1", "2", "3", "4", "6", "8", "12", "16"]
+    assert found["block_size"] == 4 and found["draft"] > 0 and found["bandwidth"] > 1e8
+    assert found["break_even"] == pytest.approx((found["rows"]["6"] + found["draft"]) / found["rows"]["1"])
+    code, out, _ = run(capsys, "profile", place / "target", "--head", "none", "--context", 40)
+    assert code == 0 and "draft of" not in out and "GB/s" in out
+    assert run(capsys, "profile", place / "target", "--context", 600)[0] == 2
+
+
 def test_inspect_prints_the_card(place, capsys):
     code, out, _ = run(capsys, "inspect", place / "head")
     assert code == 0 and out.startswith("# a card")

@@ -86,6 +86,10 @@ class Target:
         eos = self.text_config.eos_token_id if eos is None else eos
         return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
 
+    @property
+    def runtime_name(self) -> str:
+        return "eager" if self.runtime is None else "native"
+
     def fingerprint(self) -> list:
         """What tells these weights from others: name, precision, shape, and a hash of the first output rows' bytes."""
         weights = self.model.get_output_embeddings().weight.detach()

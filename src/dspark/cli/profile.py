@@ -1,0 +1,46 @@
+"""`dspark profile TARGET`"""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from dspark.cli.options import add_head, add_target, open_head, open_target, say
+from dspark.errors import SettingError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser)
+    add_head(parser)
+    parser.add_argument("--context", type=int, default=300, metavar="N", help="tokens before the measured rows (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    target = open_target(options)
+    from dspark.measure.bench import machine
+    from dspark.measure.profile import REPEATS, ROWS, profile
+
+    if not 1 <= options.context <= target.max_context - max(ROWS) - 1:
+        raise SettingError(f"--context is {options.context}", f"use 1 to {target.max_context - max(ROWS) - 1} for this target")
+    head = open_head(options, target)
+    from tqdm import tqdm
+
+    with tqdm(desc="measuring", total=REPEATS + 1, mininterval=1.0) as bar:
+        found = profile(target, head, options.context, progress=lambda done: bar.update(done - bar.n) and None)
+    if options.json:
+        derived = {"share_of_bandwidth": found.share_of_bandwidth, "break_even": found.break_even}
+        print(json.dumps({"machine": machine(), "dtype": options.dtype, "runtime": target.runtime_name, **asdict(found), **derived}))
+        return 0
+    say(
+        f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, {target.runtime_name}, {found.context} tokens of context"
+    )
+    print(f"{'rows':>4} {'ms':>7} {'times one row':>14}")
+    for n, milliseconds in found.rows.items():
+        print(f"{n:>4} {milliseconds:>7.2f} {milliseconds / found.rows[1]:>14.2f}")
+    if found.draft is not None:
+        print(f"draft of {found.block_size} tokens: {found.draft:.2f} ms; the head pays above {found.break_even:.2f} tokens a round")
+    print(
+        f"one row reads {found.weight_bytes / 1e6:.0f} MB of weights at {found.weight_bytes / found.rows[1] / 1e6:.1f} GB/s, "
+        f"{found.share_of_bandwidth:.0%} of the {found.bandwidth / 1e9:.1f} GB/s this machine reads"
+    )
+    return 0
