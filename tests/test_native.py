@@ -18,19 +18,22 @@ from dspark.target.load import load_target
 from dspark.target.native import build
 from dspark.target.native.runtime import NativeRuntime, reason_against
 from dspark.target.native.stack import FIRST_CAPACITY, MAX_ROWS
+from dspark.target.quantize import is_int8, num_bytes, quantize_int8, rows_of
 from dspark.target.target import Target
 from saved import save_tiny_target
 from tiny import NATIVE_SHAPE, tiny_head, tiny_model
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 # 48 is no multiple of the 32 products of one bfloat16 step, 3 query heads are no multiple of the threads.
 ROUNDING = 3e-5
 ODD = NATIVE_SHAPE | {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 80}
 
 
 def native(family: str, dtype: torch.dtype = torch.float32, **shape) -> Target:
-    model = tiny_model(family, **(NATIVE_SHAPE | shape)).to(dtype)
+    model = tiny_model(family, **(NATIVE_SHAPE | shape)).to(torch.bfloat16 if dtype == torch.int8 else dtype)
+    if dtype == torch.int8:
+        quantize_int8(model)
     return Target(model, name="tiny", runtime=NativeRuntime(model))
 
 
@@ -77,6 +80,33 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is():
     assert 0 < ours < 1.5 * eager
 
 
+def nothing(model) -> None:
+    pass
+
+
+def outlier(model) -> None:
+    """One input of the MLP dwarfs the others, and one layer sees only zeros."""
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = 300.0
+        model.model.layers[2].input_layernorm.weight.zero_()
+
+
+@pytest.mark.parametrize("change", [nothing, outlier])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_8_bit_weights_are_as_near_to_their_float32_values_as_torchao_is(family, change):
+    target = native(family, torch.int8)
+    change(target.model)
+    exact = tiny_model(family, **NATIVE_SHAPE)
+    for name, parameter in exact.named_parameters():
+        stored = target.model.get_parameter(name)
+        parameter.data.copy_(rows_of(stored, torch.arange(len(stored))) if stored.dim() == 2 else stored)
+    ids = ids_of(60)
+    expected, eager, ours = (each.score(each.start(), ids).logits_TV for each in (Target(exact), Target(target.model), target))
+    assert 0 < (ours - expected).square().mean() < 1.5 * (eager - expected).square().mean()
+    assert is_int8(target.model.lm_head.weight)
+    assert num_bytes(target.model.lm_head.weight) == 128 * (32 + 4)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD], ids=["even", "odd"])
@@ -120,7 +150,9 @@ def test_drafted_tokens_are_the_plain_ones_at_every_precision(kind, dtype):
         if kind == "lookup":
             found = generate(target, None, ids_of(5), num_new, drafter=PromptLookup(128, gamma))
         else:
-            head = tiny_head(target, "vanilla" if kind == "dflash" else kind, 0 if kind == "dflash" else 8, gamma, head_dim=16).to(dtype)
+            head = tiny_head(target, "vanilla" if kind == "dflash" else kind, 0 if kind == "dflash" else 8, gamma, head_dim=16).to(
+                target.model.dtype
+            )
             found = generate(target, head, ids_of(5), num_new)
         assert found.token_ids == plain
         assert any(done.num_drafted for done in found.rounds_log)
@@ -130,13 +162,13 @@ def test_drafted_tokens_are_the_plain_ones_at_every_precision(kind, dtype):
 @pytest.mark.parametrize("rank", [0, 8])
 def test_native_blocks_are_the_eager_ones(rank, dtype):
     target = native("llama", dtype)
-    head = tiny_head(target, rank=rank, head_dim=16, block_size=5).to(dtype)
+    head = tiny_head(target, rank=rank, head_dim=16, block_size=5).to(target.model.dtype)
     context = make_context(head, target)
     assert isinstance(context, NativeContext)
     eager = EagerContext(head)
     target.tap(head.config.target_layer_ids)
     features = target.score(target.start(), ids_of(30)).features_TMD
-    tolerance = {torch.float32: ROUNDING, torch.bfloat16: 0.03}[dtype]
+    tolerance = {torch.float32: ROUNDING, torch.bfloat16: 0.03, torch.int8: 0.03}[dtype]
     for first, last in ((0, 0), (0, 1), (1, 4), (4, 30)):
         for each in (context, eager):
             each.commit(features[first:last])

@@ -92,7 +92,7 @@ def tiny_head(
         markov_head_type=kind,
     )
     draft_ids = torch.arange(num_draft) * target.vocab_size // num_draft
-    rows = target.model.get_output_embeddings().weight.detach()[draft_ids]
+    rows = target.output_rows(draft_ids).to(target.model.dtype)
     mask = target.embed(torch.tensor(config.mask_token_id)).detach()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -13,7 +13,7 @@ def say(text: str) -> None:
 
 def add_target(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
     parser.add_argument("target", metavar="TARGET", help="folder, hub id, or smollm2-135m (the demo target)")
-    parser.add_argument("--dtype", default=dtype, help=f"precision of the target: float32 or bfloat16 (default {dtype})")
+    parser.add_argument("--dtype", default=dtype, help=f"precision of the target: float32, bfloat16 or int8 weights (default {dtype})")
     parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
     parser.add_argument("--runtime", default="auto", help="auto, native or eager (default auto: native where it runs the model)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     with tqdm(desc="measuring", total=REPEATS + 1, mininterval=1.0) as bar:
-        found = profile(target, head, options.context, progress=lambda done: bar.update(done - bar.n) and None)
+        found = profile(target, head, options.context, progress=lambda done: bar.update(done - bar.n))
     if options.json:
         derived = {"share_of_bandwidth": found.share_of_bandwidth, "break_even": found.break_even}
         print(json.dumps({"machine": machine(), "dtype": options.dtype, "runtime": target.runtime_name, **asdict(found), **derived}))

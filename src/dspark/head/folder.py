@@ -217,7 +217,7 @@ def load_head(folder: str | Path, target: Target) -> Head:
 
 def empty_head(config: HeadConfig, draft_ids: torch.Tensor, target: Target) -> Head:
     """A head whose weights are NaN, so that one that is never loaded shouts."""
-    rows = target.model.get_output_embeddings().weight.detach()[draft_ids.to(target.device)].float().cpu()
+    rows = target.output_rows(draft_ids).cpu()
     mask = target.embed(torch.tensor(config.mask_token_id, device=target.device)).detach().float().cpu()
     head = Head(config, draft_ids, rows, mask)
     for parameter in head.parameters():

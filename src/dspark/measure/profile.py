@@ -12,6 +12,7 @@ import torch
 from dspark.core.sampling import Law
 from dspark.drafters import DSparkDrafter
 from dspark.head.head import Head
+from dspark.target.quantize import num_bytes
 from dspark.target.target import Target
 
 REPEATS = 11
@@ -84,8 +85,8 @@ def profile(
 def weight_bytes(target: Target) -> int:
     """Bytes of weights that one pass reads: all but an input embedding of its own, of which it reads single rows."""
     embedding, output = target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight
-    total = sum(p.numel() * p.element_size() for p in target.model.parameters())
-    return total if embedding is output else total - embedding.numel() * embedding.element_size()
+    total = sum(num_bytes(p) for p in target.model.parameters())
+    return total if embedding is output else total - num_bytes(embedding)
 
 
 def read_bandwidth(repeats: int = 5) -> float:

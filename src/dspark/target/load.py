@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
-from dspark.errors import RuntimeUnavailable, SettingError, TargetError
+from dspark.errors import RuntimeUnavailable, SettingError, TargetError, UserError
 from dspark.target import demo
 from dspark.target.native.runtime import NativeRuntime
+from dspark.target.quantize import quantize_int8
 from dspark.target.target import Target
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "int8": torch.bfloat16,  # linear layers become 8-bit after loading; what remains is bfloat16
+}  # fmt: skip
 
 RUNTIMES = ("auto", "native", "eager")
 
@@ -42,6 +46,10 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], output_loading_info=True)
         model, loading = loaded
         model.to(device)
+        if dtype == "int8":
+            quantize_int8(model)
+    except UserError:
+        raise
     except Exception as error:  # a dozen kinds for what is one thing to the user: these files do not make a model here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TargetError(

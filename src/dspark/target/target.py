@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dspark.errors import LogitsError, PromptError, TargetError
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.native.stack import Cache as NativeCache
+from dspark.target.quantize import rows_of
 from dspark.target.rollback import new_cache, refuse_unless_exact, rollback
 
 # Rows per prefill pass: bounds activation memory on long prompts; any value gives the same state.
@@ -92,9 +93,13 @@ class Target:
 
     def fingerprint(self) -> list:
         """What tells these weights from others: name, precision, shape, and a hash of the first output rows' bytes."""
-        weights = self.model.get_output_embeddings().weight.detach()
-        digest = hashlib.sha256(weights[:64].float().cpu().numpy().tobytes()).hexdigest()
+        weights = self.model.get_output_embeddings().weight
+        digest = hashlib.sha256(self.output_rows(torch.arange(64)).cpu().numpy().tobytes()).hexdigest()
         return [self.name, str(weights.dtype), list(weights.shape), digest]
+
+    def output_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the LM head in float32 [., D]."""
+        return rows_of(self.model.get_output_embeddings().weight, ids.to(self.device))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The target's own input embedding, called as a module so that built-in scales apply (Gemma)."""

@@ -16,9 +16,8 @@ def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: 
     components of the embedding: tokens that mean alike start with like biases; W2 starts at 0."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        output = target.model.get_output_embeddings().weight.detach().float()
         mask = target.embed(torch.tensor(config.mask_token_id)).detach().float()
-        head = Head(config, draft_ids, output[draft_ids].clone(), mask)
+        head = Head(config, draft_ids, target.output_rows(draft_ids), mask)
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)

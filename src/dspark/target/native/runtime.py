@@ -12,6 +12,7 @@ from torch import nn
 from dspark.errors import RuntimeUnavailable
 from dspark.target.native.build import library
 from dspark.target.native.stack import MAX_ROWS, Cache, NativeStack
+from dspark.target.quantize import is_int8
 
 # Families whose layers are stack.cpp's: RMS norm, rotary attention with grouped keys (with biases, or norms of
 # queries and keys), SiLU-gated MLP, and nothing besides.
@@ -39,6 +40,7 @@ def reason_against(model: Any) -> str | None:
         return f"the model is on {model.device}"
     if model.dtype not in DTYPES:
         return f"weights are {model.dtype}"
+    int8 = is_int8(model.lm_head.weight)
     if config.hidden_act != "silu":
         return f"activation {config.hidden_act}"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -56,9 +58,16 @@ def reason_against(model: Any) -> str | None:
             return f"{path or 'the model'} is wrapped by accelerate"
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     for path, module in [*model.model.layers.named_modules(), ("lm_head", model.lm_head)]:
-        if path.rsplit(".", 1)[-1] in (*projections, "lm_head") and (type(module) is not nn.Linear or module.weight.dtype != model.dtype):
-            return f"{path} is a {type(module).__name__} of {getattr(getattr(module, 'weight', None), 'dtype', 'no weight')}"
+        if path.rsplit(".", 1)[-1] in (*projections, "lm_head") and not runs(module, model.dtype, int8):
+            return f"{path} is a {type(module).__name__} with {type(getattr(module, 'weight', None)).__name__}"
     return "the LM head has a bias" if model.lm_head.bias is not None else None
+
+
+def runs(module: Any, dtype: torch.dtype, int8: bool) -> bool:
+    """Is this a plain linear layer of the one kind that all layers have?"""
+    if type(module) is not nn.Linear:
+        return False
+    return is_int8(module.weight) if int8 else type(module.weight) is nn.Parameter and module.weight.dtype == dtype
 
 
 def shape_of(model: Any) -> Shape:
@@ -81,7 +90,8 @@ class NativeRuntime:
 
     def refresh(self) -> None:
         """Take up the weights anew if any was replaced or written to since."""
-        seen = [(p.data_ptr(), p._version, p.dtype) for p in self.model.parameters()]
+        data = [getattr(p, "qdata", p) for p in self.model.parameters()]
+        seen = [(p.data_ptr(), p._version, p.dtype) for p in data]
         if seen != getattr(self, "seen", None):
             rotary = self.model.model.rotary_emb
             self.stack = NativeStack(

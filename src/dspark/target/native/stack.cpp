@@ -11,9 +11,11 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -44,8 +46,17 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
 }
 inline float to_float(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; memcpy(&f, &u, 4); return f; }
 inline float to_float(float x) { return x; }
-inline void put(float* p, float x) { *p = x; }
-inline void put(bf16* p, float x) { *p = to_bf16(x); }
+
+// Sixteen floats to another precision.
+inline void put(float* p, f16v v) { store(p, v); }
+inline void put(bf16* p, f16v v) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &half, 32);
+#else
+    for (int i = 0; i < 16; i++) p[i] = to_bf16(v[i]);
+#endif
+}
 
 // One rounding, said explicitly: left to itself the compiler fuses `a + b * c` in some copies of a loop only.
 inline f16v multiply_add(f16v b, f16v c, f16v a) {
@@ -113,7 +124,90 @@ struct F32Dot {
     static f16v get(const float* p, int count) { float b[16] = {}; memcpy(b, p, 4 * count); return load(b); }
 };
 
+// 8-bit weights with one scale an output, 16-bit activations with one scale a row, whole-number sums. A row keeps
+// as many levels as cannot overflow 32 bits: 29,000 at 576 products, 1,100 at 14,336.
+struct I8Dot {
+    typedef int8_t W; typedef int16_t X;
+#if defined(__AVX512BW__)
+    typedef __m512i Acc;
+    static constexpr int STEP = 32;
+    static Acc zero() { return _mm512_setzero_si512(); }
+    static __m512i get(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+    static __m512i get(const int16_t* p) { return _mm512_loadu_si512(p); }
+    static Acc step(Acc a, __m512i w, __m512i x) {
+#if defined(__AVX512VNNI__)
+        return _mm512_dpwssd_epi32(a, w, x);
+#else
+        return _mm512_add_epi32(a, _mm512_madd_epi16(w, x));
+#endif
+    }
+#else
+    typedef i16v Acc;
+    static constexpr int STEP = 16;
+    static Acc zero() { return i16v{}; }
+    template <class N> static i16v get(const N* p) { i16v v; for (int i = 0; i < 16; i++) v[i] = p[i]; return v; }
+    static Acc step(Acc a, i16v w, i16v x) { return a + w * x; }
+#endif
+    template <class N> static auto get(const N* p, int count) { N b[STEP] = {}; memcpy(b, p, sizeof(N) * count); return get(b); }
+};
+
+// A row of activations as a dot product takes it; returns the scale that its results are to be multiplied with.
+template <class X> inline float convert(const float* x, int n, X* out) {
+    for (int i = 0; i < n; i += 16) put(out + i, load(x + i));
+    return 1.0f;
+}
+inline float convert(const float* x, int n, int16_t* out) {
+    f16v most{}, broken{};
+    for (int i = 0; i < n; i += 16) {
+        const f16v v = load(x + i), size = v < 0.0f ? -v : v;
+        most = size > most ? size : most;
+        broken = v == v ? broken : v;  // a NaN would otherwise become some number
+    }
+    float largest = 0.0f;
+    for (int i = 0; i < 16; i++) {
+        largest = most[i] > largest ? most[i] : largest;
+        if (broken[i] != broken[i]) return broken[i];
+    }
+    if (largest == 0.0f) { memset(out, 0, 2 * n); return 0.0f; }
+    const float levels = std::fmin(32767.0f, std::floor(2147483647.0f / 128.0f / float(n)));
+    const float step = levels / largest;
+    for (int i = 0; i < n; i += 16) {
+        const f16v rounded = (load(x + i) * step + 12582912.0f) - 12582912.0f;
+        for (int j = 0; j < 16; j++) out[i + j] = int16_t(rounded[j]);
+    }
+    return largest / levels;
+}
+
 // Sixteen accumulators to sixteen sums: four rounds of adding halves, each lane in the order of `sum`.
+#if defined(__AVX512F__)
+// After the rounds lane 4q + j holds accumulator q' + j', q' of (0, 8, 4, 12) and j' of (0, 2, 1, 3).
+const __m512i LANES = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+#endif
+inline f16v sums(const i16v (&acc)[16]) {
+    f16v out;
+    for (int i = 0; i < 16; i++) {
+        int32_t total = 0;
+        for (int j = 0; j < 16; j++) total += acc[i][j];
+        out[i] = float(total);
+    }
+    return out;
+}
+#if defined(__AVX512F__)
+inline f16v sums(const __m512i (&acc)[16]) {  // whole numbers may be added in any order: pairs of accumulators, then halves
+    __m512i a[16];
+    memcpy(a, acc, sizeof a);
+    for (int i = 0; i < 8; i++)
+        a[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_i32x4(a[i], a[i + 8], 0xee));
+    for (int i = 0; i < 4; i++)
+        a[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd));
+    for (int i = 0; i < 2; i++)
+        a[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a[i], a[i + 2]), _mm512_unpackhi_epi64(a[i], a[i + 2]));
+    const __m512 x = _mm512_castsi512_ps(a[0]), y = _mm512_castsi512_ps(a[1]);
+    a[0] = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
+    const __m512 sorted = _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(LANES, a[0]));
+    f16v out; memcpy(&out, &sorted, 64); return out;
+}
+#endif
 template <class Acc> inline f16v sums(const Acc (&acc)[16]) {
 #if defined(__AVX512F__)
     __m512 a[16];
@@ -132,9 +226,7 @@ template <class Acc> inline f16v sums(const Acc (&acc)[16]) {
     }
     __m512 low = _mm512_shuffle_ps(a[0], a[1], 0x88), high = _mm512_shuffle_ps(a[0], a[1], 0xdd);
     a[0] = _mm512_add_ps(low, high);
-    // lane 4q + j now holds accumulator: q picks (0, 8, 4, 12), j picks (0, 2, 1, 3)
-    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-    const __m512 sorted = _mm512_permutexvar_ps(order, a[0]);
+    const __m512 sorted = _mm512_permutexvar_ps(LANES, a[0]);
     f16v out; memcpy(&out, &sorted, 64); return out;
 #else
     f16v out;
@@ -163,7 +255,7 @@ inline void tile(const typename Dot::W* w, const typename Dot::X* x, int K, int 
 #pragma GCC unroll 16
             for (int m = 0; m < MR; m++) xs[m] = Dot::get(rows[m] + k);
 #pragma GCC unroll 16
-            for (int n = 0; n < NR; n++, ahead += 64) {
+            for (int n = 0; n < NR; n++, ahead += Dot::STEP * sizeof(*w)) {
                 const auto ws = Dot::get(w + int64_t(n) * K + k);
                 if (STREAM) __builtin_prefetch(ahead, 0, LOCALITY);
 #pragma GCC unroll 16
@@ -193,11 +285,11 @@ inline void sixteen_outputs(const typename Dot::W* w, const typename Dot::X* x, 
     for (int t = 8; t < T; t += 8) tile<Dot, 8, false>(w, x + int64_t(t) * ldx, K, ldx, T - t < 8 ? T - t : 8, y + t);
 }
 
-template <class X> inline void rms_norm(const float* x, const float* weight, float eps, int D, X* out) {
+inline void rms_norm(const float* x, const float* weight, float eps, int D, float* out) {
     f16v squares{};
-    for (int i = 0; i < D; i += 16) { f16v v = load(x + i); squares += v * v; }
+    for (int i = 0; i < D; i += 16) squares = multiply_add(load(x + i), load(x + i), squares);
     const float scale = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
-    for (int i = 0; i < D; i++) put(out + i, x[i] * scale * weight[i]);
+    for (int i = 0; i < D; i += 16) store(out + i, load(x + i) * scale * load(weight + i));
 }
 
 // Rotates one head's E numbers in place; table holds E/2 cosines, then E/2 sines, of the row's position.
@@ -216,13 +308,14 @@ inline void rotate(float* x, const float* table, int E) {
 
 extern "C" {
 
-struct Linear { const void* weight; const float* bias; int32_t num_out, num_in; };
+struct Linear { const void* weight; const float *bias, *scale; int32_t num_out, num_in; };  // scale: of 8-bit weights, an output
+enum Kind { F32, BF16, INT8 };  // of the weights; keys and values are bfloat16 beside 8-bit weights
 struct Layer {
     const float *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm, k_norm: null for families without
     Linear q, k, v, o, gate, up, down;
 };
 struct Stack {
-    int32_t num_layers, hidden, heads, kv_heads, head_dim, inner, is_bf16;
+    int32_t num_layers, hidden, heads, kv_heads, head_dim, inner, kind;
     float eps, rope_scale;
     const float* inverse_frequencies;  // E/2
     const Layer* layers;
@@ -237,7 +330,7 @@ struct Pass {
     float* x;        // [T, D] residual stream, in and out
     float* taps;     // [T, M, D]
     float* logits;   // [num_logits, V]
-    float* normed;   // [num_logits, D] the states behind the logits; null if not wanted
+    float* normed;   // [num_logits, D] the states behind the logits
 };
 
 }  // extern "C"
@@ -250,13 +343,40 @@ inline Range share(int count) {  // this thread's part of `count` equal pieces
     return {int(int64_t(count) * me / threads), int(int64_t(count) * (me + 1) / threads)};
 }
 
-inline void add_bias(const Linear& linear, int n, int T, f16v* y) {
-    if (linear.bias)
-        for (int t = 0; t < T; t++) y[t] += load(linear.bias + n);
-}
+// All threads of a region meet here, some 150 times a pass. Waiting is spinning: OpenMP's own barrier may put
+// a thread to sleep, which costs more than the work between two barriers.
+class Barrier {
+    std::atomic<int> waiting{0}, round{0};
 
-template <class Dot> struct Runner {
+  public:
+    void meet() {
+        const int now = round.load(std::memory_order_acquire);
+        if (waiting.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
+            waiting.store(0, std::memory_order_relaxed);
+            round.fetch_add(1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++)
+            if (spins > 10000) std::this_thread::yield();  // more threads than cores, or another program is on ours
+    }
+};
+
+// Rows as a dot product takes them, [T, n], each with the scale of its results. A thread converts for itself.
+template <class X> struct Rows {
+    std::vector<X> data;
+    std::vector<float> scales;
+    int n;
+    Rows(int T, int size) : data(size_t(T) * size), scales(T), n(size) {}
+    void take(int t, const float* x) { scales[t] = convert(x, n, &data[size_t(t) * n]); }
+    void take_all(const std::vector<float>& x) {
+        for (size_t t = 0; t < scales.size(); t++) take(int(t), &x[t * n]);
+    }
+};
+
+// `Dot` multiplies weights, `Attention` keys and values.
+template <class Dot, class Attention> struct Runner {
     typedef typename Dot::X X;
+    typedef typename Attention::X KV;
     const Stack& s;
     const Cache cache;
     const int T;
@@ -272,56 +392,51 @@ template <class Dot> struct Runner {
             }
     }
 
-    X* row(int layer, int value, int head, int64_t position) const {
-        return (X*)cache.data + (((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity + position) * s.head_dim;
+    KV* row(int layer, int value, int head, int64_t position) const {
+        return (KV*)cache.data + (((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity + position) * s.head_dim;
     }
 
-    void outputs(const Linear& linear, int n, const X* x, f16v* y, int rows) const {
-        sixteen_outputs<Dot>((const typename Dot::W*)linear.weight + int64_t(n) * linear.num_in, x, linear.num_in, linear.num_in, rows, y);
-        add_bias(linear, n, rows, y);
+    // Outputs n..n+15 of all rows from `first` on.
+    void outputs(const Linear& linear, int n, const Rows<X>& x, f16v* y, int first = 0) const {
+        const int K = linear.num_in, rows = T - first;
+        sixteen_outputs<Dot>((const typename Dot::W*)linear.weight + int64_t(n) * K, &x.data[size_t(first) * K], K, K, rows, y);
+        if (linear.scale)
+            for (int t = 0; t < rows; t++) y[t] *= x.scales[first + t] * load(linear.scale + n);
+        if (linear.bias)
+            for (int t = 0; t < rows; t++) y[t] += load(linear.bias + n);
     }
 
-    // One head of a query, key or value projection, for all rows: [T, E].
-    void project_head(const Linear& linear, int head, const X* x, f16v* y, float* out) const {
+    // One head of a query, key or value projection for all rows, [T, E]; queries and keys are normed and rotated.
+    void project_head(const Linear& linear, int head, const Rows<X>& x, f16v* y, float* out, const float* norm, bool turn) const {
         const int E = s.head_dim;
         for (int e = 0; e < E; e += 16) {
-            outputs(linear, head * E + e, x, y, T);
+            outputs(linear, head * E + e, x, y);
             for (int t = 0; t < T; t++) store(out + t * E + e, y[t]);
         }
-    }
-
-    void finish_head(float* head_TE, const float* norm) const {
-        const int E = s.head_dim;
-        for (int t = 0; t < T; t++) {
-            if (norm) rms_norm(head_TE + t * E, norm, s.eps, E, head_TE + t * E);
-            rotate(head_TE + t * E, &angles[t * E], E);
+        for (int t = 0; turn && t < T; t++) {
+            if (norm) rms_norm(out + t * E, norm, s.eps, E, out + t * E);
+            rotate(out + t * E, &angles[t * E], E);
         }
     }
 
-    void cache_head(int layer, int value, int head, int past, const float* head_TE) const {
-        for (int t = 0; t < T; t++) {
-            X* to = row(layer, value, head, past + t);
-            for (int e = 0; e < s.head_dim; e++) put(to + e, head_TE[t * s.head_dim + e]);
-        }
-    }
-
-    // Keys and values of one layer from normed rows; `unit` counts key heads, then value heads.
-    void key_or_value(int layer, int unit, int past, const X* x, f16v* y, float* head_TE) const {
+    // Keys and values of one layer; `unit` counts key heads, then value heads.
+    void key_or_value(int layer, int unit, int past, const Rows<X>& x, f16v* y, float* head_TE) const {
         const Layer& l = s.layers[layer];
-        const int value = unit >= s.kv_heads, head = unit - value * s.kv_heads;
-        project_head(value ? l.v : l.k, head, x, y, head_TE);
-        if (!value) finish_head(head_TE, l.k_norm);
-        cache_head(layer, value, head, past, head_TE);
+        const bool value = unit >= s.kv_heads;
+        const int head = unit - value * s.kv_heads, E = s.head_dim;
+        project_head(value ? l.v : l.k, head, x, y, head_TE, l.k_norm, !value);
+        for (int t = 0; t < T; t++)
+            for (int e = 0; e < E; e += 16) put(row(layer, value, head, past + t) + e, load(head_TE + t * E + e));
     }
 
     // One query head over the cache, all rows; row t sees positions below past + t + 1, or all of them.
-    void attend(int layer, int head, const Pass& p, const X* q, X* out, std::vector<float>& scores, f16v* y) const {
+    void attend(int layer, int head, const Pass& p, const KV* q, float* out, std::vector<float>& scores, f16v* y) const {
         const int E = s.head_dim, HE = s.heads * E, kv = head / (s.heads / s.kv_heads);
         const int total = p.past + T, padded = (total + 15) / 16 * 16;
         const float scale = 1.0f / std::sqrt(float(E));
         scores.resize(size_t(T) * padded);
         for (int j = 0; j < padded; j += 16) {
-            sixteen_outputs<Dot>(row(layer, 0, kv, j), q + head * E, E, HE, T, y);
+            sixteen_outputs<Attention>(row(layer, 0, kv, j), q + head * E, E, HE, T, y);
             for (int t = 0; t < T; t++) store(&scores[size_t(t) * padded + j], y[t] * scale);
         }
         for (int t = 0; t < T; t++) {
@@ -338,37 +453,37 @@ template <class Dot> struct Runner {
                 total_weight += weight;
                 store(weights + j, weight);
             }
-            y[t] = f16v{} + 1.0f / sum(total_weight);
-        }
-        for (int t = 0; t < T; t++) {
-            const float* weights = &scores[size_t(t) * padded];
-            const int seen = p.causal ? p.past + t + 1 : total;
+            const float share = 1.0f / sum(total_weight);
             for (int e = 0; e < E; e += 16) {
                 f16v acc{};
-                const X* values = row(layer, 1, kv, 0) + e;
+                const KV* values = row(layer, 1, kv, 0) + e;
                 for (int j = 0; j < seen; j++) acc = multiply_add(f16v{} + weights[j], load(values + int64_t(j) * E), acc);
-                acc *= y[t];
-                for (int i = 0; i < 16; i++) put(out + int64_t(t) * HE + head * E + e + i, acc[i]);
+                store(out + int64_t(t) * HE + head * E + e, acc * share);
             }
         }
     }
 
     void forward(const Pass& p) {
         const int D = s.hidden, E = s.head_dim, HE = s.heads * E, V = s.output.num_out;
-        std::vector<X> q(size_t(T) * HE), attended(size_t(T) * HE), inner(size_t(T) * s.inner);
+        std::vector<KV> q(size_t(T) * HE);
+        std::vector<float> attended(size_t(T) * HE), inner(size_t(T) * s.inner);
+        Barrier barrier;
 #pragma omp parallel num_threads(p.threads)
         {
-            std::vector<X> normed(size_t(T) * D);
-            std::vector<float> head_TE(size_t(T) * E), scores;
+            Rows<X> normed(T, D), attention_rows(T, HE), inner_rows(T, s.inner);
+            std::vector<float> one_row(D), head_TE(size_t(T) * E), scores;
             std::vector<f16v> ys(2 * T);
             f16v *y = ys.data(), *z = y + T;
             auto norm_rows = [&](const float* weight) {  // by every thread for itself: cheaper than a barrier
-                for (int t = 0; t < T; t++) rms_norm(p.x + int64_t(t) * D, weight, s.eps, D, &normed[size_t(t) * D]);
+                for (int t = 0; t < T; t++) {
+                    rms_norm(p.x + int64_t(t) * D, weight, s.eps, D, one_row.data());
+                    normed.take(t, one_row.data());
+                }
             };
-            auto add_to_stream = [&](const Linear& linear, const X* x, float* tap) {
+            auto add_to_stream = [&](const Linear& linear, const Rows<X>& x, float* tap) {
                 const Range mine = share(D / 16);
                 for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
-                    outputs(linear, n, x, y, T);
+                    outputs(linear, n, x, y);
                     for (int t = 0; t < T; t++) {
                         const f16v sum = load(p.x + int64_t(t) * D + n) + y[t];
                         store(p.x + int64_t(t) * D + n, sum);
@@ -382,46 +497,43 @@ template <class Dot> struct Runner {
                 const Range heads = share(s.heads + 2 * s.kv_heads);
                 for (int unit = heads.first; unit < heads.last; unit++) {
                     if (unit >= s.heads) {
-                        key_or_value(layer, unit - s.heads, p.past, normed.data(), y, head_TE.data());
+                        key_or_value(layer, unit - s.heads, p.past, normed, y, head_TE.data());
                         continue;
                     }
-                    project_head(l.q, unit, normed.data(), y, head_TE.data());
-                    finish_head(head_TE.data(), l.q_norm);
+                    project_head(l.q, unit, normed, y, head_TE.data(), l.q_norm, true);
                     for (int t = 0; t < T; t++)
-                        for (int e = 0; e < E; e++) put(&q[size_t(t) * HE + unit * E + e], head_TE[t * E + e]);
+                        for (int e = 0; e < E; e += 16) put(&q[size_t(t) * HE + unit * E + e], load(&head_TE[t * E + e]));
                 }
-#pragma omp barrier
+                barrier.meet();
                 const Range mine = share(s.heads);
                 for (int head = mine.first; head < mine.last; head++) attend(layer, head, p, q.data(), attended.data(), scores, y);
-#pragma omp barrier
-                add_to_stream(l.o, attended.data(), nullptr);
-#pragma omp barrier
+                barrier.meet();
+                attention_rows.take_all(attended);
+                add_to_stream(l.o, attention_rows, nullptr);
+                barrier.meet();
                 norm_rows(l.post_norm);
                 const Range units = share(s.inner / 16);
                 for (int n = units.first * 16; n < units.last * 16; n += 16) {
-                    outputs(l.gate, n, normed.data(), y, T);
-                    outputs(l.up, n, normed.data(), z, T);
-                    for (int t = 0; t < T; t++) {
-                        const f16v act = y[t] / (1.0f + exp16(-y[t])) * z[t];
-                        for (int i = 0; i < 16; i++) put(&inner[size_t(t) * s.inner + n + i], act[i]);
-                    }
+                    outputs(l.gate, n, normed, y);
+                    outputs(l.up, n, normed, z);
+                    for (int t = 0; t < T; t++) store(&inner[size_t(t) * s.inner + n], y[t] / (1.0f + exp16(-y[t])) * z[t]);
                 }
-#pragma omp barrier
+                barrier.meet();
                 float* tap = nullptr;
                 for (int m = 0; m < p.num_taps; m++)
                     if (p.tap_layers[m] == layer) tap = p.taps + int64_t(m) * D;
-                add_to_stream(l.down, inner.data(), tap);
-#pragma omp barrier
+                inner_rows.take_all(inner);
+                add_to_stream(l.down, inner_rows, tap);
+                barrier.meet();
             }
             if (p.num_logits) {
                 const int first = T - p.num_logits;
                 norm_rows(s.final_norm);
-                const X* last = &normed[size_t(first) * D];
-                if (p.normed && omp_get_thread_num() == 0)
-                    for (int64_t i = 0; i < int64_t(p.num_logits) * D; i++) p.normed[i] = to_float(last[i]);
+                if (omp_get_thread_num() == 0)
+                    for (int t = 0; t < p.num_logits; t++) rms_norm(p.x + int64_t(first + t) * D, s.final_norm, s.eps, D, p.normed + int64_t(t) * D);
                 const Range mine = share(V / 16);
                 for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
-                    outputs(s.output, n, last, y, p.num_logits);
+                    outputs(s.output, n, normed, y, first);
                     for (int t = 0; t < p.num_logits; t++) store(p.logits + int64_t(t) * V + n, y[t]);
                 }
             }
@@ -430,29 +542,39 @@ template <class Dot> struct Runner {
 
     // A head's context (paper eq. 2): keys and values of every layer from the target's features [T, M * D].
     void context(const Linear& fc, const float* norm, const float* features, int past, int threads) {
-        const int D = s.hidden, I = fc.num_in;
-        std::vector<X> input(size_t(T) * I);
-        for (size_t i = 0; i < input.size(); i++) put(&input[i], features[i]);
+        const int D = s.hidden;
         std::vector<float> mixed(size_t(T) * D);
+        Barrier barrier;
 #pragma omp parallel num_threads(threads)
         {
-            std::vector<X> normed(size_t(T) * D);
-            std::vector<float> head_TE(size_t(T) * s.head_dim);
+            Rows<X> input(T, fc.num_in), normed(T, D);
+            std::vector<float> one_row(D), head_TE(size_t(T) * s.head_dim);
             std::vector<f16v> y(T);
+            for (int t = 0; t < T; t++) input.take(t, features + int64_t(t) * fc.num_in);
             const Range mine = share(D / 16);
             for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
-                outputs(fc, n, input.data(), y.data(), T);
+                outputs(fc, n, input, y.data());
                 for (int t = 0; t < T; t++) store(&mixed[size_t(t) * D + n], y[t]);
             }
-#pragma omp barrier
-            for (int t = 0; t < T; t++) rms_norm(&mixed[size_t(t) * D], norm, s.eps, D, &normed[size_t(t) * D]);
+            barrier.meet();
+            for (int t = 0; t < T; t++) {
+                rms_norm(&mixed[size_t(t) * D], norm, s.eps, D, one_row.data());
+                normed.take(t, one_row.data());
+            }
             const int per_layer = 2 * s.kv_heads;
             const Range units = share(s.num_layers * per_layer);
             for (int unit = units.first; unit < units.last; unit++)
-                key_or_value(unit / per_layer, unit % per_layer, past, normed.data(), y.data(), head_TE.data());
+                key_or_value(unit / per_layer, unit % per_layer, past, normed, y.data(), head_TE.data());
         }
     }
 };
+
+// Calls `run` with the runner of this stack's kind.
+template <class Run> void with_runner(const Stack& stack, const Cache& cache, int num_rows, int past, Run run) {
+    if (stack.kind == INT8) { Runner<I8Dot, Bf16Dot> r(stack, cache, num_rows, past); run(r); }
+    else if (stack.kind == BF16) { Runner<Bf16Dot, Bf16Dot> r(stack, cache, num_rows, past); run(r); }
+    else { Runner<F32Dot, F32Dot> r(stack, cache, num_rows, past); run(r); }
+}
 
 }  // namespace
 
@@ -460,14 +582,12 @@ extern "C" {
 
 // Rows of one request after `past` cached ones; writes their keys and values, taps, and the last rows' logits.
 void stack_forward(const Stack* stack, const Cache* cache, const Pass* pass) {
-    if (stack->is_bf16) Runner<Bf16Dot>(*stack, *cache, pass->num_rows, pass->past).forward(*pass);
-    else Runner<F32Dot>(*stack, *cache, pass->num_rows, pass->past).forward(*pass);
+    with_runner(*stack, *cache, pass->num_rows, pass->past, [&](auto& runner) { runner.forward(*pass); });
 }
 
 void stack_context(const Stack* stack, const Cache* cache, const Linear* fc, const float* norm, const float* features,
                    int num_rows, int past, int threads) {
-    if (stack->is_bf16) Runner<Bf16Dot>(*stack, *cache, num_rows, past).context(*fc, norm, features, past, threads);
-    else Runner<F32Dot>(*stack, *cache, num_rows, past).context(*fc, norm, features, past, threads);
+    with_runner(*stack, *cache, num_rows, past, [&](auto& runner) { runner.context(*fc, norm, features, past, threads); });
 }
 
 }  // extern "C"

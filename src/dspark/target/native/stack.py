@@ -10,14 +10,19 @@ from typing import Any
 import torch
 
 from dspark.target.native.build import library
+from dspark.target.quantize import is_int8
 
+KINDS = (torch.float32, torch.bfloat16, torch.int8)  # of weights, in the order of stack.cpp's
 FIRST_CAPACITY = 256
 # Rows of one pass: enough to read the weights from cache for most of them, few enough for small buffers.
 MAX_ROWS = 64
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("num_out", ctypes.c_int32), ("num_in", ctypes.c_int32)]
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("weight", "bias", "scale")],
+        *[(name, ctypes.c_int32) for name in ("num_out", "num_in")],
+    ]
 
 
 class Layer(ctypes.Structure):
@@ -29,7 +34,7 @@ class Layer(ctypes.Structure):
 
 class Stack(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int32) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "inner", "is_bf16")],
+        *[(name, ctypes.c_int32) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "inner", "kind")],
         ("eps", ctypes.c_float),
         ("rope_scale", ctypes.c_float),
         ("inverse_frequencies", ctypes.c_void_p),
@@ -73,14 +78,14 @@ class NativeStack:
     def __init__(self, config: Any, layers: Sequence[Any], final_norm: Any, output: torch.Tensor, rope: tuple[torch.Tensor, float]):
         """`config` names heads and sizes, `layers` are modules in Llama's names, `output` are the rows of the LM head."""
         self.kept: list[torch.Tensor] = []
-        self.num_out, self.dtype = output.shape[0], output.dtype
+        self.num_out, self.dtype = output.shape[0], torch.int8 if is_int8(output) else output.dtype
         self.hidden, self.head_dim = config.hidden_size, config.head_dim
         self.cache_shape = (len(layers), 2, config.num_key_value_heads, FIRST_CAPACITY, config.head_dim)
         self.layers = (Layer * len(layers))(*[self._layer(layer) for layer in layers])
         inverse_frequencies, rope_scale = rope
         self.stack = Stack(
             len(layers), config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-            layers[0].mlp.gate_proj.weight.shape[0], self.dtype == torch.bfloat16, config.rms_norm_eps, rope_scale,
+            layers[0].mlp.gate_proj.weight.shape[0], KINDS.index(self.dtype), config.rms_norm_eps, rope_scale,
             self._float(inverse_frequencies), self.layers, self._float(final_norm.weight), self.linear(output),
         )  # fmt: skip
 
@@ -92,7 +97,10 @@ class NativeStack:
         return None if tensor is None else self._keep(tensor.detach().float().contiguous())
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        return Linear(self._keep(weight.detach().to(self.dtype).contiguous()), self._float(bias), *weight.shape)
+        weight, scale = weight.detach(), None
+        if self.dtype == torch.int8:
+            weight, scale = weight.qdata, self._float(weight.scale.flatten())  # type: ignore[attr-defined]
+        return Linear(self._keep(weight.to(self.dtype).contiguous()), self._float(bias), scale, *weight.shape)
 
     def _layer(self, layer: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -104,7 +112,7 @@ class NativeStack:
         )  # fmt: skip
 
     def new_cache(self) -> Cache:
-        return Cache(torch.zeros(self.cache_shape, dtype=self.dtype))
+        return Cache(torch.zeros(self.cache_shape, dtype=torch.float32 if self.dtype == torch.float32 else torch.bfloat16))
 
     def forward(
         self, cache: Cache, x_TD: torch.Tensor, past: int, num_logits: int, taps: Sequence[int] = (), causal: bool = True
