@@ -90,9 +90,11 @@ inline f16v exp16(f16v x) {  // 2^n * polynomial, relative error below 2e-7 over
     return p * s;
 }
 
-// How far ahead of the weights in use others are asked for, in bytes, and into which cache (the second level):
-// measured on Zen 4 with 1 to 16 rows; into the first level it costs half as much again at six rows.
+// How far ahead of the weights in use others are asked for, and into which cache (the second level): measured on
+// Zen 4 with 1 to 16 rows; into the first level it costs half as much again at six rows. A tile that takes many
+// weight rows side by side meets the last row's first line early, so it must be a whole block ahead.
 constexpr int AHEAD = 16384, LOCALITY = 2;
+inline int64_t ahead_of(int64_t block_bytes) { return block_bytes + 4096 > AHEAD ? block_bytes + 4096 : AHEAD; }
 
 // ---- one weight row times one activation row, STEP products at a time
 
@@ -248,7 +250,7 @@ inline void tile(const typename Dot::W* w, const typename Dot::X* x, int K, int 
         typename Dot::Acc acc[16];
 #pragma GCC unroll 16
         for (auto& a : acc) a = Dot::zero();
-        const char* ahead = (const char*)w + AHEAD;
+        const char* ahead = (const char*)w + ahead_of(int64_t(NR) * K * sizeof(*w));
         int k = 0;
         for (; k + Dot::STEP <= K; k += Dot::STEP) {
             decltype(Dot::get(x)) xs[MR];
@@ -406,6 +408,12 @@ template <class Dot, class Attention> struct Runner {
             for (int t = 0; t < rows; t++) y[t] += load(linear.bias + n);
     }
 
+    // Ask for the first weights of a slice while its inputs are still being made: the stream in `tile` starts cold.
+    void warm(const Linear& linear, int n) const {
+        const auto* w = (const typename Dot::W*)linear.weight + int64_t(n) * linear.num_in;
+        for (int i = 0; i < 16 * linear.num_in; i += 64 / sizeof(*w)) __builtin_prefetch(w + i, 0, LOCALITY);
+    }
+
     // One head of a query, key or value projection for all rows, [T, E]; queries and keys are normed and rotated.
     void project_head(const Linear& linear, int head, const Rows<X>& x, f16v* y, float* out, const float* norm, bool turn) const {
         const int E = s.head_dim;
@@ -442,9 +450,14 @@ template <class Dot, class Attention> struct Runner {
         for (int t = 0; t < T; t++) {
             float* weights = &scores[size_t(t) * padded];
             const int seen = p.causal ? p.past + t + 1 : total;
-            float most = weights[0];
-            for (int j = 1; j < seen; j++) most = weights[j] > most ? weights[j] : most;
             for (int j = seen; j < padded; j++) weights[j] = -INFINITY;
+            f16v largest = load(weights);
+            for (int j = 16; j < padded; j += 16) {
+                const f16v score = load(weights + j);
+                largest = score > largest ? score : largest;
+            }
+            float most = largest[0];
+            for (int i = 1; i < 16; i++) most = largest[i] > most ? largest[i] : most;
             f16v total_weight{};
             for (int j = 0; j < padded; j += 16) {
                 const f16v score = load(weights + j);
@@ -454,11 +467,19 @@ template <class Dot, class Attention> struct Runner {
                 store(weights + j, weight);
             }
             const float share = 1.0f / sum(total_weight);
-            for (int e = 0; e < E; e += 16) {
-                f16v acc{};
+            for (int e = 0; e < E; e += 64) {  // four sums at once: each waits for its own last addition only
+                const int blocks = E - e < 64 ? (E - e) / 16 : 4;
+                f16v acc[4]{};
                 const KV* values = row(layer, 1, kv, 0) + e;
-                for (int j = 0; j < seen; j++) acc = multiply_add(f16v{} + weights[j], load(values + int64_t(j) * E), acc);
-                store(out + int64_t(t) * HE + head * E + e, acc * share);
+                if (blocks == 4)
+                    for (int j = 0; j < seen; j++, values += E) {
+#pragma GCC unroll 4
+                        for (int b = 0; b < 4; b++) acc[b] = multiply_add(f16v{} + weights[j], load(values + 16 * b), acc[b]);
+                    }
+                else
+                    for (int j = 0; j < seen; j++, values += E)
+                        for (int b = 0; b < blocks; b++) acc[b] = multiply_add(f16v{} + weights[j], load(values + 16 * b), acc[b]);
+                for (int b = 0; b < blocks; b++) store(out + int64_t(t) * HE + head * E + e + 16 * b, acc[b] * share);
             }
         }
     }
@@ -504,26 +525,31 @@ template <class Dot, class Attention> struct Runner {
                     for (int t = 0; t < T; t++)
                         for (int e = 0; e < E; e += 16) put(&q[size_t(t) * HE + unit * E + e], load(&head_TE[t * E + e]));
                 }
+                warm(l.o, share(D / 16).first * 16);
                 barrier.meet();
                 const Range mine = share(s.heads);
                 for (int head = mine.first; head < mine.last; head++) attend(layer, head, p, q.data(), attended.data(), scores, y);
                 barrier.meet();
                 attention_rows.take_all(attended);
                 add_to_stream(l.o, attention_rows, nullptr);
+                const Range units = share(s.inner / 16);
+                warm(l.gate, units.first * 16);
+                warm(l.up, units.first * 16);
                 barrier.meet();
                 norm_rows(l.post_norm);
-                const Range units = share(s.inner / 16);
                 for (int n = units.first * 16; n < units.last * 16; n += 16) {
                     outputs(l.gate, n, normed, y);
                     outputs(l.up, n, normed, z);
                     for (int t = 0; t < T; t++) store(&inner[size_t(t) * s.inner + n], y[t] / (1.0f + exp16(-y[t])) * z[t]);
                 }
+                warm(l.down, share(D / 16).first * 16);
                 barrier.meet();
                 float* tap = nullptr;
                 for (int m = 0; m < p.num_taps; m++)
                     if (p.tap_layers[m] == layer) tap = p.taps + int64_t(m) * D;
                 inner_rows.take_all(inner);
                 add_to_stream(l.down, inner_rows, tap);
+                if (layer + 1 < s.num_layers && heads.first < s.heads) warm(s.layers[layer + 1].q, heads.first * E);
                 barrier.meet();
             }
             if (p.num_logits) {
