@@ -1,8 +1,10 @@
 """The native runtime: the same numbers as transformers', the same bits for a row whatever rows are beside it,
 and never in the way of a model or a machine it cannot serve."""
 
+import ctypes
 import hashlib
 import os
+import platform
 import stat
 from pathlib import Path
 
@@ -317,3 +319,24 @@ def test_a_seed_replays():
     head = tiny_head(target, head_dim=16).to(torch.bfloat16)
     answers = [generate(target, head, ids_of(6), 30, temperature=1.0, top_k=5, seed=seed).token_ids for seed in (3, 3, 4)]
     assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags name x86 processors")
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_processors_with_fewer_instructions_compute_the_same(level, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "FLAGS", [flag.replace("native", level) for flag in build.FLAGS])
+    library = ctypes.CDLL(str(build.built(print, tmp_path)))
+    for dtype in DTYPES:
+        target = native("qwen3", dtype)
+        target.tap((0, 3))
+        ids = ids_of(40)
+        usual, _ = rows_in_passes(target, ids, [40])
+        with monkeypatch.context() as patch:
+            patch.setattr("dspark.target.native.stack.library", lambda: library)
+            logits, features = rows_in_passes(target, ids, [1] * 40)
+            for sizes in ([40], [3, 5, 8, 24]):
+                again = rows_in_passes(target, ids, sizes)
+                assert torch.equal(again[0], logits)
+                assert torch.equal(again[1], features)
+        assert error(logits, usual) < (ROUNDING if dtype == torch.float32 else 0.03)

@@ -44,8 +44,6 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
     if (x != x) return uint16_t((u >> 16) | 64);
     return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-inline float to_float(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; memcpy(&f, &u, 4); return f; }
-inline float to_float(float x) { return x; }
 
 // Sixteen floats to another precision.
 inline void put(float* p, f16v v) { store(p, v); }
