@@ -28,6 +28,8 @@ CONFIG = TrainConfig(
     steps=6, sequences_per_step=2, anchors_per_sequence=5, held_out=2, num_prompts=0, max_answer_tokens=12, teacher_tokens=8, learning_rate=1e-2
 )  # fmt: skip
 SHAPE = {"num_hidden_layers": 1, "block_size": 3, "markov_rank": 4, "draft_vocab_size": 100}
+# The saved tiny target has 259 special and byte tokens, which every draft vocabulary keeps.
+WITH_BYTES = SHAPE | {"draft_vocab_size": 260}
 
 
 def silent(*args) -> None:
@@ -232,17 +234,40 @@ def test_the_whole_command_from_nothing_to_a_head_that_loads(tmp_path):
     target = load_target(tmp_path / "target")
     out = tmp_path / "head"
     config = replace(CONFIG, num_prompts=6, steps=3)
-    report = train(target, out, config, SHAPE, command="dspark train ...")
+    report = train(target, out, config, WITH_BYTES, command="dspark train ...")
     head = load_head(out, load_target(tmp_path / "target"))
     assert head.config.block_size == 3 and report["held_out_rounds"]["tau_t0"] >= 1
     assert json.loads((out / "provenance.json").read_text())["train"]["seed"] == 0
     with pytest.raises(SettingError, match="holds an unfinished or finished"):
-        train(target, out, config, SHAPE)
+        train(target, out, config, WITH_BYTES)
     with pytest.raises(SettingError, match="other settings"):
-        train(target, out, replace(config, steps=4), SHAPE, resume=True)
+        train(target, out, replace(config, steps=4), WITH_BYTES, resume=True)
     before = (out / "model.safetensors").read_bytes()
-    train(target, out, config, SHAPE, resume=True, command="dspark train ...")
+    train(target, out, config, WITH_BYTES, resume=True, command="dspark train ...")
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_training_goes_on_from_a_given_head(tmp_path):
+    save_tiny_target(tmp_path / "target")
+    target = load_target(tmp_path / "target")
+    config = replace(CONFIG, num_prompts=12)
+    train(target, tmp_path / "first", config, WITH_BYTES)
+    (tmp_path / "answers.jsonl").write_bytes((tmp_path / "first" / "progress" / "answers.jsonl").read_bytes())
+    still = replace(config, steps=1, learning_rate=1e-12)
+    train(target, tmp_path / "second", still, {}, answers=[tmp_path / "answers.jsonl"], start_from=tmp_path / "first")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["block_size"] == 3
+    train(
+        target,
+        tmp_path / "third",
+        replace(still, learning_rate=1e-2),
+        {},
+        answers=[tmp_path / "answers.jsonl"],
+        start_from=tmp_path / "first",
+    )
+    third = load_file(tmp_path / "third" / "model.safetensors")
+    assert any(not torch.equal(first[name], third[name]) for name in first)
 
 
 def test_answers_resume_at_the_batch_they_were_in(tmp_path, monkeypatch):
@@ -271,12 +296,12 @@ def test_training_overwrites_neither_a_target_nor_a_finished_head(tmp_path):
     weights = (folder / "model.safetensors").read_bytes()
     target = load_target(folder)
     with pytest.raises(SettingError, match="already; nothing was overwritten"):
-        train(target, folder, CONFIG, SHAPE)
+        train(target, folder, CONFIG, WITH_BYTES)
     assert (folder / "model.safetensors").read_bytes() == weights
     with pytest.raises(SettingError, match="no training run to resume"):
-        train(target, tmp_path / "new", CONFIG, SHAPE, resume=True)
+        train(target, tmp_path / "new", CONFIG, WITH_BYTES, resume=True)
     with pytest.raises(SettingError, match="do not divide"):
-        train(target, tmp_path / "new", CONFIG, SHAPE | {"num_key_value_heads": 3})
+        train(target, tmp_path / "new", CONFIG, WITH_BYTES | {"num_key_value_heads": 3})
     assert not (tmp_path / "new").exists()
 
 

@@ -47,17 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bound of the feature cache on disk (default %(default)s)",
     )
     shape = parser.add_argument_group("head")
-    shape.add_argument("--layers", type=int, default=2, metavar="L", help="draft layers (default %(default)s)")
-    shape.add_argument(
-        "--kv-heads", type=int, default=None, metavar="K", help="key heads of the draft layers (default: as many as query heads)"
-    )
-    shape.add_argument("--block-size", type=int, default=5, metavar="G", help="tokens drafted a round, gamma (default %(default)s)")
-    shape.add_argument("--rank", type=int, default=96, metavar="R", help="rank of the sequential head; 0 is DFlash (default %(default)s)")
-    shape.add_argument("--sequential", default="vanilla", choices=SEQUENTIAL_HEADS, help="kind of sequential head (default %(default)s)")
-    shape.add_argument(
-        "--draft-vocab", type=int, default=8192, metavar="N", help="tokens the head can propose; 0 for all (default %(default)s)"
-    )
-    shape.add_argument("--taps", default=None, metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
+    shape.add_argument("--start-from", default=None, metavar="HEAD", help="go on training this head, which brings its own shape")
+    shape.add_argument("--layers", type=int, metavar="L", help="draft layers (default 2)")
+    shape.add_argument("--kv-heads", type=int, metavar="K", help="key heads of the draft layers (default: as many as query heads)")
+    shape.add_argument("--block-size", type=int, metavar="G", help="tokens drafted a round, gamma (default 5)")
+    shape.add_argument("--rank", type=int, metavar="R", help="rank of the sequential head; 0 is DFlash (default 96)")
+    shape.add_argument("--sequential", choices=SEQUENTIAL_HEADS, help="kind of sequential head (default vanilla)")
+    shape.add_argument("--draft-vocab", type=int, metavar="N", help="tokens the head can propose; 0 for all (default 8192)")
+    shape.add_argument("--taps", metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--steps", type=int, default=DEFAULTS["steps"], metavar="N", help="optimiser steps (default %(default)s)")
     steps.add_argument(
@@ -84,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the provenance record as JSON at the end")
 
 
+# option -> (the head's own name for it, what is chosen when nothing is said)
+SHAPE = {
+    "layers": ("num_hidden_layers", 2), "kv_heads": ("num_key_value_heads", None), "block_size": ("block_size", 5), "rank": ("markov_rank", 96),
+    "sequential": ("markov_head_type", "vanilla"), "draft_vocab": ("draft_vocab_size", 8192), "taps": ("target_layer_ids", None),
+}  # fmt: skip
 LOSSES = ("paper", "distil")
 LOSS_HELP = (
     "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.5 L1 (default %(default)s)"
@@ -96,18 +98,15 @@ LOSS_SETTINGS: dict[str, dict[str, Any]] = {
 
 def run(options: argparse.Namespace) -> int:
     for name in ("steps", "sequences", "anchors", "layers", "block_size", "max_answer_tokens", "held_out"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
-    if options.rank < 0 or options.draft_vocab < 0 or (options.num_prompts or 0) < 0:
+    if min(options.rank or 0, options.draft_vocab or 0, options.num_prompts or 0) < 0:
         raise SettingError("--rank, --draft-vocab and --num-prompts cannot be negative")
     if not 0 <= options.seed < 2**32:
         raise SettingError(f"--seed is {options.seed}", "seeds of a training run are whole numbers from 0 to 2**32 - 1")
     if options.device != "cpu":
         raise SettingError(f"--device is {options.device}", "training runs on the CPU; the trained head serves on any device")
-    try:
-        taps = [int(i) for i in options.taps.split(",")] if options.taps else None
-    except ValueError as error:
-        raise SettingError(f"--taps is {options.taps!r}", "give layer numbers with commas, like 1,8,15,22,29") from error
+    shape = head_shape(options)
     if options.answers and (options.prompts or options.only_answers or options.num_prompts is not None):
         raise SettingError(
             "--answers brings finished answers; --prompts, --num-prompts and --only-answers cannot take effect beside it",
@@ -123,17 +122,16 @@ def run(options: argparse.Namespace) -> int:
         sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
         muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
     )  # fmt: skip
-    shape = {
-        "num_hidden_layers": options.layers, "num_key_value_heads": options.kv_heads, "block_size": options.block_size, "markov_rank": options.rank,
-        "markov_head_type": options.sequential, "draft_vocab_size": options.draft_vocab or None, "target_layer_ids": taps,
-    }  # fmt: skip
     target = open_target(options)
+    from dspark.head.folder import named_head
     from dspark.train.run import train
 
+    start_from = None if options.start_from is None else named_head(options.start_from)
     command = shlex.join(["dspark", *(a for a in sys.argv[1:] if a != "--resume")])
     report = train(
-        target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command
-    )
+        target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command,
+        start_from,
+    )  # fmt: skip
     if options.only_answers:
         print(f"{report['answers']} answers in {options.out}/progress/answers.jsonl")
     elif options.json:
@@ -144,3 +142,19 @@ def run(options: argparse.Namespace) -> int:
             f"head saved in {options.out}: tau {rounds['tau_t0']} at T=0, {rounds['tau_t1']} at T=1 on {rounds['prompts']} held-out prompts"
         )
     return 0
+
+
+def head_shape(options: argparse.Namespace) -> dict:
+    """The shape asked for; empty beside --start-from, whose head has one."""
+    given = [name for name in SHAPE if getattr(options, name) is not None]
+    if options.start_from is not None:
+        if given:
+            raise SettingError(f"--{given[0].replace('_', '-')} cannot take effect beside --start-from", "the head brings its own shape")
+        return {}
+    shape = {name: default if getattr(options, option) is None else getattr(options, option) for option, (name, default) in SHAPE.items()}
+    shape["draft_vocab_size"] = shape["draft_vocab_size"] or None
+    try:
+        shape["target_layer_ids"] = [int(i) for i in options.taps.split(",")] if options.taps else None
+    except ValueError as error:
+        raise SettingError(f"--taps is {options.taps!r}", "give layer numbers with commas, like 1,8,15,22,29") from error
+    return shape

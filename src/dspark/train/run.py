@@ -69,11 +69,13 @@ def train(
     resume: bool = False,
     only_answers: bool = False,
     command: str = "",
+    start_from: Path | None = None,
 ) -> dict:
     """Train a head for `target` into the folder `out`; returns the measured figures.
 
     Prompts given by the user are mixed with `config.num_prompts` that the target invents;
     `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
+    `start_from` is the folder of a head to go on with; `shape` is then empty.
     `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten."""
     work = out / "progress"
     if target.tokenizer is None and not answers:
@@ -84,16 +86,17 @@ def train(
             f"{len(prompts or ()) + config.num_prompts} prompts leave nothing to train on beside {config.held_out} held out",
             "ask for more prompts, or lower --held-out",
         )
-    begin_or_resume(out, work, settings(target, config, shape, prompts, answers), resume)
+    given = load_head(start_from, target) if start_from else None
+    begin_or_resume(out, work, settings(target, config, shape, prompts, answers, given), resume)
     bar = Bar()
     say(estimate(target, config, shape, prompts, answers))
     records = [record for path in answers for record in read_answers(path, target.vocab_size, target.max_context)]
     if not answers:
-        given = [
+        own = [
             {"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()
         ]
         invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar)
-        everything = interleave(given, invented)
+        everything = interleave(own, invented)
         records = answer_prompts(target, everything, config.max_answer_tokens, config.seed * 100_000 + 50_000, work / "answers.jsonl", bar)
     records = held_out_first([r for r in records if len(r["answer_ids"]) >= 8], config.held_out, config.seed)
     if len(records) <= config.held_out:
@@ -104,10 +107,9 @@ def train(
     if only_answers:
         return {"answers": len(records)}
     started = time.time()
-    head_config, draft_ids = choose_shape(target, records, shape)
-    target.tap(head_config.target_layer_ids)
+    head = given.float().requires_grad_(True) if given else new_head(target, *choose_shape(target, records, shape), config.seed)
+    target.tap(head.config.target_layer_ids)
     store = FeatureStore(target, records, work / "cache", config.teacher_tokens, config.cache_gigabytes)
-    head = new_head(target, head_config, draft_ids, config.seed)
     curve = run_steps(head, target, store, config, work, bar)
     provenance = {
         "command": command,
@@ -135,7 +137,9 @@ def train(
     return provenance
 
 
-def settings(target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path]) -> str:
+def settings(
+    target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], start: Head | None
+) -> str:
     """Everything that decides what a run computes, as text: a resumed run must have the same."""
     described = {
         "train": asdict(config),
@@ -143,8 +147,13 @@ def settings(target: Target, config: TrainConfig, shape: dict, prompts: Sequence
         "target": target.fingerprint(),
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest(),
         "answers": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in answers],
+        "start_from": None if start is None else [digest(parameter) for parameter in start.parameters()],
     }
     return json.dumps(described, sort_keys=True, default=str)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
 def begin_or_resume(out: Path, work: Path, described: str, resume: bool) -> None:
