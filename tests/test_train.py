@@ -296,12 +296,12 @@ def test_training_overwrites_neither_a_target_nor_a_finished_head(tmp_path):
     weights = (folder / "model.safetensors").read_bytes()
     target = load_target(folder)
     with pytest.raises(SettingError, match="already; nothing was overwritten"):
-        train(target, folder, CONFIG, WITH_BYTES)
+        train(target, folder, replace(CONFIG, num_prompts=6), WITH_BYTES)
     assert (folder / "model.safetensors").read_bytes() == weights
     with pytest.raises(SettingError, match="no training run to resume"):
-        train(target, tmp_path / "new", CONFIG, WITH_BYTES, resume=True)
+        train(target, tmp_path / "new", replace(CONFIG, num_prompts=6), WITH_BYTES, resume=True)
     with pytest.raises(SettingError, match="do not divide"):
-        train(target, tmp_path / "new", CONFIG, WITH_BYTES | {"num_key_value_heads": 3})
+        train(target, tmp_path / "new", replace(CONFIG, num_prompts=6), WITH_BYTES | {"num_key_value_heads": 3})
     assert not (tmp_path / "new").exists()
 
 
