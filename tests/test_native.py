@@ -3,6 +3,7 @@ and never in the way of a model or a machine it cannot serve."""
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import stat
@@ -18,6 +19,7 @@ from dspark.generation import generate
 from dspark.head.context import EagerContext, NativeContext, make_context
 from dspark.target.load import load_target
 from dspark.target.native import build
+from dspark.target.native.pages import gather_weights
 from dspark.target.native.runtime import NativeRuntime, reason_against
 from dspark.target.native.stack import FIRST_CAPACITY, MAX_ROWS
 from dspark.target.quantize import is_int8, num_bytes, quantize_int8, rows_of
@@ -213,6 +215,24 @@ def test_changed_weights_are_taken_up():
     expected = eager.score(eager.start(), ids).logits_TV
     assert not torch.allclose(before, expected, atol=1e-2)
     assert error(target.score(target.start(), ids).logits_TV, expected) < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gathered_weights_are_the_same_weights(dtype):
+    target = native("llama", dtype)
+    before = target.score(target.start(), ids_of(20)).logits_TV
+    eager = Target(target.model).score(Target(target.model).start(), ids_of(20)).logits_TV
+    assert gather_weights(target.model) == hasattr(mmap, "MADV_HUGEPAGE")
+    places = sorted(getattr(p, "qdata", p).data_ptr() for p in target.model.parameters())
+    assert places[-1] - places[0] < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE")
+    assert torch.equal(target.score(target.start(), ids_of(20)).logits_TV, before)
+    assert torch.equal(Target(target.model).score(Target(target.model).start(), ids_of(20)).logits_TV, eager)
+
+
+def test_tied_weights_stay_tied_when_gathered():
+    model = tiny_model("llama", **NATIVE_SHAPE, tie_word_embeddings=True)
+    gather_weights(model)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
 def test_nan_weights_are_reported():

@@ -66,7 +66,7 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     except (OSError, ValueError, KeyError):
         tokenizer = None  # token ids still work; asking for text says so
     target = Target(model, tokenizer, name=str(name))
-    use_runtime(target, runtime)
+    use_runtime(target, runtime, gather=True)
     return target
 
 
@@ -75,13 +75,15 @@ def check_runtime(name: str) -> None:
         raise SettingError(f"unknown runtime {name!r}", f"choose one of {', '.join(RUNTIMES)}")
 
 
-def use_runtime(target: Target, name: str) -> None:
-    """Give the target the runtime of this name. Raises `SettingError`, or `RuntimeUnavailable` where `native` cannot run."""
+def use_runtime(target: Target, name: str, gather: bool = False) -> None:
+    """Give the target the runtime of this name; `gather` lets it move the weights to where it reads them fastest.
+
+    Raises `SettingError`, or `RuntimeUnavailable` where `native` cannot run."""
     check_runtime(name)
     if name == "eager":
         return
     try:
-        target.runtime = NativeRuntime(target.model, say)
+        target.runtime = NativeRuntime(target.model, say, gather)
     except RuntimeUnavailable as error:
         if name == "native":
             raise

@@ -11,6 +11,7 @@ from torch import nn
 
 from dspark.errors import RuntimeUnavailable
 from dspark.target.native.build import library
+from dspark.target.native.pages import gather_weights
 from dspark.target.native.stack import MAX_ROWS, Cache, NativeStack
 from dspark.target.quantize import is_int8
 
@@ -79,12 +80,16 @@ def shape_of(model: Any) -> Shape:
 class NativeRuntime:
     """Scores rows of a model through stack.cpp. Reads the model's own weights where they lie."""
 
-    def __init__(self, model: Any, say: Callable[[str], None] = lambda text: None):
-        """Raises `RuntimeUnavailable` for a model it cannot run, or a machine without a compiler."""
+    def __init__(self, model: Any, say: Callable[[str], None] = lambda text: None, gather: bool = False):
+        """`gather` moves the weights into one block of memory first (pages.py): for a model nobody else holds.
+
+        Raises `RuntimeUnavailable` for a model it cannot run, or a machine without a compiler."""
         reason = reason_against(model)
         if reason:
             raise RuntimeUnavailable(f"the native runtime cannot run this model: {reason}")
         library(say)
+        if gather:
+            gather_weights(model)
         self.model = model
         self.refresh()
 

@@ -1,0 +1,35 @@
+"""Weights in one block of memory with huge pages: a pass over 270 MB in pages of 4 kB looks up 66,000 of them."""
+
+import mmap
+from typing import Any
+
+import torch
+
+HUGE = 2**21
+ALIGNMENT = 64
+
+
+def gather_weights(model: Any) -> bool:
+    """Move the model's parameters into one such block, each after the other; they stay the model's and in its layout.
+
+    Memory grows by one tensor at most, while it is copied. False where the system has no huge pages to ask for."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    tensors = [(p, getattr(p, "qdata", p.data)) for p in model.parameters()]
+    size = sum(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for _, t in tensors)
+    block = mmap.mmap(-1, size + HUGE)
+    try:
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return False
+    memory = torch.frombuffer(block, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE
+    for parameter, tensor in tensors:
+        place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        place.copy_(tensor)
+        if tensor is getattr(parameter, "qdata", None):
+            parameter.qdata = place  # torchao's 8-bit tensor
+        else:
+            parameter.data = place
+        start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return True
