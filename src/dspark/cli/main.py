@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import logging
 import sys
 
 from dspark import __version__
@@ -39,6 +40,9 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # transformers imports torchao where it is installed, which then lists every GPU kernel it does not find.
+    for chatty in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = next((a for a in arguments if a in VERBS), "")
     options = build_parser(only=verb).parse_args(arguments)

@@ -35,9 +35,9 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     check_runtime(runtime)
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     where = demo.ensure_demo_target(say) if str(name) == demo.NAME else name
     if str(name) != demo.NAME and str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise TargetError(f"no folder {name}", "give a folder written by `save_pretrained`, a hub id, or smollm2-135m")

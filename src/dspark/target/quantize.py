@@ -2,8 +2,6 @@
 
 What the target then says is what these weights say; speculation is lossless against that."""
 
-import contextlib
-import logging
 from typing import Any
 
 import torch
@@ -15,10 +13,8 @@ def quantize_int8(model: Any) -> None:
     """Replace the weights of all linear layers, the LM head's among them. A tied input embedding stays as it is.
 
     Raises `SettingError` when torchao is not installed."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it reports every GPU kernel it does not find
     try:
-        with contextlib.redirect_stderr(None):
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise SettingError("8-bit weights need torchao", "pip install 'dspark[int8]'") from error
     quantize_(model, Int8WeightOnlyConfig(version=2))

@@ -17,7 +17,7 @@ def gather_weights(model: Any) -> bool:
         return False
     tensors = [(p, getattr(p, "qdata", p.data)) for p in model.parameters()]
     size = sum(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for _, t in tensors)
-    block = mmap.mmap(-1, size + HUGE)
+    block = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         block.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
