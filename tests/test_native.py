@@ -17,6 +17,7 @@ from dspark.drafters import PromptLookup
 from dspark.errors import RuntimeUnavailable, SettingError
 from dspark.generation import generate
 from dspark.head.context import EagerContext, NativeContext, make_context
+from dspark.head.folder import load_head, save_head
 from dspark.target.load import load_target
 from dspark.target.native import build
 from dspark.target.native.pages import gather_weights
@@ -196,6 +197,15 @@ def test_drafting_twice_from_one_state_gives_one_draft():
     straight.commit(features)
     anchor = target.embed(torch.tensor(9))
     assert torch.equal(context.block(anchor)[1], straight.block(anchor)[1])
+
+
+def test_a_saved_head_serves_the_target_at_every_precision(tmp_path):
+    target = native("llama")
+    save_head(tiny_head(target, head_dim=16), target, tmp_path, ids_of(30), {}, "")
+    for dtype in DTYPES:
+        other = native("llama", dtype)
+        plain = generate(other, None, ids_of(5), 20).token_ids
+        assert generate(other, load_head(tmp_path, other), ids_of(5), 20).token_ids == plain
 
 
 def test_a_head_of_odd_sizes_drafts_eagerly():

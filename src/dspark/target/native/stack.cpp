@@ -235,7 +235,7 @@ template <class Acc> inline f16v sums(const Acc (&acc)[16]) {
 #endif
 }
 
-// Sixteen outputs of up to MR rows (`count` of them real), NR weight rows at a time: MR * NR = 16 accumulators, always.
+// Sixteen outputs of up to MR rows (`count` of them real), NR weight rows at a time: 16 accumulators, 12 with six rows.
 // The processor fetches ahead along one stream; over NR rows it does not, so the lines to come are asked for in
 // the order they lie in memory. With STREAM false the weights are in the cache already.
 template <class Dot, int MR, bool STREAM>
@@ -281,6 +281,7 @@ inline void sixteen_outputs(const typename Dot::W* w, const typename Dot::X* x, 
     if (T == 1) return tile<Dot, 1, true>(w, x, K, ldx, 1, y);
     if (T == 2) return tile<Dot, 2, true>(w, x, K, ldx, 2, y);
     if (T <= 4) return tile<Dot, 4, true>(w, x, K, ldx, T, y);
+    if (T <= 6) return tile<Dot, 6, true>(w, x, K, ldx, T, y);
     tile<Dot, 8, true>(w, x, K, ldx, T < 8 ? T : 8, y);
     for (int t = 8; t < T; t += 8) tile<Dot, 8, false>(w, x + int64_t(t) * ldx, K, ldx, T - t < 8 ? T - t : 8, y + t);
 }
