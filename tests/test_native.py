@@ -245,6 +245,14 @@ def test_tied_weights_stay_tied_when_gathered():
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
+def test_a_model_made_in_inference_mode_runs():
+    with torch.inference_mode():
+        target = native("llama")
+        eager = Target(target.model)
+        expected = eager.score(eager.start(), ids_of(10)).logits_TV
+        assert error(target.score(target.start(), ids_of(10)).logits_TV, expected) < ROUNDING
+
+
 def test_nan_weights_are_reported():
     target = native("llama")
     with torch.no_grad():

@@ -96,7 +96,7 @@ class NativeRuntime:
     def refresh(self) -> None:
         """Take up the weights anew if any was replaced or written to since."""
         data = [getattr(p, "qdata", p) for p in self.model.parameters()]
-        seen = [(p.data_ptr(), p._version, p.dtype) for p in data]
+        seen = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in data]
         if seen != getattr(self, "seen", None):
             rotary = self.model.model.rotary_emb
             self.stack = NativeStack(
