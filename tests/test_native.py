@@ -371,7 +371,7 @@ def test_processors_with_fewer_instructions_compute_the_same(level, tmp_path, mo
         ids = ids_of(40)
         usual, _ = rows_in_passes(target, ids, [40])
         with monkeypatch.context() as patch:
-            patch.setattr("dspark.target.native.stack.library", lambda: library)
+            patch.setattr("dspark.target.native.stack.compiled", lambda: library)
             logits, features = rows_in_passes(target, ids, [1] * 40)
             for sizes in ([40], [3, 5, 8, 24]):
                 again = rows_in_passes(target, ids, sizes)

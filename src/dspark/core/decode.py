@@ -48,6 +48,20 @@ class Round:
 Judge = Callable[[Law, list[int], Draft, int, torch.Tensor, Streams], Verdict]
 
 
+def judge_by_law(law: Law, ids: list[int], draft: Draft, num_planned: int, logits_TV: torch.Tensor, streams: Streams) -> Verdict:
+    """What stands of the first `num_planned` drafted tokens after `ids`, given the target's logits over them. The reference."""
+    target_probs = row_laws(law, ids, draft.tokens[:num_planned], logits_TV)
+    accept = Streams.uniforms(streams.accept, num_planned)
+    return verify(target_probs, draft, accept, *Streams.uniforms(streams.recover, 1))
+
+
+def judge_fast(law: Law, ids: list[int], draft: Draft, num_planned: int, logits_TV: torch.Tensor, streams: Streams) -> Verdict:
+    """The verdict of `judge_by_law`; where the law is a plain argmax, without forming it."""
+    if law.greedy and not law.processors:
+        return verify_greedy(best(logits_TV), draft.tokens[:num_planned])
+    return judge_by_law(law, ids, draft, num_planned, logits_TV, streams)
+
+
 def decode(
     target: Scorer,
     drafter: Drafter,
@@ -57,14 +71,13 @@ def decode(
     max_new_tokens: int,
     stop: Callable[[list[int]], bool] = lambda new_ids: False,
     plan: Plan = fixed,
-    judge: Judge | None = None,
+    judge: Judge = judge_fast,
 ) -> Iterator[Round]:
     """Yield rounds until `max_new_tokens` or until `stop(new_ids)` says that the last token ends the text.
 
     The last prompt token is the first anchor, so that every new token comes from a round. The
     new tokens have exactly the law of sampling the target one by one (T = 0: are the same)."""
     ids, num_prompt = list(prompt_ids), len(prompt_ids)
-    judge = judge or judge_fast
     state = target.start()
     drafter.start()
     drafter.commit(target.prefill(state, ids[:-1]))
@@ -87,20 +100,6 @@ def decode(
             if finished:
                 break
         yield Round(new, len(draft.tokens), num_planned, verdict.num_accepted)
-
-
-def judge_by_law(law: Law, ids: list[int], draft: Draft, num_planned: int, logits_TV: torch.Tensor, streams: Streams) -> Verdict:
-    """What stands of the first `num_planned` drafted tokens after `ids`, given the target's logits over them. The reference."""
-    target_probs = row_laws(law, ids, draft.tokens[:num_planned], logits_TV)
-    accept = Streams.uniforms(streams.accept, num_planned)
-    return verify(target_probs, draft, accept, *Streams.uniforms(streams.recover, 1))
-
-
-def judge_fast(law: Law, ids: list[int], draft: Draft, num_planned: int, logits_TV: torch.Tensor, streams: Streams) -> Verdict:
-    """The verdict of `judge_by_law`; where the law is a plain argmax, without forming it."""
-    if law.greedy and not law.processors:
-        return verify_greedy(best(logits_TV), draft.tokens[:num_planned])
-    return judge_by_law(law, ids, draft, num_planned, logits_TV, streams)
 
 
 def row_laws(law: Law, ids: list[int], drafted: list[int], logits_TV: torch.Tensor) -> torch.Tensor:

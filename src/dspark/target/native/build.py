@@ -24,7 +24,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 @functools.cache
-def library(say: Callable[[str], None] = lambda text: None) -> ctypes.CDLL:
+def compiled(say: Callable[[str], None] = lambda text: None) -> ctypes.CDLL:
     """The compiled library. Raises `RuntimeUnavailable` where none can be made."""
     path = built(say)
     try:

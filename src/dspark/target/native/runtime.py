@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dspark.errors import RuntimeUnavailable
-from dspark.target.native.build import library
+from dspark.target.native.build import compiled
 from dspark.target.native.pages import gather_weights
 from dspark.target.native.stack import MAX_ROWS, Cache, NativeStack
 from dspark.target.quantize import is_int8
@@ -87,7 +87,7 @@ class NativeRuntime:
         reason = reason_against(model)
         if reason:
             raise RuntimeUnavailable(f"the native runtime cannot run this model: {reason}")
-        library(say)
+        compiled(say)
         if gather:
             gather_weights(model)
         self.model = model

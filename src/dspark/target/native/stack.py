@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dspark.target.native.build import library
+from dspark.target.native.build import compiled
 from dspark.target.quantize import is_int8
 
 KINDS = (torch.float32, torch.bfloat16, torch.int8)  # of weights, in the order of stack.cpp's
@@ -129,7 +129,7 @@ class NativeStack:
             T, past, causal, num_logits, len(taps), torch.get_num_threads(), ctypes.addressof(layers), x_TD.data_ptr(),
             tapped.data_ptr(), logits.data_ptr(), normed.data_ptr(),
         )  # fmt: skip
-        library().stack_forward(ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(described))
+        compiled().stack_forward(ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(described))
         return logits, tapped, normed
 
     def context(self, cache: Cache, fc: Linear, norm: torch.Tensor, features: torch.Tensor, past: int) -> None:
@@ -137,7 +137,7 @@ class NativeStack:
         for start in range(0, len(features), MAX_ROWS):
             rows = features[start : start + MAX_ROWS].contiguous()
             cache.reserve(past + start + (len(rows) + 15) // 16 * 16)
-            library().stack_context(
+            compiled().stack_context(
                 ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(fc), ctypes.c_void_p(norm.data_ptr()),
                 ctypes.c_void_p(rows.data_ptr()), len(rows), past + start, torch.get_num_threads(),
             )  # fmt: skip
