@@ -370,13 +370,15 @@ def test_the_fast_judge_says_what_the_reference_says(name):
         tokens = torch.randint(VOCABULARY, (3,), generator=generator).tolist()
         if trial % 2:
             tokens = logits.argmax(-1).tolist()[:3]
-        draft = Draft(tokens, FewTokens(torch.tensor(tokens)[:, None], torch.ones(3, 1), VOCABULARY))
+        draft = Draft(tokens, FewTokens.certain(tokens, VOCABULARY, "cpu"))
         verdict = judge_by_law(law, [0], draft, 3, logits, Streams(trial))
         assert judge_fast(law, [0], draft, 3, logits, Streams(trial)) == verdict
         seen.add(verdict.num_accepted)
     assert seen == {0, 1, 2, 3}
-    with pytest.raises(LogitsError):
-        judge_fast(law, [0], Draft([], torch.empty(0, 0)), 0, torch.full((1, VOCABULARY), float("nan")), Streams(0))
+    for bad in (float("nan"), float("-inf")):
+        rows = torch.stack([torch.arange(VOCABULARY) * 1.0, torch.full((VOCABULARY,), bad)])
+        with pytest.raises(LogitsError):
+            judge_fast(law, [0], Draft([4], FewTokens.certain([4], VOCABULARY, "cpu")), 1, rows, Streams(0))
 
 
 def test_laws_of_few_tokens_are_dense_rows():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import NoRepeatNGramLogitsProcessor
 
-from dspark.drafters import PromptLookup
+from dspark.drafters import DSparkDrafter, PromptLookup
 from dspark.errors import LogitsError, PromptError, SettingError, TargetError
 from dspark.generation import generate, make_law, stream
 from dspark.prompts import Prompt, read_prompts
@@ -327,6 +327,24 @@ def test_two_streams_in_turn_do_not_disturb_each_other():
         for i, rounds in enumerate(streams):
             texts[i] += next(rounds).tokens if len(texts[i]) < 16 else []
     assert texts == [expected, expected]
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash"])
+def test_a_greedy_draft_is_the_same_with_and_without_its_laws_formed(kind, target):
+    head = tiny_head(target, kind="vanilla" if kind == "dflash" else kind, rank=0 if kind == "dflash" else 8, draft_vocab=100)
+    drafter = DSparkDrafter(head, target)
+    nothing = make_law(0.0, logits_processors=[lambda ids, logits: logits])
+    drafts = []
+    for law in (make_law(0.0), nothing):
+        drafter.start()
+        state = target.start()
+        drafter.commit(target.prefill(state, PROMPT[:-1]))
+        drafts.append(drafter.draft(PROMPT, GAMMA, law, torch.Generator()))
+    fast, formed = drafts
+    assert fast.tokens == formed.tokens
+    assert len(set(fast.tokens)) > 1
+    assert fast.confidences == formed.confidences
+    assert torch.equal(torch.stack([fast.probs_KV[k] for k in range(GAMMA)]), torch.stack([formed.probs_KV[k] for k in range(GAMMA)]))
 
 
 def test_prompt_lookup_follows_the_latest_occurrence_of_the_longest_ending():

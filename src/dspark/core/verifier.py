@@ -22,6 +22,12 @@ class FewTokens:
     probs_KC: torch.Tensor
     vocab_size: int
 
+    @staticmethod
+    def certain(tokens: Sequence[int], vocab_size: int, device: torch.device | str) -> "FewTokens":
+        """The laws of tokens that were proposed without chance: all weight on one token a row."""
+        ids_K1 = torch.tensor(tokens, dtype=torch.long, device=device)[:, None]
+        return FewTokens(ids_K1, torch.ones(len(tokens), 1, device=device), vocab_size)
+
     def __len__(self) -> int:
         return len(self.ids_KC)
 

@@ -5,7 +5,6 @@ Shapes: G block size, K drafted tokens, C shortlist, V vocabulary, M tapped laye
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from dspark.core.sampling import Law, Streams, apply, draw, probs
 from dspark.core.verifier import Draft, FewTokens
@@ -50,19 +49,25 @@ class DSparkDrafter:
         h_GD, logits_GV = self.context.block(self.target.embed(torch.tensor([ids[-1]], device=head.fc.weight.device))[0])
         base_KC, shortlist_KC = logits_GV[:num].topk(min(head.config.shortlist, len(head.draft_ids)), dim=-1)
         ids_KC = head.draft_ids[shortlist_KC]
-        bias_rows_KCr = None if markov is None else markov.markov_w2.weight[shortlist_KC].float()
+        if markov is not None:
+            w1_Vr, bias_rows_KCr = markov.markov_w1.weight, markov.markov_w2.weight[shortlist_KC].float()
         uniforms = Streams.uniforms(generator, num)
+        one_hot = law.greedy and not law.processors  # no need to form such laws
         tokens: list[int] = []
         laws: list[torch.Tensor] = []
         states: list[torch.Tensor] = []
         state = None
         for k in range(num):
             logits_C = base_KC[k]
-            if markov is not None and bias_rows_KCr is not None:
-                w = F.embedding(torch.tensor([tokens[-1] if tokens else ids[-1]], device=logits_C.device), markov.markov_w1.weight)
+            if markov is not None:
+                previous = tokens[-1] if tokens else ids[-1]
+                w = w1_Vr[previous : previous + 1]
                 z, state = markov.step(w, h_GD[k : k + 1], state)
                 states.append(w)
                 logits_C = logits_C + bias_rows_KCr[k] @ z[0].float()
+            if one_hot:
+                tokens.append(int(ids_KC[k, logits_C.argmax()]))
+                continue
             q_C = shortlist_law(law, [*ids, *tokens], logits_C, ids_KC[k], head.config.vocab_size)
             if q_C is None:
                 break
@@ -75,6 +80,8 @@ class DSparkDrafter:
         if head.confidence_head is not None:
             w_KR = torch.cat(states[:num]) if states else None
             confidences = head.confidence_head(h_GD[:num], w_KR).float().sigmoid().tolist()
+        if one_hot:
+            return Draft(tokens, FewTokens.certain(tokens, head.config.vocab_size, ids_KC.device), confidences)
         return Draft(tokens, FewTokens(ids_KC[:num], torch.stack(laws), head.config.vocab_size), confidences)
 
 

@@ -20,8 +20,7 @@ class PromptLookup:
 
     def draft(self, ids: Sequence[int], limit: int, law, generator) -> Draft:
         tokens = self.follow(ids, limit)
-        one_hot = torch.ones(len(tokens), 1, device=self.device)  # a proposal without chance
-        return Draft(tokens, FewTokens(torch.tensor(tokens, dtype=torch.long, device=self.device)[:, None], one_hot, self.vocab_size))
+        return Draft(tokens, FewTokens.certain(tokens, self.vocab_size, self.device))
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         pass

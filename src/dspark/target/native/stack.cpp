@@ -11,6 +11,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -45,7 +46,9 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
     return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// Sixteen floats to another precision.
+// Floats to another precision.
+inline void put(float* p, float x) { *p = x; }
+inline void put(bf16* p, float x) { *p = to_bf16(x); }
 inline void put(float* p, f16v v) { store(p, v); }
 inline void put(bf16* p, f16v v) {
 #if defined(__AVX512BF16__)
@@ -89,10 +92,10 @@ inline f16v exp16(f16v x) {  // 2^n * polynomial, relative error below 2e-7 over
 }
 
 // How far ahead of the weights in use others are asked for, and into which cache (the second level): measured on
-// Zen 4 with 1 to 16 rows; into the first level it costs half as much again at six rows. A tile that takes many
-// weight rows side by side meets the last row's first line early, so it must be a whole block ahead.
-constexpr int AHEAD = 16384, LOCALITY = 2;
-inline int64_t ahead_of(int64_t block_bytes) { return block_bytes + 4096 > AHEAD ? block_bytes + 4096 : AHEAD; }
+// Zen 4 with 1 to 16 rows; into the first level it costs half as much again at six rows. A tile that takes weight
+// rows side by side meets the last row's first line early, so it must be a whole block ahead.
+constexpr int DISTANCE = 16384, LOCALITY = 2;
+inline int64_t ahead_of(int64_t block_bytes) { return block_bytes + 4096 > DISTANCE ? block_bytes + 4096 : DISTANCE; }
 
 // ---- one weight row times one activation row, STEP products at a time
 
@@ -173,16 +176,43 @@ inline float convert(const float* x, int n, int16_t* out) {
     const float step = levels / largest;
     for (int i = 0; i < n; i += 16) {
         const f16v rounded = (load(x + i) * step + 12582912.0f) - 12582912.0f;
-        for (int j = 0; j < 16; j++) out[i + j] = int16_t(rounded[j]);
+        typedef int16_t s16x16 __attribute__((vector_size(32)));
+        const s16x16 whole = __builtin_convertvector(rounded, s16x16);
+        memcpy(out + i, &whole, 32);
     }
     return largest / levels;
 }
 
-// Sixteen accumulators to sixteen sums: four rounds of adding halves, each lane in the order of `sum`.
+// Sixteen accumulators to sixteen sums, each lane in the order of `sum`.
 #if defined(__AVX512F__)
-// After the rounds lane 4q + j holds accumulator q' + j', q' of (0, 8, 4, 12) and j' of (0, 2, 1, 3).
-const __m512i LANES = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-#endif
+// Four rounds of adding halves of two accumulators that share a register; `add` knows what the lanes hold.
+template <class Add> inline __m512 folded(__m512 (&a)[16], Add add) {
+    for (int i = 0; i < 8; i++) a[i] = add(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
+    for (int i = 0; i < 4; i++) a[i] = add(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    for (int i = 0; i < 2; i++) a[i] = add(_mm512_shuffle_ps(a[i], a[i + 2], 0x44), _mm512_shuffle_ps(a[i], a[i + 2], 0xee));
+    const __m512 sum = add(_mm512_shuffle_ps(a[0], a[1], 0x88), _mm512_shuffle_ps(a[0], a[1], 0xdd));
+    // Lane 4q + j now holds accumulator q' + j', q' of (0, 8, 4, 12) and j' of (0, 2, 1, 3).
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15), sum);
+}
+inline f16v sums(const __m512i (&acc)[16]) {  // whole numbers
+    __m512 a[16];
+    memcpy(a, acc, sizeof a);
+    const __m512 whole = folded(a, [](__m512 x, __m512 y) {
+        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y)));
+    });
+    return (f16v)_mm512_cvtepi32_ps(_mm512_castps_si512(whole));
+}
+template <class Acc> inline f16v sums(const Acc (&acc)[16]) {  // floats, under either of their two names
+    __m512 a[16];
+    memcpy(a, acc, sizeof a);
+    return (f16v)folded(a, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
+}
+#else
+inline f16v sums(const f16v (&acc)[16]) {
+    f16v out;
+    for (int i = 0; i < 16; i++) out[i] = sum(acc[i]);
+    return out;
+}
 inline f16v sums(const i16v (&acc)[16]) {
     f16v out;
     for (int i = 0; i < 16; i++) {
@@ -192,99 +222,95 @@ inline f16v sums(const i16v (&acc)[16]) {
     }
     return out;
 }
-#if defined(__AVX512F__)
-inline f16v sums(const __m512i (&acc)[16]) {  // whole numbers may be added in any order: pairs of accumulators, then halves
-    __m512i a[16];
-    memcpy(a, acc, sizeof a);
-    for (int i = 0; i < 8; i++)
-        a[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_i32x4(a[i], a[i + 8], 0xee));
-    for (int i = 0; i < 4; i++)
-        a[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd));
-    for (int i = 0; i < 2; i++)
-        a[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a[i], a[i + 2]), _mm512_unpackhi_epi64(a[i], a[i + 2]));
-    const __m512 x = _mm512_castsi512_ps(a[0]), y = _mm512_castsi512_ps(a[1]);
-    a[0] = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
-    const __m512 sorted = _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(LANES, a[0]));
-    f16v out; memcpy(&out, &sorted, 64); return out;
-}
 #endif
-template <class Acc> inline f16v sums(const Acc (&acc)[16]) {
-#if defined(__AVX512F__)
-    __m512 a[16];
-    memcpy(a, acc, sizeof a);
-    for (int i = 0; i < 8; i++) {  // halves of eight lanes: a[i] in the low half, a[i+8] in the high one
-        __m512 low = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), high = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee);
-        a[i] = _mm512_add_ps(low, high);
-    }
-    for (int i = 0; i < 4; i++) {  // quarters
-        __m512 low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), high = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-        a[i] = _mm512_add_ps(low, high);
-    }
-    for (int i = 0; i < 2; i++) {
-        __m512 low = _mm512_shuffle_ps(a[i], a[i + 2], 0x44), high = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
-        a[i] = _mm512_add_ps(low, high);
-    }
-    __m512 low = _mm512_shuffle_ps(a[0], a[1], 0x88), high = _mm512_shuffle_ps(a[0], a[1], 0xdd);
-    a[0] = _mm512_add_ps(low, high);
-    const __m512 sorted = _mm512_permutexvar_ps(LANES, a[0]);
-    f16v out; memcpy(&out, &sorted, 64); return out;
-#else
-    f16v out;
-    for (int i = 0; i < 16; i++) { f16v v; memcpy(&v, &acc[i], 64); out[i] = sum(v); }
-    return out;
-#endif
-}
 
-// Sixteen outputs of up to MR rows (`count` of them real), NR weight rows at a time: 16 accumulators, 12 with six rows.
-// The processor fetches ahead along one stream; over NR rows it does not, so the lines to come are asked for in
-// the order they lie in memory. With STREAM false the weights are in the cache already.
-template <class Dot, int MR, bool STREAM>
+// Sixteen outputs of up to MR rows (`count` of them real), NR weight rows side by side.
+//
+// With one row and NR = 1 the weights are one stream in the order they lie in memory, which the processor fetches
+// ahead by itself. Not so with more rows: there (AHEAD) the lines to come are asked for.
+template <class Dot, int MR, int NR, bool AHEAD>
 inline void tile(const typename Dot::W* w, const typename Dot::X* x, int K, int ldx, int count, f16v* y) {
-    constexpr int NR = 16 / MR;
+    constexpr int G = 16 / MR;  // outputs whose sums are made together
     const typename Dot::X* rows[MR];
     for (int m = 0; m < MR; m++) rows[m] = x + int64_t(m < count ? m : 0) * ldx;
-    float out[MR * 16];
-    for (int n0 = 0; n0 < 16; n0 += NR, w += int64_t(NR) * K) {
-        typename Dot::Acc acc[16];
+    alignas(64) float out[MR * 16];
+    for (int n0 = 0; n0 < 16; n0 += G) {
+        typename Dot::Acc group[16];
 #pragma GCC unroll 16
-        for (auto& a : acc) a = Dot::zero();
-        const char* ahead = (const char*)w + ahead_of(int64_t(NR) * K * sizeof(*w));
-        int k = 0;
-        for (; k + Dot::STEP <= K; k += Dot::STEP) {
-            decltype(Dot::get(x)) xs[MR];
+        for (int i = MR * G; i < 16; i++) group[i] = Dot::zero();
+        for (int g = 0; g < G; g += NR, w += int64_t(NR) * K) {
+            typename Dot::Acc acc[MR * NR];
 #pragma GCC unroll 16
-            for (int m = 0; m < MR; m++) xs[m] = Dot::get(rows[m] + k);
+            for (auto& a : acc) a = Dot::zero();
+            const char* ahead = (const char*)w + ahead_of(int64_t(NR) * K * sizeof(*w));
+            int k = 0;
+            for (; k + Dot::STEP <= K; k += Dot::STEP) {
+                decltype(Dot::get(w)) ws[NR];
 #pragma GCC unroll 16
-            for (int n = 0; n < NR; n++, ahead += Dot::STEP * sizeof(*w)) {
-                const auto ws = Dot::get(w + int64_t(n) * K + k);
-                if (STREAM) __builtin_prefetch(ahead, 0, LOCALITY);
+                for (int n = 0; n < NR; n++, ahead += Dot::STEP * sizeof(*w)) {
+                    ws[n] = Dot::get(w + int64_t(n) * K + k);
+                    if (AHEAD) __builtin_prefetch(ahead, 0, LOCALITY);
+                }
 #pragma GCC unroll 16
-                for (int m = 0; m < MR; m++) acc[m * NR + n] = Dot::step(acc[m * NR + n], ws, xs[m]);
+                for (int m = 0; m < MR; m++) {
+                    const auto xs = Dot::get(rows[m] + k);
+#pragma GCC unroll 16
+                    for (int n = 0; n < NR; n++) acc[m * NR + n] = Dot::step(acc[m * NR + n], ws[n], xs);
+                }
             }
+            if (k < K)
+#pragma GCC unroll 16
+                for (int n = 0; n < NR; n++)
+#pragma GCC unroll 16
+                    for (int m = 0; m < MR; m++)
+                        acc[m * NR + n] = Dot::step(acc[m * NR + n], Dot::get(w + int64_t(n) * K + k, K - k), Dot::get(rows[m] + k, K - k));
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m++)
+#pragma GCC unroll 16
+                for (int n = 0; n < NR; n++) group[m * G + g + n] = acc[m * NR + n];
         }
-        if (k < K)
-#pragma GCC unroll 16
-            for (int n = 0; n < NR; n++)
-#pragma GCC unroll 16
-                for (int m = 0; m < MR; m++)
-                    acc[m * NR + n] = Dot::step(acc[m * NR + n], Dot::get(w + int64_t(n) * K + k, K - k), Dot::get(rows[m] + k, K - k));
-        float sixteen[16];
-        store(sixteen, sums(acc));
-        for (int m = 0; m < MR; m++) memcpy(out + m * 16 + n0, sixteen + m * NR, NR * sizeof(float));
+        alignas(64) float sixteen[16];
+        store(sixteen, sums(group));
+        for (int m = 0; m < MR; m++) memcpy(out + m * 16 + n0, sixteen + m * G, G * sizeof(float));
     }
     for (int m = 0; m < count; m++) y[m] = load(out + m * 16);
 }
 
-// Sixteen outputs of T rows: y[t] = x[t] . w[n..n+15].
+// Sixteen outputs of T rows: y[t] = x[t] . w[n..n+15]. A row's sums run in one order in all of these.
 template <class Dot>
 inline void sixteen_outputs(const typename Dot::W* w, const typename Dot::X* x, int K, int ldx, int T, f16v* y) {
-    if (T == 1) return tile<Dot, 1, true>(w, x, K, ldx, 1, y);
-    if (T == 2) return tile<Dot, 2, true>(w, x, K, ldx, 2, y);
-    if (T <= 4) return tile<Dot, 4, true>(w, x, K, ldx, T, y);
-    if (T <= 6) return tile<Dot, 6, true>(w, x, K, ldx, T, y);
-    tile<Dot, 8, true>(w, x, K, ldx, T < 8 ? T : 8, y);
-    for (int t = 8; t < T; t += 8) tile<Dot, 8, false>(w, x + int64_t(t) * ldx, K, ldx, T - t < 8 ? T - t : 8, y + t);
+    if (T == 1) return tile<Dot, 1, 1, false>(w, x, K, ldx, 1, y);
+    if (T == 2) return tile<Dot, 2, 1, true>(w, x, K, ldx, 2, y);
+    if (T <= 4) return tile<Dot, 4, 1, true>(w, x, K, ldx, T, y);
+    if (T <= 6) return tile<Dot, 6, 2, true>(w, x, K, ldx, T, y);
+    tile<Dot, 8, 2, true>(w, x, K, ldx, T < 8 ? T : 8, y);
+    for (int t = 8; t < T; t += 8)  // the weights are in the cache now
+        tile<Dot, 8, 2, false>(w, x + int64_t(t) * ldx, K, ldx, T - t < 8 ? T - t : 8, y + t);
 }
+
+// Sixteen lanes of keys or values, N numbers side by side in each, times N numbers that all lanes share.
+struct F32Lanes {
+    typedef float Number;
+    static constexpr int N = 1;
+    static f16v step(f16v acc, const float* lanes, const float* shared) { return multiply_add(load(lanes), f16v{} + *shared, acc); }
+};
+struct Bf16Lanes {
+    typedef bf16 Number;
+    static constexpr int N = 2;
+    static f16v step(f16v acc, const bf16* lanes, const bf16* shared) {
+        i16v pairs; memcpy(&pairs, lanes, 64);
+        int32_t pair; memcpy(&pair, shared, 4);
+#if defined(__AVX512BF16__)
+        return (f16v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)pairs, (__m512bh)_mm512_set1_epi32(pair));
+#else
+        const i16v first = pairs << 16, second = pairs & int32_t(0xffff0000);
+        const int32_t one = int32_t(uint32_t(pair) << 16), two = pair & int32_t(0xffff0000);
+        f16v a, b; memcpy(&a, &first, 64); memcpy(&b, &second, 64);
+        float x, y; memcpy(&x, &one, 4); memcpy(&y, &two, 4);
+        return multiply_add(b, f16v{} + y, multiply_add(a, f16v{} + x, acc));
+#endif
+    }
+};
 
 inline void rms_norm(const float* x, const float* weight, float eps, int D, float* out) {
     f16v squares{};
@@ -323,7 +349,9 @@ struct Stack {
     const float* final_norm;
     Linear output;
 };
-// The keys and values of one request: [layer][key or value][kv head][capacity][E].
+// The keys and values of one request: [layer][key or value][kv head], then capacity * E numbers, laid out so that
+// sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
+// values [position / N][E][N]. The capacity is a multiple of 16.
 struct Cache { void* data; int64_t capacity; };
 struct Pass {
     int32_t num_rows, past, causal, num_logits, num_taps, threads;
@@ -362,22 +390,35 @@ class Barrier {
     }
 };
 
-// Rows as a dot product takes them, [T, n], each with the scale of its results. A thread converts for itself.
+// Memory that begins with a cache line: a vector that lies across two costs three times as much to load.
+template <class Number> struct Aligned {
+    struct alignas(64) Line { Number numbers[64 / sizeof(Number)]; };
+    std::vector<Line> lines;
+    explicit Aligned(size_t count = 0) : lines((count * sizeof(Number) + 63) / 64) {}
+    void resize(size_t count) { lines.resize((count * sizeof(Number) + 63) / 64); }
+    Number& operator[](size_t i) { return lines.data()->numbers[i]; }
+    Number* data() { return lines.data()->numbers; }
+};
+
+// Rows as a dot product takes them, [T, n] and a distance apart, each with the scale of its results. A thread
+// converts for itself.
 template <class X> struct Rows {
-    std::vector<X> data;
+    int n, distance;
+    Aligned<X> numbers;
     std::vector<float> scales;
-    int n;
-    Rows(int T, int size) : data(size_t(T) * size), scales(T), n(size) {}
-    void take(int t, const float* x) { scales[t] = convert(x, n, &data[size_t(t) * n]); }
-    void take_all(const std::vector<float>& x) {
+    Rows(int T, int size) : n(size), distance((size + 31) / 32 * 32), numbers(size_t(T) * distance), scales(T) {}
+    X* row(int t) { return numbers.data() + size_t(t) * distance; }
+    void take(int t, const float* x) { scales[t] = convert(x, n, row(t)); }
+    void take_all(Aligned<float>& x) {
         for (size_t t = 0; t < scales.size(); t++) take(int(t), &x[t * n]);
     }
 };
 
-// `Dot` multiplies weights, `Attention` keys and values.
-template <class Dot, class Attention> struct Runner {
+// `Dot` multiplies weights, `Lanes` keys and values.
+template <class Dot, class Lanes> struct Runner {
     typedef typename Dot::X X;
-    typedef typename Attention::X KV;
+    typedef typename Lanes::Number KV;
+    static constexpr int N = Lanes::N;
     const Stack& s;
     const Cache cache;
     const int T;
@@ -393,14 +434,14 @@ template <class Dot, class Attention> struct Runner {
             }
     }
 
-    KV* row(int layer, int value, int head, int64_t position) const {
-        return (KV*)cache.data + (((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity + position) * s.head_dim;
+    KV* cached(int layer, int value, int head) const {
+        return (KV*)cache.data + ((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity * s.head_dim;
     }
 
     // Outputs n..n+15 of all rows from `first` on.
-    void outputs(const Linear& linear, int n, const Rows<X>& x, f16v* y, int first = 0) const {
+    void outputs(const Linear& linear, int n, Rows<X>& x, f16v* y, int first = 0) const {
         const int K = linear.num_in, rows = T - first;
-        sixteen_outputs<Dot>((const typename Dot::W*)linear.weight + int64_t(n) * K, &x.data[size_t(first) * K], K, K, rows, y);
+        sixteen_outputs<Dot>((const typename Dot::W*)linear.weight + int64_t(n) * K, x.row(first), K, x.distance, rows, y);
         if (linear.scale)
             for (int t = 0; t < rows; t++) y[t] *= x.scales[first + t] * load(linear.scale + n);
         if (linear.bias)
@@ -414,7 +455,7 @@ template <class Dot, class Attention> struct Runner {
     }
 
     // One head of a query, key or value projection for all rows, [T, E]; queries and keys are normed and rotated.
-    void project_head(const Linear& linear, int head, const Rows<X>& x, f16v* y, float* out, const float* norm, bool turn) const {
+    void project_head(const Linear& linear, int head, Rows<X>& x, f16v* y, float* out, const float* norm, bool turn) const {
         const int E = s.head_dim;
         for (int e = 0; e < E; e += 16) {
             outputs(linear, head * E + e, x, y);
@@ -427,71 +468,126 @@ template <class Dot, class Attention> struct Runner {
     }
 
     // Keys and values of one layer; `unit` counts key heads, then value heads.
-    void key_or_value(int layer, int unit, int past, const Rows<X>& x, f16v* y, float* head_TE) const {
+    void key_or_value(int layer, int unit, int past, Rows<X>& x, f16v* y, float* head_TE) const {
         const Layer& l = s.layers[layer];
         const bool value = unit >= s.kv_heads;
         const int head = unit - value * s.kv_heads, E = s.head_dim;
         project_head(value ? l.v : l.k, head, x, y, head_TE, l.k_norm, !value);
-        for (int t = 0; t < T; t++)
-            for (int e = 0; e < E; e += 16) put(row(layer, value, head, past + t) + e, load(head_TE + t * E + e));
+        KV* to = cached(layer, value, head);
+        for (int t = 0; t < T; t++) {
+            const int64_t position = past + t;
+            for (int e = 0; e < E; e++)
+                put(to + (value ? (position / N * E + e) * N + position % N
+                                : (position / 16 * (E / N) + e / N) * 16 * N + position % 16 * N + e % N),
+                    head_TE[t * E + e]);
+        }
     }
 
-    // One query head over the cache, all rows; row t sees positions below past + t + 1, or all of them.
-    void attend(int layer, int head, const Pass& p, const KV* q, float* out, std::vector<float>& scores, f16v* y) const {
-        const int E = s.head_dim, HE = s.heads * E, kv = head / (s.heads / s.kv_heads);
-        const int total = p.past + T, padded = (total + 15) / 16 * 16;
-        const float scale = 1.0f / std::sqrt(float(E));
-        scores.resize(size_t(T) * padded);
+    // Dot products of up to MR queries with all keys, sixteen keys to a block, several blocks at once.
+    template <int MR> void score(const KV* keys, const KV* const* q, int count, int num_blocks, float* const* scores) const {
+        constexpr int NB = 8 / MR;
+        const int E = s.head_dim;
+        for (int block = 0; block < num_blocks; block += NB) {
+            const KV* k[NB];
+            for (int b = 0; b < NB; b++) k[b] = keys + int64_t(block + b < num_blocks ? block + b : block) * 16 * E;
+            f16v acc[MR][NB]{};
+            for (int e = 0; e < E; e += N)
+#pragma GCC unroll 8
+                for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+                    for (int b = 0; b < NB; b++) acc[m][b] = Lanes::step(acc[m][b], k[b] + e * 16, q[m] + e);
+            const float scale = 1.0f / std::sqrt(float(E));
+            for (int m = 0; m < count; m++)
+                for (int b = 0; b < NB && block + b < num_blocks; b++) store(scores[m] + (block + b) * 16, acc[m][b] * scale);
+        }
+    }
+
+    // Scores of `padded` positions become weights that are not yet divided by their sum, which is returned.
+    static float soften(float* scores, int seen, int padded, KV* weights) {
+        for (int j = seen; j < padded; j++) scores[j] = -INFINITY;
+        f16v largest = load(scores);
+        for (int j = 16; j < padded; j += 16) {
+            const f16v score = load(scores + j);
+            largest = score > largest ? score : largest;
+        }
+        float most = largest[0];
+        for (int i = 1; i < 16; i++) most = largest[i] > most ? largest[i] : most;
+        f16v total{};
         for (int j = 0; j < padded; j += 16) {
-            sixteen_outputs<Attention>(row(layer, 0, kv, j), q + head * E, E, HE, T, y);
-            for (int t = 0; t < T; t++) store(&scores[size_t(t) * padded + j], y[t] * scale);
+            const f16v score = load(scores + j);
+            f16v weight = exp16(score - most);
+            weight = score == -INFINITY ? f16v{} : weight;
+            total += weight;
+            put(weights + j, weight);
         }
-        for (int t = 0; t < T; t++) {
-            float* weights = &scores[size_t(t) * padded];
-            const int seen = p.causal ? p.past + t + 1 : total;
-            for (int j = seen; j < padded; j++) weights[j] = -INFINITY;
-            f16v largest = load(weights);
-            for (int j = 16; j < padded; j += 16) {
-                const f16v score = load(weights + j);
-                largest = score > largest ? score : largest;
-            }
-            float most = largest[0];
-            for (int i = 1; i < 16; i++) most = largest[i] > most ? largest[i] : most;
-            f16v total_weight{};
-            for (int j = 0; j < padded; j += 16) {
-                const f16v score = load(weights + j);
-                f16v weight = exp16(score - most);
-                weight = score == -INFINITY ? f16v{} : weight;
-                total_weight += weight;
-                store(weights + j, weight);
-            }
-            const float share = 1.0f / sum(total_weight);
-            for (int e = 0; e < E; e += 64) {  // four sums at once: each waits for its own last addition only
-                const int blocks = E - e < 64 ? (E - e) / 16 : 4;
-                f16v acc[4]{};
-                const KV* values = row(layer, 1, kv, 0) + e;
-                if (blocks == 4)
-                    for (int j = 0; j < seen; j++, values += E) {
+        return sum(total);
+    }
+
+    // Sums of the first `seen` values by the weights of up to MR rows: BE blocks of sixteen outputs from number e on.
+    template <int MR, int BE> void mix(const KV* values, const KV* const* weights, int count, int seen, int e, const float* share, float* const* out) const {
+        const int E = s.head_dim;
+        f16v acc[MR][BE]{};
+        for (int j = 0; j < seen; j += N)
 #pragma GCC unroll 4
-                        for (int b = 0; b < 4; b++) acc[b] = multiply_add(f16v{} + weights[j], load(values + 16 * b), acc[b]);
-                    }
-                else
-                    for (int j = 0; j < seen; j++, values += E)
-                        for (int b = 0; b < blocks; b++) acc[b] = multiply_add(f16v{} + weights[j], load(values + 16 * b), acc[b]);
-                for (int b = 0; b < blocks; b++) store(out + int64_t(t) * HE + head * E + e + 16 * b, acc[b] * share);
-            }
+            for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+                for (int b = 0; b < BE; b++) acc[m][b] = Lanes::step(acc[m][b], values + int64_t(j) * E + (e + 16 * b) * N, weights[m] + j);
+        for (int m = 0; m < count; m++)
+            for (int b = 0; b < BE; b++) store(out[m] + e + 16 * b, acc[m][b] * share[m]);
+    }
+    template <int MR> void mix(const KV* values, const KV* const* weights, int count, int seen, const float* share, float* const* out) const {
+        int e = 0;
+        for (; e + 64 <= s.head_dim; e += 64) mix<MR, 4>(values, weights, count, seen, e, share, out);
+        for (; e < s.head_dim; e += 16) mix<MR, 1>(values, weights, count, seen, e, share, out);
+    }
+
+    struct Scratch {  // of one thread's attention: up to eight rows
+        Aligned<float> scores;
+        Aligned<KV> weights;
+    };
+
+    // Up to eight rows of the queries of one key head over the cache; `unit` counts query heads, T rows each. Row t
+    // sees positions below past + t + 1, or all of them. A row's arithmetic is the same whatever rows are beside it.
+    void attend(int layer, int unit, int count, const Pass& p, const KV* q, float* out, Scratch& scratch) const {
+        const int E = s.head_dim, HE = s.heads * E, kv = unit / T / (s.heads / s.kv_heads);
+        const int total = p.past + T, padded = (total + 15) / 16 * 16;
+        scratch.scores.resize(size_t(8) * padded);
+        scratch.weights.resize(size_t(8) * padded);
+        const KV *queries[8], *weights[8];
+        float *scores[8], *to[8], share[8];
+        int seen[8], most = 0;
+        for (int m = 0; m < 8; m++) {  // rows past `count` repeat the first and are not stored
+            const int row = unit + (m < count ? m : 0), head = row / T, t = row % T;
+            queries[m] = q + int64_t(t) * HE + head * E;
+            to[m] = out + int64_t(t) * HE + head * E;
+            scores[m] = &scratch.scores[size_t(m) * padded];
+            weights[m] = &scratch.weights[size_t(m < count ? m : 0) * padded];
+            seen[m] = p.causal ? p.past + t + 1 : total;
         }
+        const KV *keys = cached(layer, 0, kv), *values = cached(layer, 1, kv);
+        if (count == 1) score<1>(keys, queries, count, padded / 16, scores);
+        else if (count == 2) score<2>(keys, queries, count, padded / 16, scores);
+        else if (count <= 4) score<4>(keys, queries, count, padded / 16, scores);
+        else score<8>(keys, queries, count, padded / 16, scores);
+        for (int m = 0; m < count; m++) {
+            share[m] = 1.0f / soften(scores[m], seen[m], padded, (KV*)weights[m]);
+            most = seen[m] > most ? seen[m] : most;
+        }
+        if (count == 1) return mix<1>(values, weights, count, most, share, to);
+        if (count == 2) return mix<2>(values, weights, count, most, share, to);
+        for (int m = 0; m < count; m += 4) mix<4>(values, weights + m, count - m < 4 ? count - m : 4, most, share + m, to + m);
     }
 
     void forward(const Pass& p) {
         const int D = s.hidden, E = s.head_dim, HE = s.heads * E, V = s.output.num_out;
-        std::vector<KV> q(size_t(T) * HE);
-        std::vector<float> attended(size_t(T) * HE), inner(size_t(T) * s.inner);
+        Aligned<KV> q(size_t(T) * HE);
+        Aligned<float> attended(size_t(T) * HE), inner(size_t(T) * s.inner);
         Barrier barrier;
 #pragma omp parallel num_threads(p.threads)
         {
             Rows<X> normed(T, D), attention_rows(T, HE), inner_rows(T, s.inner);
-            std::vector<float> one_row(D), head_TE(size_t(T) * E), scores;
+            Aligned<float> one_row(D), head_TE(size_t(T) * E);
+            Scratch scratch;
             std::vector<f16v> ys(2 * T);
             f16v *y = ys.data(), *z = y + T;
             auto norm_rows = [&](const float* weight) {  // by every thread for itself: cheaper than a barrier
@@ -500,7 +596,7 @@ template <class Dot, class Attention> struct Runner {
                     normed.take(t, one_row.data());
                 }
             };
-            auto add_to_stream = [&](const Linear& linear, const Rows<X>& x, float* tap) {
+            auto add_to_stream = [&](const Linear& linear, Rows<X>& x, float* tap) {
                 const Range mine = share(D / 16);
                 for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
                     outputs(linear, n, x, y);
@@ -526,8 +622,13 @@ template <class Dot, class Attention> struct Runner {
                 }
                 warm(l.o, share(D / 16).first * 16);
                 barrier.meet();
-                const Range mine = share(s.heads);
-                for (int head = mine.first; head < mine.last; head++) attend(layer, head, p, q.data(), attended.data(), scores, y);
+                const Range mine = share(s.heads * T);
+                const int group = s.heads / s.kv_heads * T;  // rows that share keys and values
+                for (int unit = mine.first, count; unit < mine.last; unit += count) {
+                    const int end = std::min(mine.last, (unit / group + 1) * group);
+                    count = std::min(8, end - unit);
+                    attend(layer, unit, count, p, q.data(), attended.data(), scratch);
+                }
                 barrier.meet();
                 attention_rows.take_all(attended);
                 add_to_stream(l.o, attention_rows, nullptr);
@@ -568,12 +669,12 @@ template <class Dot, class Attention> struct Runner {
     // A head's context (paper eq. 2): keys and values of every layer from the target's features [T, M * D].
     void context(const Linear& fc, const float* norm, const float* features, int past, int threads) {
         const int D = s.hidden;
-        std::vector<float> mixed(size_t(T) * D);
+        Aligned<float> mixed(size_t(T) * D);
         Barrier barrier;
 #pragma omp parallel num_threads(threads)
         {
             Rows<X> input(T, fc.num_in), normed(T, D);
-            std::vector<float> one_row(D), head_TE(size_t(T) * s.head_dim);
+            Aligned<float> one_row(D), head_TE(size_t(T) * s.head_dim);
             std::vector<f16v> y(T);
             for (int t = 0; t < T; t++) input.take(t, features + int64_t(t) * fc.num_in);
             const Range mine = share(D / 16);
@@ -596,9 +697,9 @@ template <class Dot, class Attention> struct Runner {
 
 // Calls `run` with the runner of this stack's kind.
 template <class Run> void with_runner(const Stack& stack, const Cache& cache, int num_rows, int past, Run run) {
-    if (stack.kind == INT8) { Runner<I8Dot, Bf16Dot> r(stack, cache, num_rows, past); run(r); }
-    else if (stack.kind == BF16) { Runner<Bf16Dot, Bf16Dot> r(stack, cache, num_rows, past); run(r); }
-    else { Runner<F32Dot, F32Dot> r(stack, cache, num_rows, past); run(r); }
+    if (stack.kind == INT8) { Runner<I8Dot, Bf16Lanes> r(stack, cache, num_rows, past); run(r); }
+    else if (stack.kind == BF16) { Runner<Bf16Dot, Bf16Lanes> r(stack, cache, num_rows, past); run(r); }
+    else { Runner<F32Dot, F32Lanes> r(stack, cache, num_rows, past); run(r); }
 }
 
 }  // namespace
