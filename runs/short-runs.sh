@@ -19,11 +19,9 @@ run() { # name, options that differ
 run base
 run layers-1 --layers 1
 run layers-3 --layers 3
-run rank-0 --rank 0
 run rank-32 --rank 32
 run rank-256 --rank 256
 run vocab-4096 --draft-vocab 4096
 run vocab-16384 --draft-vocab 16384
-run block-3 --block-size 3
 run block-7 --block-size 7
 run loss-paper --loss paper

@@ -110,7 +110,8 @@ def test_a_bad_prompts_line_is_named(place, capsys, tmp_path):
     assert code == 2 and "line 3" in err
 
 
-def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tmp_path):
+def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.measure.profile.BANDWIDTH_BYTES", 2**22)
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
     code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
@@ -122,6 +123,9 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
     assert code == 0 and {"machine", "arguments", "modes", "prompts"} <= document.keys()
     assert document["modes"]["dspark"]["sets"].keys() == {"one", "two"}
     assert document["modes"]["plain"]["ratio_to_plain"]["median"] == 1.0
+    reading = document["modes"]["plain"]["reading"]
+    rate = reading["weight_bytes"] * document["modes"]["plain"]["tokens_per_second"] / reading["bandwidth"]
+    assert f", {rate:.0%} of the " in out.splitlines()[-2]
     plain, drafted, lookup, hf = (
         [r["token_ids"] for r in document["prompts"] if r["mode"] == m] for m in ("plain", "dspark", "lookup", "hf")
     )  # fmt: skip

@@ -75,11 +75,22 @@ def run(options: argparse.Namespace) -> int:
         f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
     )
     print(table(report))
+    if "plain" in report and target.device.type == "cpu":
+        from dspark.measure.profile import read_bandwidth, weight_bytes
+
+        report["plain"]["reading"] = {"weight_bytes": weight_bytes(target), "bandwidth": read_bandwidth()}
+        print(reading(report["plain"]["tokens_per_second"], **report["plain"]["reading"]))
     if options.json:
         arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}
         document = {"machine": machine(), "arguments": arguments, "modes": report, "prompts": [asdict(r) for r in runs]}
         print(json.dumps(document))
     return 0
+
+
+def reading(tokens_per_second: float, weight_bytes: int, bandwidth: float) -> str:
+    """How near plain decoding comes to what the memory can deliver; its prefill counts against it."""
+    rate = weight_bytes * tokens_per_second
+    return f"plain reads {weight_bytes / 1e6:.0f} MB of weights a token: {rate / 1e9:.1f} GB/s, {rate / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s this machine reads"
 
 
 def first_of_each_set(prompts: list, limit: int | None) -> list:

@@ -90,7 +90,7 @@ def weight_bytes(target: Target) -> int:
 
 
 def read_bandwidth(repeats: int = 5) -> float:
-    """Bytes a second that torch's threads read from memory in one stream each: the best of several tries."""
+    """Bytes a second that torch's threads read from memory, one stream each, while adding up: the best of several tries."""
     block = torch.ones(BANDWIDTH_BYTES // 4)
     best = 0.0
     for _ in range(repeats):
