@@ -13,12 +13,12 @@ import torch
 from scipy.stats import chisquare
 
 from dspark.core import sampling, verifier
-from dspark.core.decode import Drafter, decode
+from dspark.core.decode import Drafter, Scored, decode
 from dspark.core.planner import fixed, threshold
 from dspark.core.sampling import Streams
 from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
 from dspark.generation import generate, make_law
-from dspark.target.target import Scored, Target
+from dspark.target.target import Target
 from tiny import tiny_head, tiny_model
 
 VOCABULARY = 12

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark.core.decode import judge_by_law, judge_fast
+from dspark.core.decode import Scored, judge_by_law, judge_fast
 from dspark.core.planner import fixed, threshold
 from dspark.core.sampling import Law, Streams, draw, probs
 from dspark.core.verifier import Draft, FewTokens, Verdict, acceptance, residual, verify
@@ -371,14 +371,15 @@ def test_the_fast_judge_says_what_the_reference_says(name):
         if trial % 2:
             tokens = logits.argmax(-1).tolist()[:3]
         draft = Draft(tokens, FewTokens.certain(tokens, VOCABULARY, "cpu"))
-        verdict = judge_by_law(law, [0], draft, 3, logits, Streams(trial))
-        assert judge_fast(law, [0], draft, 3, logits, Streams(trial)) == verdict
+        scored = Scored(logits, logits[:, :0])
+        verdict = judge_by_law(law, [0], draft, 3, scored, Streams(trial))
+        assert judge_fast(law, [0], draft, 3, scored, Streams(trial)) == verdict
         seen.add(verdict.num_accepted)
     assert seen == {0, 1, 2, 3}
     for bad in (float("nan"), float("-inf")):
         rows = torch.stack([torch.arange(VOCABULARY) * 1.0, torch.full((VOCABULARY,), bad)])
         with pytest.raises(LogitsError):
-            judge_fast(law, [0], Draft([4], FewTokens.certain([4], VOCABULARY, "cpu")), 1, rows, Streams(0))
+            judge_fast(law, [0], Draft([4], FewTokens.certain([4], VOCABULARY, "cpu")), 1, Scored(rows, rows[:, :0]), Streams(0))
 
 
 def test_laws_of_few_tokens_are_dense_rows():

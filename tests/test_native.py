@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from dspark.core.sampling import best
 from dspark.drafters import PromptLookup
-from dspark.errors import RuntimeUnavailable, SettingError
+from dspark.errors import LogitsError, RuntimeUnavailable, SettingError
 from dspark.generation import generate
 from dspark.head.context import EagerContext, NativeContext, make_context
 from dspark.head.folder import load_head, save_head
@@ -59,6 +60,33 @@ def rows_in_passes(target: Target, ids: list[int], sizes: list[int]) -> tuple[to
         logits.append(done.logits_TV)
         features.append(done.features_TMD)
     return torch.cat(logits), torch.cat(features)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_token_of_a_row_is_the_first_of_equals(dtype, threads):
+    target = native("llama", dtype)
+    with torch.no_grad():
+        rows = target.model.lm_head.weight
+        rows[1::2] = rows[torch.randperm(64, generator=torch.Generator().manual_seed(0)) * 2]  # every logit twice, far apart
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        scored = target.score(target.start(), ids_of(70))
+    finally:
+        torch.set_num_threads(before)
+    assert scored.best_T == best(scored.logits_TV)
+    assert len(set(scored.best_T)) > 10
+    assert all((row == row.max()).sum() == 2 for row in scored.logits_TV)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_without_a_best_token_is_refused(value):
+    target = native("llama")
+    with torch.no_grad():
+        target.model.lm_head.weight[77] = value
+    with pytest.raises(LogitsError, match="at token 0"):
+        target.score(target.start(), ids_of(5))
 
 
 @pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD], ids=["even", "odd"])

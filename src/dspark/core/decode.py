@@ -14,12 +14,22 @@ from dspark.core.sampling import Law, Streams, best, probs
 from dspark.core.verifier import Draft, Verdict, verify, verify_greedy
 
 
+@dataclass(frozen=True)
+class Scored:
+    """One target pass: `logits_TV` in float32, the tapped states `features_TMD`, and each row's best token, the first
+    of equals, if the runtime has found them on its way."""
+
+    logits_TV: torch.Tensor
+    features_TMD: torch.Tensor
+    best_T: list[int] | None = None
+
+
 class Scorer(Protocol):
     """What decoding needs of a target."""
 
     def start(self) -> Any: ...
     def prefill(self, state: Any, tokens: Sequence[int]) -> torch.Tensor: ...
-    def score(self, state: Any, tokens: Sequence[int]) -> Any: ...
+    def score(self, state: Any, tokens: Sequence[int]) -> Scored: ...
     def rollback(self, state: Any, num_rejected: int) -> None: ...
 
 
@@ -44,22 +54,22 @@ class Round:
     num_accepted: int
 
 
-# (law, ids, draft, num_planned, logits_TV, streams) -> what stands, and the token after it
-Judge = Callable[[Law, list[int], Draft, int, torch.Tensor, Streams], Verdict]
+# (law, ids, draft, num_planned, scored, streams) -> what stands, and the token after it
+Judge = Callable[[Law, list[int], Draft, int, Scored, Streams], Verdict]
 
 
-def judge_by_law(law: Law, ids: list[int], draft: Draft, num_planned: int, logits_TV: torch.Tensor, streams: Streams) -> Verdict:
-    """What stands of the first `num_planned` drafted tokens after `ids`, given the target's logits over them. The reference."""
-    target_probs = row_laws(law, ids, draft.tokens[:num_planned], logits_TV)
+def judge_by_law(law: Law, ids: list[int], draft: Draft, num_planned: int, scored: Scored, streams: Streams) -> Verdict:
+    """What stands of the first `num_planned` drafted tokens after `ids`, given the target's pass over them. The reference."""
+    target_probs = row_laws(law, ids, draft.tokens[:num_planned], scored.logits_TV)
     accept = Streams.uniforms(streams.accept, num_planned)
     return verify(target_probs, draft, accept, *Streams.uniforms(streams.recover, 1))
 
 
-def judge_fast(law: Law, ids: list[int], draft: Draft, num_planned: int, logits_TV: torch.Tensor, streams: Streams) -> Verdict:
+def judge_fast(law: Law, ids: list[int], draft: Draft, num_planned: int, scored: Scored, streams: Streams) -> Verdict:
     """The verdict of `judge_by_law`; where the law is a plain argmax, without forming it."""
     if law.greedy and not law.processors:
-        return verify_greedy(best(logits_TV), draft.tokens[:num_planned])
-    return judge_by_law(law, ids, draft, num_planned, logits_TV, streams)
+        return verify_greedy(scored.best_T or best(scored.logits_TV), draft.tokens[:num_planned])
+    return judge_by_law(law, ids, draft, num_planned, scored, streams)
 
 
 def decode(
@@ -89,7 +99,7 @@ def decode(
         limit = min(limit, len(draft.tokens))
         num_planned = plan(draft.confidences or [1.0] * limit, limit)
         scored = target.score(state, [ids[-1], *draft.tokens[:num_planned]])
-        verdict = judge(law, ids, draft, num_planned, scored.logits_TV, streams)
+        verdict = judge(law, ids, draft, num_planned, scored, streams)
         target.rollback(state, num_planned - verdict.num_accepted)
         drafter.commit(scored.features_TMD[: verdict.num_accepted + 1])
         new = []

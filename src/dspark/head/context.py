@@ -90,5 +90,5 @@ class NativeContext:
 
     def block(self, anchor_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.cat([anchor_D.float()[None], self.masks])
-        logits, _, h_GD = self.stack.forward(self.cache, rows, self.num_tokens, len(rows), causal=False)
-        return h_GD.to(self.head.fc.weight.dtype), logits
+        done = self.stack.forward(self.cache, rows, self.num_tokens, len(rows), causal=False)
+        return done.normed.to(self.head.fc.weight.dtype), done.logits

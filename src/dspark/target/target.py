@@ -12,6 +12,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel
 
+from dspark.core.decode import Scored
 from dspark.errors import LogitsError, PromptError, TargetError
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.native.stack import Cache as NativeCache
@@ -28,14 +29,6 @@ class State:
 
     cache: DynamicCache | NativeCache
     num_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One target pass: `logits_TV` in float32, and the tapped states `features_TMD`."""
-
-    logits_TV: torch.Tensor
-    features_TMD: torch.Tensor
 
 
 @dataclass
@@ -143,19 +136,21 @@ class Target:
         Raises `LogitsError` if the target's logits are not numbers."""
         num_logits = len(tokens) if num_logits is None else num_logits
         if self.runtime is not None and isinstance(state.cache, NativeCache):
-            logits_TV, features_TMD = self.runtime.score(state.cache, tokens, state.num_tokens, num_logits, self.layer_ids)
+            scored = self.runtime.score(state.cache, tokens, state.num_tokens, num_logits, self.layer_ids)
+            broken = -1 in (scored.best_T or ())
         else:
             ids = torch.tensor([list(tokens)], device=self.device)
             output = self.model(input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=num_logits)
-            logits_TV = output.logits[0].float()
             features_TMD = self.captured()[0] if self.layer_ids else torch.empty(len(tokens), 0, self.hidden_size, device=self.device)
-        if torch.isnan(logits_TV.max()):
+            scored = Scored(output.logits[0].float(), features_TMD)
+            broken = bool(torch.isnan(scored.logits_TV.max()))
+        if broken:
             raise LogitsError(
                 f"{self.name or type(self.model).__name__} produced NaN logits at token {state.num_tokens}",
                 "the weights may be damaged, or the precision too low: try `--dtype float32`",
             )
         state.num_tokens += len(tokens)
-        return Scored(logits_TV, features_TMD)
+        return scored
 
     def prefill(self, state: State, tokens: Sequence[int]) -> torch.Tensor:
         """Append prompt tokens in bounded passes; returns their features_TMD."""

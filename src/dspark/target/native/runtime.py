@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dspark.core.decode import Scored
 from dspark.errors import RuntimeUnavailable
 from dspark.target.native.build import compiled
 from dspark.target.native.pages import gather_weights
@@ -109,19 +110,20 @@ class NativeRuntime:
         self.refresh()
         return self.stack.new_cache()
 
-    def score(
-        self, cache: Cache, tokens: Sequence[int], past: int, num_logits: int, taps: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of `tokens` after `past` cached ones: logits of the last `num_logits` rows [., V] in float32, and
-        the tapped states [T, M, D] in the model's precision. Any number of tokens; the bits do not depend on it."""
+    def score(self, cache: Cache, tokens: Sequence[int], past: int, num_logits: int, taps: Sequence[int]) -> Scored:
+        """Rows of `tokens` after `past` cached ones: logits of the last `num_logits` rows, and the tapped states in
+        the model's precision. Any number of tokens; the bits do not depend on it."""
         x_TD = self.model.get_input_embeddings()(torch.tensor(list(tokens)))
         inner = [tap for tap in taps if tap >= 0]
-        logits, tapped = [], []
+        parts = []
         for start in range(0, len(tokens), MAX_ROWS):
             rows = x_TD[start : start + MAX_ROWS]
             wanted = min(len(rows), max(0, num_logits - (len(tokens) - start - len(rows))))
-            found, states, _ = self.stack.forward(cache, rows.to(torch.float32, copy=True), past + start, wanted, inner)
-            states = states.to(x_TD.dtype)
-            logits.append(found)
-            tapped.append(torch.cat([rows[:, None], states], dim=1) if len(inner) < len(taps) else states)
-        return torch.cat(logits), torch.cat(tapped)
+            done = self.stack.forward(cache, rows.to(torch.float32, copy=True), past + start, wanted, inner)
+            states = done.tapped.to(x_TD.dtype)
+            states = torch.cat([rows[:, None], states], dim=1) if len(inner) < len(taps) else states
+            parts.append(Scored(done.logits, states, done.best))
+        if len(parts) == 1:
+            return parts[0]
+        best = [token for part in parts for token in part.best_T or ()]
+        return Scored(torch.cat([part.logits_TV for part in parts]), torch.cat([part.features_TMD for part in parts]), best)

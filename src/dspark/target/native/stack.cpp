@@ -360,6 +360,7 @@ struct Pass {
     float* taps;     // [T, M, D]
     float* logits;   // [num_logits, V]
     float* normed;   // [num_logits, D] the states behind the logits
+    int32_t* best;   // [num_logits] where the largest logit is, the first of equals; -1 where none is or one is no number
 };
 
 }  // extern "C"
@@ -411,6 +412,31 @@ template <class X> struct Rows {
     void take(int t, const float* x) { scales[t] = convert(x, n, row(t)); }
     void take_all(Aligned<float>& x) {
         for (size_t t = 0; t < scales.size(); t++) take(int(t), &x[t * n]);
+    }
+};
+
+// The largest of many numbers that come sixteen at a time, and where it was: the first of equals.
+struct Largest {
+    f16v value = f16v{} - INFINITY;
+    i16v index{}, broken{};
+    void see(f16v x, int n) {
+        const i16v lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const i16v better = x > value;
+        value = better ? x : value;
+        index = better ? lanes + n : index;
+        broken |= x != x;
+    }
+    // Of all of `parts`; -1 if no number is finite, the largest is infinite, or one is NaN.
+    static int32_t of(const Largest* parts, int count, int distance) {
+        float most = -INFINITY;
+        int32_t where = -1;
+        for (int p = 0; p < count; p++)
+            for (int i = 0; i < 16; i++) {
+                const Largest& part = parts[int64_t(p) * distance];
+                if (part.broken[i]) return -1;
+                if (part.value[i] > most || (part.value[i] == most && part.index[i] < where)) most = part.value[i], where = part.index[i];
+            }
+        return most == INFINITY ? -1 : where;
     }
 };
 
@@ -582,6 +608,7 @@ template <class Dot, class Lanes> struct Runner {
         const int D = s.hidden, E = s.head_dim, HE = s.heads * E, V = s.output.num_out;
         Aligned<KV> q(size_t(T) * HE);
         Aligned<float> attended(size_t(T) * HE), inner(size_t(T) * s.inner);
+        std::vector<Largest> largest(p.best ? size_t(p.threads) * p.num_logits : 0);
         Barrier barrier;
 #pragma omp parallel num_threads(p.threads)
         {
@@ -658,12 +685,17 @@ template <class Dot, class Lanes> struct Runner {
                 if (omp_get_thread_num() == 0)
                     for (int t = 0; t < p.num_logits; t++) rms_norm(p.x + int64_t(first + t) * D, s.final_norm, s.eps, D, p.normed + int64_t(t) * D);
                 const Range mine = share(V / 16);
+                Largest* top = p.best ? &largest[size_t(omp_get_thread_num()) * p.num_logits] : nullptr;
                 for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
                     outputs(s.output, n, normed, y, first);
-                    for (int t = 0; t < p.num_logits; t++) store(p.logits + int64_t(t) * V + n, y[t]);
+                    for (int t = 0; t < p.num_logits; t++) {
+                        store(p.logits + int64_t(t) * V + n, y[t]);
+                        if (top) top[t].see(y[t], n);
+                    }
                 }
             }
         }
+        for (int t = 0; p.best && t < p.num_logits; t++) p.best[t] = Largest::of(&largest[t], p.threads, p.num_logits);
     }
 
     // A head's context (paper eq. 2): keys and values of every layer from the target's features [T, M * D].

@@ -51,8 +51,19 @@ class CacheView(ctypes.Structure):
 class Pass(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in ("num_rows", "past", "causal", "num_logits", "num_taps", "threads")],
-        *[(name, ctypes.c_void_p) for name in ("tap_layers", "x", "taps", "logits", "normed")],
+        *[(name, ctypes.c_void_p) for name in ("tap_layers", "x", "taps", "logits", "normed", "best")],
     ]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pass gives, in float32: logits [num_logits, V], tapped states [T, M, D], the normed states behind the logits
+    [num_logits, D], and where each row's largest logit is, the first of equals (-1: none is, or one is no number)."""
+
+    logits: torch.Tensor
+    tapped: torch.Tensor
+    normed: torch.Tensor
+    best: list[int]
 
 
 @dataclass
@@ -116,21 +127,20 @@ class NativeStack:
 
     def forward(
         self, cache: Cache, x_TD: torch.Tensor, past: int, num_logits: int, taps: Sequence[int] = (), causal: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows after `past` cached ones: (logits [num_logits, V], taps [T, M, D], normed states [num_logits, D]), all
-        float32. `x_TD` holds embeddings in float32 and is overwritten. The caller counts the cached rows."""
+    ) -> Passed:
+        """Rows after `past` cached ones. `x_TD` holds embeddings in float32 and is overwritten. The caller counts the cached rows."""
         T = len(x_TD)
         cache.reserve(past + (T + 15) // 16 * 16)
         logits = torch.empty(num_logits, self.num_out)
         tapped, normed = torch.empty(T, len(taps), self.hidden), torch.empty(num_logits, self.hidden)
-        layers = (ctypes.c_int32 * len(taps))(*taps)
+        layers, best = (ctypes.c_int32 * len(taps))(*taps), (ctypes.c_int32 * num_logits)()
         x_TD = x_TD.contiguous()
         described = Pass(
             T, past, causal, num_logits, len(taps), torch.get_num_threads(), ctypes.addressof(layers), x_TD.data_ptr(),
-            tapped.data_ptr(), logits.data_ptr(), normed.data_ptr(),
+            tapped.data_ptr(), logits.data_ptr(), normed.data_ptr(), ctypes.addressof(best),
         )  # fmt: skip
         compiled().stack_forward(ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(described))
-        return logits, tapped, normed
+        return Passed(logits, tapped, normed, list(best))
 
     def context(self, cache: Cache, fc: Linear, norm: torch.Tensor, features: torch.Tensor, past: int) -> None:
         """Keys and values of a head's context from the target's features [T, M * D], float32, after `past` cached ones."""
