@@ -11,10 +11,12 @@ from transformers import NoRepeatNGramLogitsProcessor
 from dspark.drafters import DSparkDrafter, PromptLookup
 from dspark.errors import LogitsError, PromptError, SettingError, TargetError
 from dspark.generation import generate, make_law, stream
+from dspark.head.context import EagerContext, NativeContext
 from dspark.prompts import Prompt, read_prompts
+from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
 from oracle import Oracle, plain_greedy
-from tiny import tiny_head, tiny_model
+from tiny import NATIVE_SHAPE, tiny_head, tiny_model
 
 PROMPT = [3, 17, 99, 45]
 NUM_NEW = 24
@@ -329,10 +331,17 @@ def test_two_streams_in_turn_do_not_disturb_each_other():
     assert texts == [expected, expected]
 
 
+@pytest.mark.parametrize("shortlist", [0, 10])
+@pytest.mark.parametrize("runtime", ["eager", "native"])
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash"])
-def test_a_greedy_draft_is_the_same_with_and_without_its_laws_formed(kind, target):
-    head = tiny_head(target, kind="vanilla" if kind == "dflash" else kind, rank=0 if kind == "dflash" else 8, draft_vocab=100)
+def test_a_greedy_draft_is_the_same_with_and_without_its_laws_formed(kind, runtime, shortlist):
+    model = tiny_model("llama", **NATIVE_SHAPE)
+    target = Target(model, runtime=NativeRuntime(model) if runtime == "native" else None)
+    rank, kind = (0, "vanilla") if kind == "dflash" else (16, kind)
+    head = tiny_head(target, kind=kind, rank=rank, draft_vocab=96, head_dim=16)
+    head.config = replace(head.config, shortlist=shortlist)
     drafter = DSparkDrafter(head, target)
+    assert isinstance(drafter.context, NativeContext) == (runtime == "native")
     nothing = make_law(0.0, logits_processors=[lambda ids, logits: logits])
     drafts = []
     for law in (make_law(0.0), nothing):
@@ -345,6 +354,33 @@ def test_a_greedy_draft_is_the_same_with_and_without_its_laws_formed(kind, targe
     assert len(set(fast.tokens)) > 1
     assert fast.confidences == formed.confidences
     assert torch.equal(torch.stack([fast.probs_KV[k] for k in range(GAMMA)]), torch.stack([formed.probs_KV[k] for k in range(GAMMA)]))
+
+
+@pytest.mark.parametrize("runtime", ["eager", "native"])
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_a_draft_has_the_law_of_the_whole_draft_vocabulary(kind, runtime):
+    model = tiny_model("llama", **NATIVE_SHAPE)
+    target = Target(model, runtime=NativeRuntime(model) if runtime == "native" else None)
+    head = tiny_head(target, kind=kind, rank=16, draft_vocab=96, head_dim=16)
+    drafter = DSparkDrafter(head, target)
+    state = target.start()
+    features = target.prefill(state, PROMPT[:-1])
+    drafter.commit(features)
+    draft = drafter.draft(PROMPT, GAMMA, make_law(1.0), torch.Generator().manual_seed(1))
+    h = EagerContext(head)
+    h.commit(features)
+    h_GD, _ = h.block(target.embed(torch.tensor(PROMPT[-1])))
+    previous = torch.tensor([PROMPT[-1], *draft.tokens[:-1]])
+    logits, _ = head(h_GD[None, None], previous[None, None])
+    for k, law_C in enumerate(logits[0, 0].softmax(-1)):
+        assert torch.allclose(draft.probs_KV[k][head.draft_ids], law_C, atol=1e-5)
+
+
+def test_a_head_that_gives_no_numbers_is_reported(target):
+    head = tiny_head(target)
+    head.markov_head.markov_w2.weight[5, 0] = float("nan")
+    with pytest.raises(LogitsError):
+        generate(target, head, PROMPT, 8)
 
 
 def test_prompt_lookup_follows_the_latest_occurrence_of_the_longest_ending():

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+# Multiplications of one token's bias over the whole draft vocabulary that cost no more than finding a shortlist.
+CHEAP_BIAS = 2**22
 SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
 
 
@@ -27,8 +29,16 @@ class HeadConfig:
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
-    # Tokens of each row that the sequential head may choose from: its bias is needed for these only.
-    shortlist: int = 64
+    # Best tokens of each base row that the sequential head may choose from, since its bias is needed for these only.
+    # 0: all of the draft vocabulary while its bias is cheap. The bias promotes tokens from far down: with the best 64 of
+    # 8,192 alone the demo target's head gives 5% fewer tokens a round.
+    shortlist: int = 0
+
+    @property
+    def num_choices(self) -> int:
+        """Tokens of each row that a draft chooses from."""
+        cheap = self.draft_vocab_size * max(self.markov_rank, 1) <= CHEAP_BIAS
+        return min(self.shortlist or (self.draft_vocab_size if cheap else 1024), self.draft_vocab_size)
 
 
 @dataclass(frozen=True)

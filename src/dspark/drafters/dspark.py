@@ -1,12 +1,12 @@
 """The DSpark head as a drafter; a head of rank 0 is DFlash.
 
-Shapes: G block size, K drafted tokens, C shortlist, V vocabulary, M tapped layers, D hidden."""
+Shapes: G block size, K drafted tokens, C tokens to choose from, V vocabulary, M tapped layers, D hidden."""
 
 from collections.abc import Sequence
 
 import torch
 
-from dspark.core.sampling import Law, Streams, apply, draw, probs
+from dspark.core.sampling import Law, Streams, apply, best, draw, probs
 from dspark.core.verifier import Draft, FewTokens
 from dspark.head.context import make_context
 from dspark.head.head import Head
@@ -37,20 +37,19 @@ class DSparkDrafter:
 
     @torch.inference_mode()
     def draft(self, ids: Sequence[int], limit: int, law: Law, generator: torch.Generator) -> Draft:
-        """Draw up to `limit` tokens; the law of each is the renormalised shortlist of its row.
-
-        Only the shortlist's rows of W2 are touched: drafts may be cheap in any way as long as the
-        law they were drawn from is known exactly (it is the one returned)."""
+        """Draw up to `limit` tokens, each by the law of its row over the draft vocabulary, or over the best tokens of the
+        row before its bias where the bias of all would be dear: drafts may be cheap in any way as long as the law
+        they were drawn from is known exactly (it is the one returned)."""
         self._tap()
         num = min(limit, self.block_size)
         if num == 0:
             return Draft([], torch.empty(0, 0))
         head, markov = self.head, self.head.markov_head
-        h_GD, logits_GV = self.context.block(self.target.embed(torch.tensor([ids[-1]], device=head.fc.weight.device))[0])
-        base_KC, shortlist_KC = logits_GV[:num].topk(min(head.config.shortlist, len(head.draft_ids)), dim=-1)
-        ids_KC = head.draft_ids[shortlist_KC]
-        if markov is not None:
-            w1_Vr, bias_rows_KCr = markov.markov_w1.weight, markov.markov_w2.weight[shortlist_KC].float()
+        h_GD, logits_KC = self.context.block(self.target.embed(torch.tensor([ids[-1]], device=head.fc.weight.device))[0])
+        shortlist_KC = None
+        if head.config.num_choices < len(head.draft_ids):
+            logits_KC, shortlist_KC = logits_KC[:num].topk(head.config.num_choices, dim=-1)
+        ids_KC = head.draft_ids.expand(num, -1) if shortlist_KC is None else head.draft_ids[shortlist_KC]
         uniforms = Streams.uniforms(generator, num)
         one_hot = law.greedy and not law.processors  # no need to form such laws
         tokens: list[int] = []
@@ -58,17 +57,21 @@ class DSparkDrafter:
         states: list[torch.Tensor] = []
         state = None
         for k in range(num):
-            logits_C = base_KC[k]
+            logits_C, choice = logits_KC[k], None
             if markov is not None:
                 previous = tokens[-1] if tokens else ids[-1]
-                w = w1_Vr[previous : previous + 1]
+                w = markov.markov_w1.weight[previous : previous + 1]
                 z, state = markov.step(w, h_GD[k : k + 1], state)
                 states.append(w)
-                logits_C = logits_C + bias_rows_KCr[k] @ z[0].float()
+                if shortlist_KC is None:
+                    choice = self.context.add_bias(logits_C, z[0])
+                else:
+                    logits_C += markov.markov_w2.weight[shortlist_KC[k]].float() @ z[0].float()
             if one_hot:
-                tokens.append(int(ids_KC[k, logits_C.argmax()]))
+                choice = best(logits_C[None])[0] if choice is None or choice < 0 else choice
+                tokens.append(int(ids_KC[k, choice]))
                 continue
-            q_C = shortlist_law(law, [*ids, *tokens], logits_C, ids_KC[k], head.config.vocab_size)
+            q_C = law_of_choices(law, [*ids, *tokens], logits_C, ids_KC[k], head.config.vocab_size)
             if q_C is None:
                 break
             laws.append(q_C)
@@ -85,8 +88,8 @@ class DSparkDrafter:
         return Draft(tokens, FewTokens(ids_KC[:num], torch.stack(laws), head.config.vocab_size), confidences)
 
 
-def shortlist_law(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
-    """The law [C] over a shortlist of tokens; None where the processors, which read the prefix and a full
+def law_of_choices(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
+    """The law [C] over the tokens to choose from; None where the processors, which read the prefix and a full
     row of logits, forbid all of it: the draft then ends."""
     if law.processors:
         logits_V = logits_C.new_full((1, vocab_size), float("-inf"))

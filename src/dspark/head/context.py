@@ -3,9 +3,11 @@ pass of one block over them. Eagerly, or through the native runtime where the ta
 
 Shapes: T tokens, M tapped layers, G block size, D hidden, Vd draft vocabulary, E head dim."""
 
+import math
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from dspark.head.head import Head
 from dspark.target.native.stack import NativeStack
@@ -18,6 +20,7 @@ class Context(Protocol):
     def start(self) -> None: ...
     def commit(self, features_TMD: torch.Tensor) -> None: ...
     def block(self, anchor_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def add_bias(self, logits_V: torch.Tensor, z_r: torch.Tensor) -> int: ...
 
 
 def make_context(head: Head, target: Target) -> Context:
@@ -62,6 +65,10 @@ class EagerContext:
         h_GD = self.head.hidden(anchor_D[None, None].to(weight.dtype), position, self._context(weight))[0, 0]
         return h_GD, self.head.base_logits(h_GD).float()
 
+    def add_bias(self, logits_V: torch.Tensor, z_r: torch.Tensor) -> int:
+        """Add the sequential head's bias W2 z to a row of logits [Vd], in place; where the largest sum is (-1: nowhere)."""
+        return add_bias(self.head, logits_V, z_r)
+
     def _context(self, like: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if not self.buffers:  # a prompt of one token has nothing before its anchor
             config = self.head.config
@@ -78,6 +85,9 @@ class NativeContext:
         self.stack = NativeStack(config, list(head.layers), head.norm, head.output_rows.to(dtype), (head.rotary.inverse, 1.0))
         self.fc = self.stack.linear(head.fc.weight)
         self.norm = head.hidden_norm.weight.detach().float()
+        # stack.cpp takes sixteen numbers at a time
+        w2_rows = None if head.markov_head is None or head.config.markov_rank % 16 else head.markov_head.markov_w2.weight
+        self.w2 = None if w2_rows is None else self.stack.linear(w2_rows)
         self.masks = head.mask_embedding.float().expand(config.block_size - 1, config.hidden_size)
         self.start()
 
@@ -92,3 +102,14 @@ class NativeContext:
         rows = torch.cat([anchor_D.float()[None], self.masks])
         done = self.stack.forward(self.cache, rows, self.num_tokens, len(rows), causal=False)
         return done.normed.to(self.head.fc.weight.dtype), done.logits
+
+    def add_bias(self, logits_V: torch.Tensor, z_r: torch.Tensor) -> int:
+        return add_bias(self.head, logits_V, z_r) if self.w2 is None else self.stack.bias(self.w2, z_r, logits_V)
+
+
+def add_bias(head: Head, logits_V: torch.Tensor, z_r: torch.Tensor) -> int:
+    markov = head.markov_head
+    assert markov is not None  # a head of rank 0 has no z
+    logits_V += F.linear(z_r, markov.markov_w2.weight).float()
+    where = int(logits_V.argmax())
+    return where if math.isfinite(logits_V[where]) else -1

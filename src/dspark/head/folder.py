@@ -140,7 +140,7 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
     rope = raw.get("rope_parameters") or {}
     values["rope_theta"] = values["rope_theta"] or rope.get("rope_theta")
     values["draft_vocab_size"] = section.get("draft_vocab_size", raw.get("vocab_size"))
-    values["shortlist"] = section.get("shortlist", 64)
+    values["shortlist"] = section.get("shortlist", 0)
     if values["markov_rank"] == 0:
         values["markov_head_type"] = values["markov_head_type"] or "vanilla"
     missing = [key for key, value in values.items() if value is None]
@@ -170,7 +170,7 @@ def refuse_senseless(values: dict, folder: Path) -> None:
         if field.type is bool:
             sound = isinstance(value, bool)
         elif field.type in (int, float):
-            lowest = 0 if field.name in ("markov_rank", "mask_token_id") else 1 if field.type is int else 1e-30
+            lowest = 0 if field.name in ("markov_rank", "mask_token_id", "shortlist") else 1 if field.type is int else 1e-30
             sound = isinstance(value, (int, field.type)) and not isinstance(value, bool) and lowest <= value < 2**31
         else:
             sound = True

@@ -725,6 +725,25 @@ template <class Dot, class Lanes> struct Runner {
                 key_or_value(unit / per_layer, unit % per_layer, past, normed, y.data(), head_TE.data());
         }
     }
+
+    // Adds a sequential head's bias, W2 z (paper eq. 4), to a row of logits; returns where the largest sum is, or -1.
+    int32_t bias(const Linear& w2, const float* z, float* logits, int threads) {
+        std::vector<Largest> largest(threads);
+#pragma omp parallel num_threads(threads)
+        {
+            Rows<X> row(1, w2.num_in);
+            row.take(0, z);
+            const Range mine = share(w2.num_out / 16);
+            for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
+                f16v y;
+                outputs(w2, n, row, &y);
+                y += load(logits + n);
+                store(logits + n, y);
+                largest[omp_get_thread_num()].see(y, n);
+            }
+        }
+        return Largest::of(largest.data(), threads, 1);
+    }
 };
 
 // Calls `run` with the runner of this stack's kind.
@@ -746,6 +765,12 @@ void stack_forward(const Stack* stack, const Cache* cache, const Pass* pass) {
 void stack_context(const Stack* stack, const Cache* cache, const Linear* fc, const float* norm, const float* features,
                    int num_rows, int past, int threads) {
     with_runner(*stack, *cache, num_rows, past, [&](auto& runner) { runner.context(*fc, norm, features, past, threads); });
+}
+
+int32_t stack_bias(const Stack* stack, const Linear* w2, const float* z, float* logits, int threads) {
+    int32_t best = -1;
+    with_runner(*stack, Cache{}, 1, 0, [&](auto& runner) { best = runner.bias(*w2, z, logits, threads); });
+    return best;
 }
 
 }  // extern "C"

@@ -151,3 +151,11 @@ class NativeStack:
                 ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(fc), ctypes.c_void_p(norm.data_ptr()),
                 ctypes.c_void_p(rows.data_ptr()), len(rows), past + start, torch.get_num_threads(),
             )  # fmt: skip
+
+    def bias(self, w2: Linear, z_r: torch.Tensor, logits_V: torch.Tensor) -> int:
+        """Add W2 z to a row of float32 logits, in place; where the largest sum is (-1: nowhere, or one is no number)."""
+        z_r = z_r.float().contiguous()
+        return compiled().stack_bias(
+            ctypes.byref(self.stack), ctypes.byref(w2), ctypes.c_void_p(z_r.data_ptr()), ctypes.c_void_p(logits_V.data_ptr()),
+            torch.get_num_threads(),
+        )  # fmt: skip
