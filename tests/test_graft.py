@@ -1,5 +1,8 @@
 """A grafted model's `generate` says what it said before, and refuses what it cannot speculate."""
 
+import copy
+import io
+import warnings
 from functools import cache
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from dspark.errors import SettingError
+from dspark.errors import HeadError, SettingError
 from dspark.grafting import graft, ungraft
 from dspark.target.target import Target
 from tiny import NATIVE_SHAPE, tiny_head, tiny_model
@@ -232,3 +235,79 @@ def letter_tokenizer():
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+HOOKS = {
+    "a layer's output": lambda m: m.model.layers[1].register_forward_hook(lambda module, args, out: out + torch.arange(32).sin()),
+    "the logits": lambda m: m.lm_head.register_forward_hook(lambda module, args, out: out.flip(-1)),
+    "an input": lambda m: m.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:])),
+    "a method": lambda m: setattr(m.model.layers[1].mlp, "forward", lambda x: x * 3),
+    "a norm": lambda m: setattr(m.model, "norm", torch.nn.LayerNorm(32)),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("change", HOOKS)
+def test_a_changed_model_says_what_it_said(change, before):
+    model = tiny_model("llama", **NATIVE_SHAPE)
+    head = tiny_head(Target(model), head_dim=16)
+    if before:
+        HOOKS[change](model)
+        graft(model, head)
+    else:
+        graft(model, head)
+        HOOKS[change](model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = new_tokens(model.generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW))
+    ungraft(model)
+    expected = new_tokens(model.generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW))
+    assert found == expected != new_tokens(plain_model().generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW))
+    assert before or any("decoding eagerly" in str(w.message) for w in caught)
+
+
+def test_what_is_returned_can_be_trained_on(model):
+    sequences = model.generate(PROMPT, do_sample=False, max_new_tokens=4)
+    assert sequences.dtype == torch.int64 and not sequences.is_inference()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(sequences).logits.sum().backward()
+    assert model.lm_head.weight.grad is not None
+
+
+def test_a_copy_is_plain_and_its_own(model):
+    copied = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copied, torch.load(file, weights_only=False)):
+        assert new_tokens(other.generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW)) == assert_same(model)
+        with torch.no_grad():
+            other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
+        changed = new_tokens(other.generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW))
+        assert changed != assert_same(model)
+        graft(other, tiny_head(Target(other), head_dim=16))
+        assert new_tokens(other.generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW)) == changed
+
+
+def test_stop_strings_of_a_config_are_honoured(model, letter_tokenizer):
+    stop = letter_tokenizer.decode([assert_same(model)[7]])
+    config = GenerationConfig(max_new_tokens=NUM_NEW, do_sample=False, stop_strings=[stop])
+    found = new_tokens(model.generate(PROMPT, generation_config=config, tokenizer=letter_tokenizer))
+    assert found == new_tokens(plain_model().generate(PROMPT, generation_config=config, tokenizer=letter_tokenizer))
+    assert len(found) <= 8 and config.stop_strings == [stop]
+
+
+def test_a_head_of_another_shape_is_refused():
+    other = tiny_head(Target(tiny_model("llama", hidden_size=64)))
+    model = tiny_model("llama")
+    with pytest.raises(HeadError, match="hidden size"):
+        graft(model, other)
+    assert "generate" not in model.__dict__
+
+
+def test_ungraft_gives_back_the_mode():
+    model = tiny_model("llama").train()
+    graft(model, tiny_head(Target(tiny_model("llama"))))
+    ungraft(model)
+    assert model.training

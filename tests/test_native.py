@@ -62,6 +62,34 @@ def rows_in_passes(target: Target, ids: list[int], sizes: list[int]) -> tuple[to
     return torch.cat(logits), torch.cat(features)
 
 
+def resized(model):
+    model.resize_token_embeddings(137, mean_resizing=False)
+
+
+CHANGES = {
+    "norms through .data": lambda m: m.model.norm.weight.data.mul_(2.0),
+    "biases through .data": lambda m: m.model.layers[1].self_attn.k_proj.bias.data.add_(1.0),
+    "weights": lambda m: m.model.layers[1].mlp.up_proj.weight.data.mul_(2.0),
+    "a module": lambda m: setattr(m.model.layers[2].mlp, "down_proj", nn.Linear(64, 32, bias=False)),
+    "more tokens than a multiple of 16": resized,
+    "another precision": lambda m: m.half(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:decoding eagerly")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_changed_between_requests_is_seen_as_it_is(change):
+    target, ids = native("qwen2"), ids_of(20)
+    before = target.score(target.start(), ids).logits_TV
+    with torch.no_grad():
+        CHANGES[change](target.model)
+    eager = Target(target.model)
+    expected = eager.score(eager.start(), ids).logits_TV
+    found = target.score(target.start(), ids).logits_TV
+    assert error(found, expected) < ROUNDING
+    assert found.shape != before.shape or error(found, before) > 10 * ROUNDING or change == "another precision"
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_best_token_of_a_row_is_the_first_of_equals(dtype, threads):

@@ -179,9 +179,9 @@ def generate(
         ids += done.tokens
         if on_text is not None and target.tokenizer is not None:
             text = final_text(target, ids, stop)
-            # A character may still be incomplete, or be the start of a stop string.
-            held = max([len(text) - len(text.rstrip("\ufffd"))] + [overlap(text, s) for s in stop])
-            ready = text[: len(text) - held]
+            # A character may still be incomplete, and what is before it the start of a stop string.
+            whole = text.rstrip("\ufffd")
+            ready = whole[: len(whole) - max((overlap(whole, s) for s in stop), default=0)]
             if len(ready) > len(shown):
                 on_text(ready[len(shown) :])
                 shown = ready

@@ -3,6 +3,7 @@
 transformers prepares processors and stopping criteria and hands them to our loop through its
 own `custom_generate` hook, so every sampling option of `generate` keeps its meaning."""
 
+import copy
 import functools
 import inspect
 from typing import cast
@@ -15,11 +16,11 @@ from dspark.core.sampling import Streams
 from dspark.drafters import DSparkDrafter
 from dspark.errors import SettingError
 from dspark.generation import split_law
+from dspark.head.folder import refuse_other_target
 from dspark.head.head import Head
 from dspark.target.load import use_runtime
 from dspark.target.target import Target
 
-ATTRIBUTE = "_dspark_graft"
 TAKEN = ("custom_generate", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "position_ids")
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -29,50 +30,72 @@ def graft(model, head: Head, runtime: str = "auto") -> None:
     decoding, processors, stopping criteria and streamers work as before, `torch.manual_seed` replays.
     `runtime` as in `load_target`; `eager` computes with the model's own modules.
 
-    What cannot be speculated (batches, beams, an own cache, recorded scores) raises `SettingError`;
-    `ungraft(model)` restores the plain method."""
+    What cannot be speculated (batches, beams, an own cache, recorded scores) raises `SettingError`, a head of
+    another shape `HeadError`; `ungraft(model)` restores the plain method. Copies of the model are plain."""
     ungraft(model)
+    was_training = model.training
     target = Target(model)
+    refuse_other_target(head.config, {}, target)
     use_runtime(target, runtime)
-    drafter = DSparkDrafter(head, target)
-    own, plain = model.__dict__.get("generate"), model.generate
-
-    @functools.wraps(plain)
-    def speculating(*args, **kwargs):
-        given = inspect.signature(plain).bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
-        for name in TAKEN:
-            if given.get(name) is not None:
-                raise SettingError(f"{name} cannot be combined with a grafted head", "call dspark.ungraft(model) first")
-        given = {name: value for name, value in with_stop_strings(given).items() if name != "custom_generate"}
-        # transformers hands a custom method neither streamer nor tokenizer; the prompt it streams itself.
-        decoding = functools.partial(run, target, drafter, given.get("streamer"))
-        return plain(**given, custom_generate=decoding)
-
-    setattr(model, ATTRIBUTE, (target, own))
-    model.generate = speculating
+    model.generate = Speculating(model, target, DSparkDrafter(head, target), model.__dict__.get("generate"), was_training)
 
 
 def ungraft(model) -> None:
     """Undo `graft`; nothing happens on a model without a graft."""
-    target, own = model.__dict__.pop(ATTRIBUTE, (None, None))
-    if target is not None:
-        target.untap()
+    grafted = model.__dict__.get("generate")
+    if isinstance(grafted, Speculating):
+        grafted.target.untap()
         del model.generate  # the instance attribute; the class's method shows again
-        if own is not None:
-            model.generate = own
+        if grafted.own is not None:
+            model.generate = grafted.own
+        model.train(grafted.was_training)
 
 
-def with_stop_strings(given: dict) -> dict:
-    """Turn `stop_strings` and `tokenizer` into a stopping criterion, as transformers does for its own methods."""
-    strings, tokenizer = given.get("stop_strings"), given.get("tokenizer")
+class Speculating:
+    """`generate` of a grafted model: transformers' own, with our loop as its decoding method."""
+
+    def __init__(self, model, target: Target, drafter: DSparkDrafter, own, was_training: bool):
+        self.model, self.target, self.drafter, self.own, self.was_training = model, target, drafter, own, was_training
+        self.plain = model.generate
+        functools.update_wrapper(self, self.plain)
+
+    def __call__(self, *args, **kwargs):
+        given = inspect.signature(self.plain).bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        for name in TAKEN:
+            if given.get(name) is not None:
+                raise SettingError(f"{name} cannot be combined with a grafted head", "call dspark.ungraft(model) first")
+        given = {name: value for name, value in with_stop_strings(self.model, given).items() if name != "custom_generate"}
+        # transformers hands a custom method neither streamer nor tokenizer; the prompt it streams itself.
+        return self.plain(**given, custom_generate=functools.partial(run, self.target, self.drafter, given.get("streamer")))
+
+    def __deepcopy__(self, memo):
+        return plain_generate(memo[id(self.model)])
+
+    def __reduce__(self):
+        return plain_generate, (self.model,)
+
+
+def plain_generate(model):
+    """The class's own method on this model, which may still be in the making."""
+    return functools.partial(type(model).generate, model)
+
+
+def with_stop_strings(model, given: dict) -> dict:
+    """Turn stop strings and `tokenizer` into a stopping criterion, as transformers does for its own methods."""
+    config, tokenizer = given.get("generation_config") or model.generation_config, given.get("tokenizer")
+    strings = given.get("stop_strings") or config.stop_strings
     if strings is None or tokenizer is None:
         return given
     criteria = StoppingCriteriaList([*(given.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)])
-    return {k: v for k, v in given.items() if k not in ("stop_strings", "tokenizer")} | {"stopping_criteria": criteria}
+    given = {k: v for k, v in given.items() if k not in ("stop_strings", "tokenizer")} | {"stopping_criteria": criteria}
+    if config.stop_strings is not None:
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+        given["generation_config"] = config
+    return given
 
 
-@torch.inference_mode()
 def run(
     target: Target, drafter: DSparkDrafter, streamer, model, input_ids, *, logits_processor, stopping_criteria, generation_config, **kwargs
 ):
@@ -89,14 +112,16 @@ def run(
     # `generate` users seed torch itself; one draw from it seeds our streams.
     seed = int(torch.randint(2**40, (1,))) if generation_config.do_sample else 0
     num_new = generation_config.max_length - len(prompt)
-    for done in decode(target, drafter, prompt, law, Streams(seed), num_new, finished):
-        new += done.tokens
-        if streamer is not None:
-            for token in done.tokens:
-                streamer.put(torch.tensor([token]))
+    with torch.inference_mode():
+        for done in decode(target, drafter, prompt, law, Streams(seed), num_new, finished):
+            new += done.tokens
+            if streamer is not None:
+                for token in done.tokens:
+                    streamer.put(torch.tensor([token]))
     if streamer is not None:
         streamer.end()
-    sequences = torch.cat([input_ids, torch.tensor([new], device=input_ids.device, dtype=input_ids.dtype)], dim=1)
+    # Made outside inference mode: the caller may want gradients through what it computes from these.
+    sequences = torch.cat([input_ids, torch.tensor([new], device=input_ids.device)], dim=1)
     if generation_config.return_dict_in_generate:
         from transformers.generation import GenerateDecoderOnlyOutput
 

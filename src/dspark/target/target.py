@@ -4,6 +4,7 @@ Shapes: T rows of one forward pass, V vocabulary, M tapped layers, D hidden size
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,12 @@ from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark.core.decode import Scored
-from dspark.errors import LogitsError, PromptError, TargetError
+from dspark.errors import LogitsError, PromptError, RuntimeUnavailable, TargetError
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.native.stack import Cache as NativeCache
 from dspark.target.quantize import rows_of
 from dspark.target.rollback import new_cache, refuse_unless_exact, rollback
+from dspark.target.taps import Tap
 
 # Rows per prefill pass: bounds activation memory on long prompts; any value gives the same state.
 PREFILL_ROWS = 1024
@@ -107,7 +109,7 @@ class Target:
             if not -1 <= layer_id < self.num_layers:
                 raise TargetError(f"cannot tap layer {layer_id}: {self.name or 'target'} has {self.num_layers} layers")
             module = self.layers[layer_id] if layer_id >= 0 else self.model.get_input_embeddings()
-            self._hooks.append(module.register_forward_hook(self._recorder(layer_id)))
+            self._hooks.append(module.register_forward_hook(Tap(layer_id, self._captured)))
         self.layer_ids = tuple(layer_ids)
 
     def untap(self) -> None:
@@ -116,18 +118,18 @@ class Target:
         self._hooks, self.layer_ids = [], ()
         self._captured.clear()
 
-    def _recorder(self, layer_id: int):
-        def record(module, args, output):
-            self._captured[layer_id] = output[0] if isinstance(output, tuple) else output
-
-        return record
-
     def captured(self) -> torch.Tensor:
         """The tapped states of the last pass, [B, T, M, D]."""
         return torch.stack([self._captured[layer_id] for layer_id in self.layer_ids], dim=2)
 
     def start(self) -> State:
-        return State(new_cache(self.model) if self.runtime is None else self.runtime.start())
+        """A state for one request. A model that was changed into one its runtime cannot run decodes eagerly, with a warning."""
+        if self.runtime is not None:
+            try:
+                return State(self.runtime.start())
+            except RuntimeUnavailable as reason:
+                warnings.warn(f"decoding eagerly: {reason.message}", stacklevel=2)
+        return State(new_cache(self.model))
 
     @torch.inference_mode()
     def score(self, state: State, tokens: Sequence[int], num_logits: int | None = None) -> Scored:

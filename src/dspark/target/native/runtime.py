@@ -15,10 +15,13 @@ from dspark.target.native.build import compiled
 from dspark.target.native.pages import gather_weights
 from dspark.target.native.stack import MAX_ROWS, Cache, NativeStack
 from dspark.target.quantize import is_int8
+from dspark.target.taps import Tap
 
 # Families whose layers are stack.cpp's: RMS norm, rotary attention with grouped keys (with biases, or norms of
 # queries and keys), SiLU-gated MLP, and nothing besides.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+OTHER_PARTS = ("ModuleList", "Linear", "Embedding", "SiLUActivation", "SiLU")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -56,13 +59,29 @@ def reason_against(model: Any) -> str | None:
     if model.model.rotary_emb.inv_freq.numel() * 2 != shape.head_dim:
         return "rotary positions on a part of each head"
     for path, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            return f"{path or 'the model'} is wrapped by accelerate"
+        change = changed(module, name.removesuffix("ForCausalLM"))
+        if change:
+            return f"{path or 'the model'} {change}"
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     for path, module in [*model.model.layers.named_modules(), ("lm_head", model.lm_head)]:
         if path.rsplit(".", 1)[-1] in (*projections, "lm_head") and not runs(module, model.dtype, int8):
             return f"{path} is a {type(module).__name__} with {type(getattr(module, 'weight', None)).__name__}"
     return "the LM head has a bias" if model.lm_head.bias is not None else None
+
+
+def changed(module: Any, family: str) -> str | None:
+    """How this module differs from the family's own, whose arithmetic stack.cpp repeats; None if it does not."""
+    kind = type(module)
+    own = (*OTHER_PARTS, *(family + part for part in PARTS))
+    if kind.__name__ not in own or not kind.__module__.startswith(("torch.nn.", "transformers.")):
+        return f"is a {kind.__name__}"
+    if "forward" in module.__dict__:
+        return "has a `forward` of its own"
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    # transformers' hooks and our taps record what passes, and change nothing.
+    if any(not isinstance(hook, Tap) and not (hook.__module__ or "").startswith("transformers.") for hook in hooks):
+        return "has a forward hook"
+    return None
 
 
 def runs(module: Any, dtype: torch.dtype, int8: bool) -> bool:
@@ -92,22 +111,20 @@ class NativeRuntime:
         if gather:
             gather_weights(model)
         self.model = model
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take up the weights anew if any was replaced or written to since."""
-        data = [getattr(p, "qdata", p) for p in self.model.parameters()]
-        seen = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in data]
-        if seen != getattr(self, "seen", None):
-            rotary = self.model.model.rotary_emb
-            self.stack = NativeStack(
-                shape_of(self.model), self.model.model.layers, self.model.model.norm, self.model.lm_head.weight,
-                (rotary.inv_freq, float(rotary.attention_scaling)),
-            )  # fmt: skip
-            self.seen = seen
+        self.start()
 
     def start(self) -> Cache:
-        self.refresh()
+        """A cache for one request, which sees the model as it is now: its weights may have been replaced or written to.
+
+        Raises `RuntimeUnavailable` if it has become a model that cannot run natively."""
+        reason = reason_against(self.model)
+        if reason:
+            raise RuntimeUnavailable(f"the native runtime can no longer run this model: {reason}")
+        rotary = self.model.model.rotary_emb
+        self.stack = NativeStack(
+            shape_of(self.model), self.model.model.layers, self.model.model.norm, self.model.lm_head.weight,
+            (rotary.inv_freq, float(rotary.attention_scaling)),
+        )  # fmt: skip
         return self.stack.new_cache()
 
     def score(self, cache: Cache, tokens: Sequence[int], past: int, num_logits: int, taps: Sequence[int]) -> Scored:

@@ -1,0 +1,19 @@
+"""Recording what a layer gives, in a forward hook that changes nothing."""
+
+from typing import Any
+
+import torch
+
+
+class Tap:
+    """A forward hook that keeps its layer's last output [B, T, D] in `captured`. Copies of it, in a copy or a file of
+    the model, keep theirs elsewhere."""
+
+    def __init__(self, layer_id: int, captured: dict[int, torch.Tensor] | None = None):
+        self.layer_id, self.captured = layer_id, {} if captured is None else captured
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        self.captured[self.layer_id] = output[0] if isinstance(output, tuple) else output
+
+    def __reduce__(self):
+        return Tap, (self.layer_id,)
