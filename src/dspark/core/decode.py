@@ -66,10 +66,28 @@ def judge_by_law(law: Law, ids: list[int], draft: Draft, num_planned: int, score
 
 
 def judge_fast(law: Law, ids: list[int], draft: Draft, num_planned: int, scored: Scored, streams: Streams) -> Verdict:
-    """The verdict of `judge_by_law`; where the law is a plain argmax, without forming it."""
+    """The verdict of `judge_by_law`. Where the law is a plain argmax it is not formed, elsewhere row by row until one rejects."""
+    drafted = draft.tokens[:num_planned]
     if law.greedy and not law.processors:
-        return verify_greedy(scored.best_T or best(scored.logits_TV), draft.tokens[:num_planned])
-    return judge_by_law(law, ids, draft, num_planned, scored, streams)
+        return verify_greedy(scored.best_T or best(scored.logits_TV), drafted)
+    accept = Streams.uniforms(streams.accept, num_planned)
+    return verify(LawsWhenRead(law, ids, drafted, scored.logits_TV), draft, accept, *Streams.uniforms(streams.recover, 1))
+
+
+@dataclass(frozen=True)
+class LawsWhenRead:
+    """The rows of `row_laws`, each formed when it is read."""
+
+    law: Law
+    ids: list[int]
+    drafted: list[int]
+    logits_TV: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.logits_TV)
+
+    def __getitem__(self, k: int) -> torch.Tensor:
+        return probs(self.law, [self.ids + self.drafted[:k] if self.law.processors else ()], self.logits_TV[k : k + 1])[0]
 
 
 def decode(

@@ -6,10 +6,18 @@ Shapes: K verified tokens, V vocabulary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from dspark.core.sampling import draw
+
+
+class Rows(Protocol):
+    """Laws over the vocabulary, one a row: a tensor [T, V], or rows [V] that are made when they are read."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, k: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Draft:
     acceptance given that all before it were accepted (None: the drafter has no opinion)."""
 
     tokens: list[int]
-    probs_KV: torch.Tensor | FewTokens
+    probs_KV: Rows
     confidences: list[float] | None = None
 
 
@@ -68,15 +76,16 @@ def residual(p_V: torch.Tensor, q_V: torch.Tensor) -> torch.Tensor:
     return left / total if total > 0 else p_V
 
 
-def verify(target_probs_KV: torch.Tensor, draft: Draft, uniforms: Sequence[float], recover: float) -> Verdict:
+def verify(target_probs_KV: Rows, draft: Draft, uniforms: Sequence[float], recover: float) -> Verdict:
     """Judge a (planned prefix of a) draft of K tokens.
 
     `target_probs_KV` has K+1 rows: the target's law at each drafted position and after the last.
     `uniforms` (K of them) decide acceptance, `recover` draws the next token; all in [0, 1)."""
     num_verified = len(target_probs_KV) - 1
     for k in range(num_verified):
-        if uniforms[k] >= acceptance(target_probs_KV[k], draft.probs_KV[k], draft.tokens[k]):
-            return Verdict(k, draw(residual(target_probs_KV[k], draft.probs_KV[k]), recover))
+        p_V, q_V = target_probs_KV[k], draft.probs_KV[k]
+        if uniforms[k] >= acceptance(p_V, q_V, draft.tokens[k]):
+            return Verdict(k, draw(residual(p_V, q_V), recover))
     return Verdict(num_verified, draw(target_probs_KV[num_verified], recover))
 
 

@@ -63,7 +63,7 @@ class EagerContext:
         weight = self.head.fc.weight
         position = torch.tensor([[self.num_tokens]], device=weight.device)
         h_GD = self.head.hidden(anchor_D[None, None].to(weight.dtype), position, self._context(weight))[0, 0]
-        return h_GD, self.head.base_logits(h_GD).float()
+        return h_GD, self.head.base_logits(h_GD).to(torch.float32, copy=True)  # biases are added in place
 
     def add_bias(self, logits_V: torch.Tensor, z_r: torch.Tensor) -> int:
         """Add the sequential head's bias W2 z to a row of logits [Vd], in place; where the largest sum is (-1: nowhere)."""
