@@ -10,8 +10,10 @@ import time
 import pytest
 
 from dspark.cli.main import VERBS, build_parser, main
+from dspark.errors import PromptError, RuntimeUnavailable
 from dspark.head.folder import save_head
 from dspark.target.load import load_target
+from dspark.target.native.build import built
 from saved import save_tiny_target
 from tiny import tiny_head
 
@@ -93,11 +95,26 @@ def test_streamed_text_is_the_text(place, capsys):
         (["generate", "{target}", "hi", "--head", "{prompts}"], "is a file"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain,warp", "--head", "none"], "unknown mode 'warp'"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "mode dspark needs a head"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain, plain"], "named twice"),
+        (["bench", "{target}", "--prompts", "{long}", "--compare", "hf"], "prompt 1 (set p): prompt of"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--seed", "-1"], "seed is -1"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--max-new-tokens", "600"], "600 new ones exceeds"),
+        (["generate", "{target}", "\udcff", "--raw"], "tokenizer cannot take this"),
+        (["generate", "{target}", "hi", "--device", "meta"], "--device is meta"),
+        (["generate", "{target}", "hi", "--threads", "4096"], "--threads is 4096"),
+        (["train", "{target}", "--out", "{new}", "--taps", ""], "--taps is ''"),
+        (["train", "{target}", "--out", "{new}", "--num-prompts", "100000000000"], "100000000000 prompts are too many"),
+        (["train", "{target}", "--out", "{new}", "--cache-gb", "inf"], "--cache-gb is inf"),
+        (["train", "{target}", "--out", "{new}", "--max-answer-tokens", "600"], "--max-answer-tokens is 600"),
+        (["train", "{target}", "--out", "{new}", "--block-size", "65"], "a block of 65 tokens"),
     ],
 )
 def test_a_mistake_gives_one_message_and_exit_2(place, capsys, tmp_path, arguments, says):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    names = {"target": place / "target", "head": place / "head", "new": tmp_path / "new", "prompts": tmp_path / "p.jsonl"}
+    names = {"target": place / "target", "head": place / "head", "new": tmp_path / "new", "prompts": tmp_path / "p.jsonl",
+             "long": tmp_path / "long" / "p.jsonl"}  # fmt: skip
+    names["long"].parent.mkdir()
+    names["long"].write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "a" * 600}) + "\n")
     code, out, err = run(capsys, *[a.format(**names) if a.startswith("{") else a for a in arguments])
     assert code == 2 and out == ""
     assert says in err and err.count("error:") == 1 and "Traceback" not in err
@@ -176,8 +193,55 @@ def test_a_damaged_provenance_record_is_said(place, capsys, tmp_path):
     shutil.copytree(place / "head", tmp_path / "head")
     (tmp_path / "head" / "provenance.json").write_text("{")
     code, _, err = run(capsys, "inspect", tmp_path / "head", "--json")
-    assert code == 2 and "provenance.json is damaged" in err
+    assert code == 2 and "provenance.json: not JSON" in err
     assert run(capsys, "inspect", tmp_path / "head")[0] == 0
+    for name, more in (("README.md", []), ("provenance.json", ["--json"])):
+        file = tmp_path / "head" / name
+        file.write_bytes(b"\xff")
+        assert name in run(capsys, "inspect", tmp_path / "head", *more)[2]
+        file.unlink()
+        file.mkdir()
+        assert name in run(capsys, "inspect", tmp_path / "head", *more)[2]
+
+
+def test_inspect_sees_the_head_that_a_killed_save_was_replacing(place, capsys, tmp_path):
+    folder = shutil.copytree(place / "head", tmp_path / "head")
+    (folder / "config.json").rename(folder / "config.json.old")
+    (folder / "config.json.partial").write_text("{}")
+    assert run(capsys, "inspect", folder)[1].startswith("# a card")
+
+
+def test_a_full_disk_is_said_with_the_way_out_of_its_verb(place, capsys, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dspark.target.load.load_target", full)
+    assert "--resume" in run(capsys, "train", place / "target", "--out", tmp_path / "new")[2]
+    assert "--resume" not in run(capsys, "generate", place / "target", "hi")[2]
+
+
+def test_a_terminal_that_lacks_a_character_gets_the_rest(place):
+    command = [sys.executable, "-m", "dspark.cli.main", "generate", place / "target", "hi", "--head", "none", "--max-new-tokens", "40"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, check=False, capture_output=True, timeout=120, env=ascii_only)
+    assert done.returncode == 0 and b"40 tokens" in done.stderr
+    done = subprocess.run([*command, "--json"], check=False, capture_output=True, timeout=120, env=ascii_only)
+    assert "\ufffd" in json.loads(done.stdout)["text"]  # bytes that are no character
+
+
+def test_a_template_may_raise_anything(place):
+    target = load_target(place / "target")
+    target.tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(PromptError, match="division by zero"):
+        target.prompt_ids("hi")
+
+
+def test_a_compiler_that_does_not_run_is_said(monkeypatch, tmp_path):
+    (tmp_path / "cc").write_bytes(b"\x7fELF no program")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "cc"))
+    with pytest.raises(RuntimeUnavailable, match="cannot build the native runtime"):
+        built(print, tmp_path)
 
 
 def test_chat_says_what_it_cannot_read(place):
@@ -186,6 +250,13 @@ def test_chat_says_what_it_cannot_read(place):
         command, check=False, input=b"caf\xe9\n", capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "utf-8"}
     )
     assert done.returncode == 2 and b"is not utf-8 text" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_chat_without_an_input_says_so(place):
+    done = subprocess.run(
+        f"{sys.executable} -m dspark.cli.main chat {place / 'target'} <&-", shell=True, check=False, capture_output=True, timeout=120
+    )
+    assert done.returncode == 2 and b"the input is closed" in done.stderr
 
 
 def test_chat_answers_each_line_and_ends_with_the_input(place):

@@ -1,6 +1,7 @@
 """A head on disk comes back as it was, or is refused with the reason."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -157,6 +158,16 @@ DAMAGED_CONFIGS = {
     "layers out of order": lambda text: re.sub(r'"target_layer_ids": \[[^]]*\]', '"target_layer_ids": [3, 0]', text),
     "no layers": lambda text: re.sub(r'"target_layer_ids": \[[^]]*\]', '"target_layer_ids": []', text),
     "section no object": lambda text: re.sub(r'"dspark": \{.*?\n  \}', '"dspark": 1', text, flags=re.DOTALL),
+    "rope a list": lambda text: re.sub(r'"rope_parameters": \{.*?\}', '"rope_parameters": [1]', text, flags=re.DOTALL),
+    "rope a word": lambda text: re.sub(r'"rope_parameters": \{.*?\}', '"rope_parameters": "x"', text, flags=re.DOTALL),
+    "nested": lambda text: "[" * 100_000,
+    "long number": lambda text: text.replace('"block_size": 4', '"block_size": ' + "9" * 5000),
+    "wide": lambda text: text.replace('"intermediate_size": 64', f'"intermediate_size": {2**29}'),
+    "wide within bounds": lambda text: text.replace('"intermediate_size": 64', f'"intermediate_size": {2**20}'),
+    "rank": lambda text: text.replace('"markov_rank": 8', f'"markov_rank": {2**29}'),
+    "long heads": lambda text: text.replace('"head_dim": 8', f'"head_dim": {2**29}'),
+    "many layers": lambda text: text.replace('"num_hidden_layers": 2', f'"num_hidden_layers": {2**29}'),
+    "long blocks": lambda text: text.replace('"block_size": 4', '"block_size": 20000'),
     "tapped layer outside": lambda text: re.sub(r'"target_layer_ids": \[[^]]*\]', '"target_layer_ids": [0, 4]', text),
 }
 
@@ -214,7 +225,38 @@ def test_a_changed_weight_is_refused(folder, target):
 
 def test_a_weight_that_is_no_number_is_refused(folder, target):
     edit_tensors(folder / "model.safetensors", lambda tensors: tensors["fc.weight"].fill_(float("nan")))
-    with pytest.raises(HeadError, match="golden"):
+    with pytest.raises(HeadError, match=r"NaN or infinity in fc\.weight"):
+        load_head(folder, target)
+
+
+def test_a_bias_that_golden_vectors_do_not_see_is_refused_if_it_is_no_number(folder, target):
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors["confidence_head.proj.bias"].fill_(float("nan")))
+    with pytest.raises(HeadError, match=r"NaN or infinity in confidence_head\.proj\.bias"):
+        load_head(folder, target)
+
+
+DAMAGED_GOLDEN = {
+    "ids outside": lambda golden: golden["ids"].fill_(128),
+    "ids negative": lambda golden: golden["ids"].fill_(-1),
+    "no ids": lambda golden: golden.update(ids=golden["ids"][:0], features=golden["features"][:0].contiguous()),
+    "ids 2-D": lambda golden: golden.update(ids=golden["ids"][None]),
+    "one id": lambda golden: golden.update(ids=golden["ids"][0].clone()),
+    "ids floats": lambda golden: golden.update(ids=golden["ids"].float()),
+    "short ids": lambda golden: golden.update(ids=golden["ids"][:5].clone()),
+    "long": lambda golden: golden.update(ids=golden["ids"].repeat(20), features=golden["features"].repeat(20, 1, 1)),
+    "features flat": lambda golden: golden.update(features=golden["features"].flatten(1)),
+    "features whole numbers": lambda golden: golden.update(features=golden["features"].int()),
+    "features NaN": lambda golden: golden["features"].fill_(float("nan")),
+    "logits of another block": lambda golden: golden.update(logits=golden["logits"][:1].clone()),
+    "logits NaN": lambda golden: golden["logits"].fill_(float("nan")),
+    "layers a number": lambda golden: golden.update(layer_ids=torch.tensor(3)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_GOLDEN)
+def test_damaged_golden_vectors_are_refused(damage, folder, target):
+    edit_tensors(folder / "golden.safetensors", DAMAGED_GOLDEN[damage])
+    with pytest.raises(HeadError, match=r"golden|was trained on layers"):
         load_head(folder, target)
 
 
@@ -264,7 +306,7 @@ def test_another_tokenizer_is_refused(tmp_path):
         load_head(tmp_path, target_with(words | {"word5": 6, "word6": 5}))
 
 
-@pytest.mark.parametrize("draft_ids", [[0, 1, 2], [*range(31), 128]])
+@pytest.mark.parametrize("draft_ids", [[0, 1, 2], [*range(31), 128], [[i] for i in range(32)]])
 def test_a_draft_vocabulary_that_does_not_fit_is_refused(draft_ids, target, tmp_path):
     save(tiny_head(target, draft_vocab=32), target, tmp_path)
     edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update(draft_ids=torch.tensor(draft_ids, dtype=torch.int32)))
@@ -306,8 +348,6 @@ def test_a_full_disk_leaves_the_previous_head(place, failure, folder, target, mo
 
 @pytest.mark.parametrize("num_renamed", range(1, 5))
 def test_a_failure_between_renames_leaves_one_whole_head(num_renamed, folder, target, monkeypatch):
-    import os
-
     rename, calls = os.replace, []
 
     def stops(source, destination):
@@ -331,6 +371,15 @@ def test_a_head_with_nan_is_not_saved(folder, target):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e30])
+def test_a_head_whose_logits_say_nothing_is_not_saved(scale, folder, target):
+    before, head = contents(folder), tiny_head(target)
+    head.norm.weight.data.fill_(scale)
+    with pytest.raises(HeadError, match="nothing was saved: the head's logits"):
+        save(head, target, folder)
+    assert contents(folder) == before
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(target, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(HeadError, match="cannot save"):
@@ -345,12 +394,42 @@ def test_heads_are_found_by_path_and_refused_by_name(folder):
         find_head(str(folder / "missing"), "tiny")
 
 
-@pytest.mark.parametrize("num_renamed", range(4))
-def test_a_save_that_was_killed_between_renames_is_undone(num_renamed, folder, target):
-    before = contents(folder)
-    for name in sorted(before)[:num_renamed]:
-        (folder / name).rename(folder / f"{name}.old")
-    for name in sorted(before)[: num_renamed // 2]:
-        (folder / name).write_bytes(b"new")
+class Killed(BaseException):
+    """A kill, as far as one process can play it to itself."""
+
+
+@pytest.mark.parametrize("num_done", range(15))
+def test_a_save_that_was_killed_leaves_the_old_head_or_the_new_one(num_done, folder, target, tmp_path, monkeypatch):
+    """Five files move away, five move in, five old ones are deleted; the kill comes after any of these."""
+    save(tiny_head(target, seed=1), target, tmp_path / "new")
+    before, after, calls = contents(folder), contents(tmp_path / "new"), []
+
+    def until_killed(act):
+        def counted(*args):
+            if len(calls) == num_done:
+                raise Killed
+            calls.append(args)
+            return act(*args)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dspark.head.folder.os.replace", until_killed(os.replace))
+        patch.setattr("pathlib.Path.unlink", until_killed(Path.unlink))
+        with pytest.raises(Killed):
+            save(tiny_head(target, seed=1), target, folder)
     load_head(folder, target)
-    assert contents(folder) == before
+    assert {name: data for name, data in contents(folder).items() if name in before} == (before if num_done < 10 else after)
+    save(tiny_head(target, seed=1), target, folder)
+    assert contents(folder) == after
+
+
+def test_what_an_old_save_left_never_replaces_a_good_head(folder, target):
+    before = contents(folder)
+    for name in before:
+        (folder / f"{name}.old").write_bytes(b"stale")
+    (folder / "notes.old").write_text("mine")
+    (folder / "README.md").unlink()
+    load_head(folder, target)
+    del before["README.md"]
+    assert contents(folder) == before | {"notes.old": b"mine"}

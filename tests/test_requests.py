@@ -260,6 +260,8 @@ BAD_LINES = {
     "message a text": '{"messages": ["hi"]}',
     "no role": '{"messages": [{"content": "hi"}]}',
     "no content": '{"messages": [{"role": "user"}]}',
+    "long number": '{"prompt": "a", "n": ' + "9" * 5000 + "}",
+    "nested": '{"prompt": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}",
 }
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from dspark.config import TrainConfig
 from dspark.core.sampling import Law
 from dspark.drafters import DSparkDrafter
-from dspark.errors import PromptError, SettingError, TargetError
+from dspark.errors import HeadError, PromptError, SettingError, TargetError, UserError
 from dspark.head.folder import load_head
+from dspark.prompts import Prompt
 from dspark.target.load import load_target
 from dspark.target.target import Target
 from dspark.train import trainer
@@ -147,6 +148,16 @@ def test_a_cache_of_other_answers_is_not_trusted(target, tmp_path):
     assert FeatureStore(target, records(5)[1:], tmp_path, 8, 1.0).filled.sum() == 0
 
 
+@pytest.mark.parametrize("name", ["features.bf16", "teacher_ids.i32", "teacher_probs.f16", "filled.u8", "cache.json"])
+def test_a_cache_with_a_cut_file_is_filled_anew(target, tmp_path, name):
+    target.tap((0, 3))
+    expected = FeatureStore(target, records(4), tmp_path, 8, 1.0)[0].features_SMD.clone()
+    for size in (100, 1, 0):
+        (tmp_path / name).write_bytes(b"\xff" * size)
+        again = FeatureStore(target, records(4), tmp_path, 8, 1.0)
+        assert torch.equal(again[0].features_SMD, expected) and again.filled.sum() == 1
+
+
 def steps(target, store, config, checkpoint=None, stop_at=None):
     head = tiny_head(target, rank=4, block_size=3)
     for parameter in head.parameters():
@@ -247,6 +258,76 @@ def test_the_whole_command_from_nothing_to_a_head_that_loads(tmp_path):
     assert (out / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["settings.json", "checkpoint.pt", "curve.jsonl", "prompts.jsonl", "answers.jsonl"])
+def test_a_damaged_progress_file_is_named_and_made_again_once_deleted(tmp_path, name):
+    target = load_target(save_tiny_target(tmp_path / "target"))
+    out, config = tmp_path / "head", replace(CONFIG, num_prompts=6, steps=2)
+    train(target, out, config, WITH_BYTES)
+    file, before = out / "progress" / name, (out / "model.safetensors").read_bytes()
+    lines = [b"\x00" * 40 + b"\n", b"[]\n", b'{"step": ' + b"9" * 5000 + b"}\n", b"[" * 100_000 + b"\n"]
+    # A last line without its end is what a kill leaves, and no damage.
+    for data in [*lines, b"{}\n"] if name.endswith(".jsonl") else [file.read_bytes()[:40], b"", *lines]:
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=file.name):
+            train(target, out, config, WITH_BYTES, resume=True)
+    file.unlink()
+    if name != "settings.json":
+        train(target, out, config, WITH_BYTES, resume=True)
+        assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_leaves_no_half_settings(tmp_path, monkeypatch):
+    target = load_target(save_tiny_target(tmp_path / "target"))
+
+    def full(self, text, *args, **kwargs):
+        self.write_bytes(text[:3].encode())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(HeadError, match="No space left"):
+        patch.setattr("pathlib.Path.write_text", full)
+        train(target, tmp_path / "out", replace(CONFIG, num_prompts=6), WITH_BYTES)
+    train(target, tmp_path / "out", replace(CONFIG, num_prompts=6), WITH_BYTES, only_answers=True)
+
+
+def test_what_is_refused_locks_no_folder(tmp_path):
+    target = load_target(save_tiny_target(tmp_path / "target"))
+    (tmp_path / "bad.jsonl").write_text('{"prompt_ids": [1]}\n')
+    (tmp_path / "few.jsonl").write_text('{"prompt_ids": [1], "answer_ids": [1]}\n')
+    config = replace(CONFIG, num_prompts=6)
+    failing = [Prompt([{"role": "user", "content": {}}])] * 3
+    for says, changes, given in (
+        ("line 1", {}, {"answers": [tmp_path / "bad.jsonl"]}),
+        ("usable answers", {}, {"answers": [tmp_path / "few.jsonl"]}),
+        ("max-answer-tokens is 250", {"max_answer_tokens": 250}, {}),
+        ("too many", {"num_prompts": 10**11}, {}),
+        ("cache-gb is nan", {"cache_gigabytes": float("nan")}, {}),
+        ("cache-gb is -1", {"cache_gigabytes": -1.0}, {}),
+        ("cannot take this chat", {}, {"prompts": failing}),
+        ("only 0 of 3 prompts fit", {"num_prompts": 0}, {"prompts": [Prompt("a" * 300)] * 3}),
+    ):
+        with pytest.raises(UserError, match=says):
+            train(target, tmp_path / "out", replace(config, **changes), WITH_BYTES, **given)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(target, store, tmp_path):
+    config = replace(CONFIG, checkpoint_seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        steps(target, store, config, tmp_path / "checkpoint.pt", stop_at=3)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    head = tiny_head(target, rank=4, block_size=3)
+    for parameter in head.parameters():
+        parameter.requires_grad_(True)
+
+    def breaks(step, result):
+        head.fc.weight.data.fill_(float("nan"))
+
+    for seconds, says in ((0.0, "head of step 3"), (99.0, "loss of step 4")):
+        with pytest.raises(SettingError, match=f"diverged: the {says}"):
+            trainer.train_steps(head, target, store, replace(config, checkpoint_seconds=seconds), tmp_path / "checkpoint.pt", breaks)
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_training_goes_on_from_a_given_head(tmp_path):
     save_tiny_target(tmp_path / "target")
     target = load_target(tmp_path / "target")
@@ -310,8 +391,19 @@ def test_answers_that_cannot_be_used_are_named_by_line(tmp_path):
     good = '{"prompt_ids": [1], "answer_ids": [2, 3]}'
     file.write_text(good)
     assert read_answers(file, 128, 64) == [{"prompt_ids": [1], "answer_ids": [2, 3], "temperature": 1.0, "kind": "user"}]
-    for bad in ("{", '{"prompt_ids": [1]}', '{"prompt_ids": [], "answer_ids": [1]}', '{"prompt_ids": [1], "answer_ids": [999]}'):
-        file.write_text(f"{good}\n{bad}\n")
+    nested, digits = "[" * 100_000, f'{{"prompt_ids": [{"9" * 5000}], "answer_ids": [1]}}'
+    hot = '{"prompt_ids": [1], "answer_ids": [1], "temperature": 1' + "0" * 400 + "}"
+    for bad in (
+        nested,
+        digits,
+        hot,
+        "\udcff",
+        "{",
+        '{"prompt_ids": [1]}',
+        '{"prompt_ids": [], "answer_ids": [1]}',
+        '{"prompt_ids": [1], "answer_ids": [999]}',
+    ):
+        file.write_text(f"{good}\n{bad}\n", errors="surrogateescape")
         with pytest.raises(PromptError, match="line 2"):
             read_answers(file, 128, 64)
 
@@ -323,3 +415,14 @@ def test_a_target_with_a_missing_tensor_is_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TargetError, match="down_proj"):
         load_target(folder)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"{}", b"[]", b"[" * 100_000], ids=["empty", "cut", "no tokens", "list", "nested"])
+def test_a_damaged_tokenizer_is_refused_and_none_is_not(tmp_path, data):
+    folder = save_tiny_target(tmp_path / "target")
+    (folder / "tokenizer.json").write_bytes(data)
+    with pytest.raises(TargetError, match=r"cannot read the tokenizer .*tokenizer\.json"):
+        load_target(folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert load_target(folder).tokenizer is None

@@ -3,8 +3,9 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from dspark.errors import PromptError
+from dspark.errors import PromptError, UserError
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,30 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def read_json(path: Path, kind: type[UserError], hint: str) -> Any:
+    """The value in a JSON file. Raises `kind` when it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise kind(f"cannot read {path}: {error.strerror}", hint) from error
+    return parse_json(data, str(path), kind, hint)
+
+
+def parse_json(data: str | bytes, where: str, kind: type[UserError], hint: str) -> Any:
+    """The value of a JSON text that may be damaged. Raises `kind` saying where and why."""
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        raise kind(f"{where}: not JSON ({error.msg} at character {error.pos + 1})", hint) from error
+    except RecursionError as error:
+        raise kind(f"{where}: nested too deeply", hint) from error
+    except ValueError as error:  # bytes that are no text, or a number of thousands of digits
+        raise kind(f"{where}: not JSON ({error})", hint) from error
+
+
 def parse(line: str, where: str) -> Prompt:
     hint = 'a line is one object: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno})", hint) from error
-    except RecursionError as error:
-        raise PromptError(f"{where}: nested too deeply", hint) from error
+    record = parse_json(line, where, PromptError, hint)
     if any("\ud800" <= character <= "\udfff" for character in json.dumps(record, ensure_ascii=False)):
         raise PromptError(f"{where}: holds half of a surrogate pair, which is no character", "write the character itself, or both halves")
     if not isinstance(record, dict):

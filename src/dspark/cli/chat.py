@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if sys.stdin is None:
+        raise PromptError("the input is closed", "chat reads its turns from stdin")
     target = open_target(options)
     head = open_head(options, target)
     from dspark.generation import generate
@@ -32,6 +34,8 @@ def run(options: argparse.Namespace) -> int:
             text = sys.stdin.readline().strip()
         except UnicodeDecodeError as error:
             raise PromptError(f"the input is not {sys.stdin.encoding} text", "set the terminal, or the input, to UTF-8") from error
+        except OSError as error:
+            raise PromptError(f"cannot read the input: {error}", "chat reads its turns from stdin") from error
         if not text:
             return 0
         if text == "/new":

@@ -34,13 +34,18 @@ def run(options: argparse.Namespace) -> int:
                 "rounds": result.rounds, "tau": round(result.tau, 4), "seconds": round(result.seconds, 4),
                 "tokens_per_second": round(result.tokens_per_second, 2), "finish_reason": result.finish_reason,
             }  # fmt: skip
-            print(json.dumps({**prompt.extra, **figures}, ensure_ascii=False), flush=True)
+            print(json.dumps({**prompt.extra, **figures}, ensure_ascii=not writes_utf8()), flush=True)
         else:
             print(flush=True)
             say(
                 f"[{result.num_tokens} tokens in {result.seconds:.2f} s, tau {result.tau:.2f}, {result.tokens_per_second:.1f} tokens/s, {result.finish_reason}]"
             )
     return 0
+
+
+def writes_utf8() -> bool:
+    """Whether stdout takes every character; where it does not, JSON has escapes for them."""
+    return getattr(sys.stdout, "encoding", None) in (None, "utf-8", "UTF-8")
 
 
 def write(text: str) -> None:

@@ -5,6 +5,7 @@ import json
 
 from dspark.errors import HeadError
 from dspark.head.folder import named_head, read_config
+from dspark.prompts import read_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,18 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     folder = named_head(options.head)
     config, section = read_config(folder)
+    hint = "restore the file; the head itself works without it"
     if options.json:
         record = folder / "provenance.json"
-        try:
-            provenance = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
-        except ValueError as error:
-            raise HeadError(f"{record} is damaged: {error}", "restore the file; the head itself works without it") from error
+        provenance = read_json(record, HeadError, hint) if record.exists() else None
         print(json.dumps({"folder": str(folder), "config": config.__dict__, "dspark": section, "provenance": provenance}))
         return 0
     card = folder / "README.md"
-    print(
-        card.read_text(encoding="utf-8")
-        if card.exists()
-        else f"{folder}: no card; target {section.get('target')}, block size {config.block_size}"
-    )
+    text = f"{folder}: no card; target {section.get('target')}, block size {config.block_size}"
+    try:
+        print(card.read_text(encoding="utf-8") if card.exists() else text)
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise HeadError(f"cannot read {card}: {error}", hint) from error
     return 0

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import logging
 import sys
 
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = next((a for a in arguments if a in VERBS), "")
     options = build_parser(only=verb).parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not end the answer
+        sys.stdout.reconfigure(errors="replace")
     try:
         return options.run(options) or 0
     except UserError as error:
@@ -58,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: the disk is full{where}\nhint: free some space; a training run continues with --resume", file=sys.stderr)
+        more = "; the run continues with --resume" if options.verb == "train" else ""
+        print(f"error: the disk is full{where}\nhint: free some space{more}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

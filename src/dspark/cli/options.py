@@ -1,6 +1,7 @@
 """Options that several verbs share, and how they become target, head and prompts."""
 
 import argparse
+import os
 import sys
 
 from dspark.errors import PromptError, SettingError
@@ -44,8 +45,9 @@ def set_threads(options: argparse.Namespace) -> None:
     import torch
 
     if options.threads is not None:
-        if not 1 <= options.threads <= 4096:
-            raise SettingError(f"--threads is {options.threads}", "use 1 to 4096; more than there are cores only slows down")
+        most = 4 * (os.cpu_count() or 1)
+        if not 1 <= options.threads <= most:
+            raise SettingError(f"--threads is {options.threads}", f"use 1 to {most} here; more than there are cores only slows down")
         torch.set_num_threads(options.threads)
 
 

@@ -154,7 +154,7 @@ def head_shape(options: argparse.Namespace) -> dict:
     shape = {name: default if getattr(options, option) is None else getattr(options, option) for option, (name, default) in SHAPE.items()}
     shape["draft_vocab_size"] = shape["draft_vocab_size"] or None
     try:
-        shape["target_layer_ids"] = [int(i) for i in options.taps.split(",")] if options.taps else None
+        shape["target_layer_ids"] = [int(i) for i in options.taps.split(",")] if options.taps is not None else None
     except ValueError as error:
         raise SettingError(f"--taps is {options.taps!r}", "give layer numbers with commas, like 1,8,15,22,29") from error
     return shape

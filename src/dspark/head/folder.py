@@ -12,6 +12,7 @@ never leaves half a head where a good one was."""
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,12 +23,18 @@ from safetensors.torch import load_file, save_file
 from dspark.config import SEQUENTIAL_HEADS, HeadConfig
 from dspark.errors import HeadError
 from dspark.head.head import Head
+from dspark.prompts import read_json
 from dspark.target import demo
+from dspark.target.native.stack import MAX_ROWS  # of one block: what the native runtime passes at once
 from dspark.target.quantize import is_int8
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
 IN_SECTION = ("draft_vocab_size", "shortlist")  # DeepSpec has no such keys
+FILES = ("model.safetensors", "golden.safetensors", "config.json", "provenance.json", "README.md")
+# Sizes beyond these come from a damaged file; their products still are numbers that torch can hold.
+MOST = {"block_size": MAX_ROWS, "num_hidden_layers": 256}
+MOST_OF_A_SIZE = 2**20
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec saves copies of the target's; we need none
 GOLDEN_TOKENS = 48
 # Features of the target at hand against those stored: mean cosine over tokens, of the worst layer.
@@ -73,13 +80,15 @@ def save_head(head: Head, target: Target, folder: Path, golden_ids: list[int], p
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in head.state_dict().items()}
     if head.config.draft_vocab_size < head.config.vocab_size:
         weights["draft_ids"] = head.draft_ids.int()
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise HeadError(f"tensor {name} holds values that are not numbers; nothing was saved", "lower the learning rate")
+    refuse_broken(weights, "nothing was saved", "lower the learning rate")
     # Golden logits come from the rounded weights, which are what a reader will have.
     rounded = empty_head(head.config, head.draft_ids, target)
     rounded.load_state_dict({k: v.float() for k, v in weights.items() if k != "draft_ids"})
     golden = make_golden(rounded, target, golden_ids)
+    if not 0 < golden["logits"].float().std() < float("inf"):
+        raise HeadError(
+            "nothing was saved: the head's logits are all alike, or not numbers; its training diverged", "lower the learning rate"
+        )
     texts = {
         "config.json": json.dumps(config_json(head, target), indent=2, default=str) + "\n",
         "provenance.json": json.dumps(provenance, indent=2) + "\n",
@@ -87,18 +96,19 @@ def save_head(head: Head, target: Target, folder: Path, golden_ids: list[int], p
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        undo_interrupted_save(folder)  # its files would pass for those of this save
         for name, tensors in (("model.safetensors", weights), ("golden.safetensors", golden)):
             save_file(tensors, folder / f"{name}.partial", metadata={"format": "pt"})
         for name, text in texts.items():
             (folder / f"{name}.partial").write_text(text, encoding="utf-8")
-        replace_all(folder, ["model.safetensors", "golden.safetensors", *texts])
+        replace_all(folder, FILES)
     except (OSError, SafetensorError) as error:
         for leftover in folder.glob("*.partial"):
             leftover.unlink(missing_ok=True)
         raise HeadError(f"cannot save the head to {folder}: {error}", "free some space or choose another --out") from error
 
 
-def replace_all(folder: Path, names: list[str]) -> None:
+def replace_all(folder: Path, names: Sequence[str]) -> None:
     """Put every NAME.partial in the place of NAME, or none of them: a failed rename brings the old files back."""
     kept = [name for name in names if (folder / name).exists()]
     try:
@@ -116,28 +126,34 @@ def replace_all(folder: Path, names: list[str]) -> None:
 
 
 def undo_interrupted_save(folder: Path) -> None:
-    """A kill between the renames of `replace_all` leaves some NAME.old behind: bring the old head back, whole."""
-    kept = list(folder.glob("*.old"))
-    if any(not path.with_suffix("").exists() for path in kept):
-        for path in kept:
-            os.replace(path, path.with_suffix(""))
+    """A kill within `replace_all` leaves some NAME.old behind. If the new head is not whole, bring the old one back,
+    whole; else finish by deleting what is left of the old one."""
+    try:
+        kept = [name for name in FILES if (folder / f"{name}.old").exists()]
+        whole = all((folder / name).exists() for name in ("model.safetensors", "config.json"))
+        interrupted = not whole or any((folder / f"{name}.partial").exists() for name in FILES)
+        for name in kept:
+            if interrupted:
+                os.replace(folder / f"{name}.old", folder / name)
+            else:
+                (folder / f"{name}.old").unlink()
+    except OSError as error:
+        raise HeadError(f"cannot tidy {folder} after an interrupted save: {error}", "make the folder writable") from error
 
 
 def read_config(folder: Path) -> tuple[HeadConfig, dict]:
-    """The head's shape and its `dspark` section. Raises `HeadError` naming what is missing or unknown."""
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HeadError(
-            f"no head in {folder}: cannot read config.json ({error.strerror})", "train one: `dspark train TARGET --out DIR`"
-        ) from error
-    except ValueError as error:  # not JSON, or not text
-        raise HeadError(f"{folder}/config.json is damaged: {error}", "restore the file, or train the head again") from error
+    """The head's shape and its `dspark` section, after an interrupted save was undone.
+
+    Raises `HeadError` naming what is missing or unknown."""
+    undo_interrupted_save(folder)
+    if not (folder / "config.json").exists():
+        raise HeadError(f"no head in {folder}: there is no config.json", "train one: `dspark train TARGET --out DIR`")
+    raw = read_json(folder / "config.json", HeadError, "restore the file, or train the head again")
     section = raw.get("dspark", {}) if isinstance(raw, dict) else None
-    if not isinstance(section, dict):
+    rope = (raw.get("rope_parameters") or {}) if isinstance(raw, dict) else None
+    if not isinstance(section, dict) or not isinstance(rope, dict):
         raise HeadError(f"{folder}/config.json is damaged: an object was expected", "restore the file, or train the head again")
     values = {key: raw.get(key) for key in OWN_KEYS if key not in IN_SECTION}
-    rope = raw.get("rope_parameters") or {}
     values["rope_theta"] = values["rope_theta"] or rope.get("rope_theta")
     values["draft_vocab_size"] = section.get("draft_vocab_size", raw.get("vocab_size"))
     values["shortlist"] = section.get("shortlist", 0)
@@ -164,14 +180,15 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
 
 
 def refuse_senseless(values: dict, folder: Path) -> None:
-    """Raise `HeadError` for a value of another type than `HeadConfig` says, or a size below 1."""
+    """Raise `HeadError` for a value of another type than `HeadConfig` says, or a size below 1 or absurdly large."""
     for field in fields(HeadConfig):
         value = values[field.name] if field.name != "target_layer_ids" else None
         if field.type is bool:
             sound = isinstance(value, bool)
         elif field.type in (int, float):
             lowest = 0 if field.name in ("markov_rank", "mask_token_id", "shortlist") else 1 if field.type is int else 1e-30
-            sound = isinstance(value, (int, field.type)) and not isinstance(value, bool) and lowest <= value < 2**31
+            most = 2**31 if field.type is float else MOST.get(field.name, MOST_OF_A_SIZE)
+            sound = isinstance(value, (int, field.type)) and not isinstance(value, bool) and lowest <= value <= most
         else:
             sound = True
         if not sound:
@@ -195,20 +212,20 @@ def load_head(folder: str | Path, target: Target) -> Head:
     Raises `HeadError` for missing, extra or misshaped tensors, another target, another
     vocabulary, or golden vectors that do not come out again. Taps the target's layers."""
     folder = Path(folder)
-    undo_interrupted_save(folder)
     config, section = read_config(folder)
     refuse_other_target(config, section, target)
     weights = read_tensors(folder / "model.safetensors")
+    refuse_broken(weights, f"{folder}/model.safetensors is damaged", "restore the file, or train the head again")
     for name in SHARED:
         weights.pop(name, None)
     draft_ids = weights.pop("draft_ids", torch.arange(config.draft_vocab_size)).long()
-    if len(draft_ids) != config.draft_vocab_size or not bool(((draft_ids >= 0) & (draft_ids < config.vocab_size)).all()):
+    if draft_ids.shape != (config.draft_vocab_size,) or not bool(((draft_ids >= 0) & (draft_ids < config.vocab_size)).all()):
         raise HeadError(
             f"{folder}/model.safetensors: draft_ids do not fit a draft vocabulary of {config.draft_vocab_size} out of {config.vocab_size}",
             "restore the file, or train the head again",
         )
+    refuse_other_tensors(config, weights, folder)
     head = empty_head(config, draft_ids, target)
-    refuse_other_tensors(head, weights, folder)
     head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     target.tap(config.target_layer_ids)
     if section or (folder / "golden.safetensors").exists():  # heads of other projects come without
@@ -247,7 +264,15 @@ def refuse_other_target(config: HeadConfig, section: dict, target: Target) -> No
         raise HeadError(f"head was trained with another tokenizer than that of target {name}", hint)
 
 
-def refuse_other_tensors(head: Head, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def refuse_broken(tensors: dict[str, torch.Tensor], where: str, hint: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise HeadError(f"{where}: NaN or infinity in {name}", hint)
+
+
+def refuse_other_tensors(config: HeadConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    with torch.device("meta"):  # shapes alone: a damaged config may ask for more than there is memory
+        head = Head(config, torch.empty(0), torch.empty(0), torch.empty(0))
     wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
@@ -290,11 +315,12 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
     missing = {"ids", "layer_ids", "features", "logits"} - golden.keys()
     if missing:
         raise HeadError(f"{folder}/golden.safetensors lacks {', '.join(sorted(missing))}", "restore the file, or train the head again")
-    if tuple(golden["layer_ids"].tolist()) != head.config.target_layer_ids:
+    if tuple(golden["layer_ids"].flatten().tolist()) != head.config.target_layer_ids:
         raise HeadError(
             f"{folder} was trained on layers {golden['layer_ids'].tolist()}, its config names {list(head.config.target_layer_ids)}",
             "restore config.json",
         )
+    refuse_misshapen_golden(golden, head, target, folder)
     ids, stored = golden["ids"].tolist(), golden["logits"].float()
     logits = golden_logits(head, target, ids, golden["features"])
     # fp16 storage of the logits rounds at 5e-4 relative, 8-bit output rows at 1e-2; a wrong weight or tap moves
@@ -318,6 +344,24 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
             f"{name} differs from the target this head was trained on (features agree to {likeness:.2f}); expect fewer accepted tokens",
             stacklevel=3,
         )
+
+
+def refuse_misshapen_golden(golden: dict[str, torch.Tensor], head: Head, target: Target, folder: Path) -> None:
+    config, ids = head.config, golden["ids"]
+    num_ids, whole = ids.numel(), (torch.int32, torch.int64)
+    wanted = {
+        "ids": (num_ids,),
+        "features": (num_ids, len(config.target_layer_ids), config.hidden_size),
+        "logits": (config.block_size, config.draft_vocab_size),
+    }
+    problems = [f"{name} has shape {tuple(golden[name].shape)}" for name, shape in wanted.items() if golden[name].shape != shape]
+    problems += [f"{name} are not floats" for name in ("features", "logits") if not golden[name].is_floating_point()]
+    if ids.dtype not in whole or not 1 <= num_ids <= target.max_context or not bool(((ids >= 0) & (ids < config.vocab_size)).all()):
+        problems.append("ids are no tokens of this target")
+    hint = "restore the file, or train the head again"
+    if problems:
+        raise HeadError(f"{folder}/golden.safetensors is damaged: {'; '.join(problems)}", hint)
+    refuse_broken(golden, f"{folder}/golden.safetensors is damaged", hint)
 
 
 def find_head(name: str | Path | None, target_name: str) -> Path | None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dspark.core.decode import Round
-from dspark.errors import SettingError
-from dspark.generation import Result, generate
+from dspark.errors import PromptError, SettingError
+from dspark.generation import Result, check_request, generate
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -55,11 +55,21 @@ def bench(
     repeats: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Run]:
-    """Decode every prompt (ids, set name) in every mode. Raises `SettingError` for an unknown mode."""
+    """Decode every prompt (ids, set name) in every mode.
+
+    Raises `SettingError` for an unknown mode or one named twice, and the `UserError` family for a request that no
+    mode could serve, before anything is measured."""
     for mode in modes:
         if mode.name not in MODES:
             raise SettingError(f"unknown mode {mode.name!r}", f"choose from {', '.join(MODES)}")
-    warm_up(target, modes, prompts[0][0], temperature)
+    if len({mode.name for mode in modes}) < len(modes):
+        raise SettingError(f"a mode is named twice in {', '.join(mode.name for mode in modes)}", "name each mode once")
+    for index, (ids, name) in enumerate(prompts):
+        try:
+            check_request(target, ids, max_new_tokens, seed + index, ())
+        except PromptError as error:
+            raise PromptError(f"prompt {index} (set {name}): {error.message}", error.hint) from error
+    warm_up(target, modes, prompts[0][0], min(8, max_new_tokens), temperature)
     runs = []
     for index, (ids, name) in enumerate(prompts):
         results: dict[str, list[Result]] = {mode.name: [] for mode in modes}
@@ -72,9 +82,9 @@ def bench(
     return runs
 
 
-def warm_up(target: Target, modes: Sequence[Mode], ids: list[int], temperature: float) -> None:
+def warm_up(target: Target, modes: Sequence[Mode], ids: list[int], max_new_tokens: int, temperature: float) -> None:
     for mode in modes:
-        decode_once(target, mode, ids, 8, temperature, 0)
+        decode_once(target, mode, ids, max_new_tokens, temperature, 0)
 
 
 def decode_once(target: Target, mode: Mode, ids: list[int], max_new_tokens: int, temperature: float, seed: int) -> Result:

@@ -18,6 +18,7 @@ DTYPES = {
     "int8": torch.bfloat16,  # linear layers become 8-bit after loading; what remains is bfloat16
 }  # fmt: skip
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.tiktoken")
 RUNTIMES = ("auto", "native", "eager")
 
 
@@ -34,7 +35,9 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     if dtype not in DTYPES:
         raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     check_runtime(runtime)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    if str(device).startswith("meta"):
+        raise SettingError(f"--device is {device}", "its tensors hold no numbers: use cpu, or a GPU like cuda")
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -51,9 +54,8 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     except UserError:
         raise
     except Exception as error:  # a dozen kinds for what is one thing to the user: these files do not make a model here
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TargetError(
-            f"cannot load target {str(name)!r} on {device}: {first}",
+            f"cannot load target {str(name)!r} on {device}: {first_line(error)}",
             "give a folder written by `save_pretrained`, a hub id of a causal language model, or smollm2-135m",
         ) from error
     missing = sorted(loading["missing_keys"])
@@ -61,13 +63,31 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(
             f"{name} lacks {len(missing)} of the model's tensors, {missing[0]} among them", "restore the folder; it is not a whole model"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None  # token ids still work; asking for text says so
-    target = Target(model, tokenizer, name=str(name))
+    target = Target(model, load_tokenizer(where), name=str(name))
     use_runtime(target, runtime, gather=True)
     return target
+
+
+def load_tokenizer(where: str | Path) -> Any:
+    """The tokenizer, or None where there is none: token ids still work, and asking for text says so.
+
+    Raises `TargetError` for tokenizer files that cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except Exception as error:  # as above; it raises the same kinds for a damaged tokenizer and for none
+        files = [f.name for pattern in TOKENIZER_FILES for f in Path(where).glob(pattern)] if isinstance(where, Path) else []
+        if not files and isinstance(error, (OSError, ValueError, KeyError)):
+            return None
+        raise TargetError(
+            f"cannot read the tokenizer of {where} ({', '.join(files)}): {first_line(error)}",
+            "restore these files, or remove them to work with token ids alone",
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_runtime(name: str) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark.core.decode import Scored
@@ -172,16 +171,17 @@ class Target:
         """Token ids of one user turn, or of a chat, with the generation prompt; `raw` skips the template."""
         if self.tokenizer is None:
             raise PromptError("this target has no tokenizer", "pass token ids instead of text")
-        if raw or self.tokenizer.chat_template is None:
-            if not isinstance(messages, str):
-                raise PromptError("a chat needs a chat template, and none applies here", "give `prompt` instead of `messages`")
-            return self.tokenizer(messages).input_ids
+        plain = raw or self.tokenizer.chat_template is None
+        if plain and not isinstance(messages, str):
+            raise PromptError("a chat needs a chat template, and none applies here", "give `prompt` instead of `messages`")
         chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         try:
+            if plain:
+                return self.tokenizer(messages).input_ids
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             return self.tokenizer(text, add_special_tokens=False).input_ids
-        except (TemplateError, TypeError, ValueError) as error:
-            raise PromptError(f"the chat template or tokenizer cannot take this chat: {error}") from error
+        except Exception as error:  # a template is a program of the target's maker and may raise anything
+            raise PromptError(f"the chat template or tokenizer cannot take this chat: {str(error) or type(error).__name__}") from error
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:

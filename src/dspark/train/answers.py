@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark.errors import PromptError
+from dspark.errors import HeadError, PromptError
+from dspark.prompts import parse_json
 from dspark.target.target import Target
 from dspark.train.openers import all_openers
 from dspark.train.sample import sample_batch
@@ -40,7 +41,7 @@ def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: 
         ]
         return [{"prompt": text or "Hello", "kind": kind} for (kind, _), text in zip(batch, texts, strict=True)]
 
-    return resumable(jobs, run, seed, path, lambda done: progress("inventing instructions", done, count))
+    return resumable(jobs, run, seed, path, lambda done: progress("inventing instructions", done, count), ("prompt", "kind"))
 
 
 def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int, seed: int, path: Path, progress: Progress) -> list[dict]:
@@ -51,7 +52,7 @@ def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int,
     for index, record in enumerate(prompts):
         ids = target.prompt_ids(record.get("prompt") or record["messages"])
         if len(ids) + max_new_tokens <= target.max_context:
-            jobs.append((ids, TEMPERATURES[index % len(TEMPERATURES)], record.get("kind") or record.get("set") or "user"))
+            jobs.append((ids, TEMPERATURES[index % len(TEMPERATURES)], str(record.get("kind") or record.get("set") or "user")))
     window = 8 * BATCH
     jobs = [job for start in range(0, len(jobs), window) for job in sorted(jobs[start : start + window], key=lambda j: len(j[0]))]
 
@@ -62,7 +63,8 @@ def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int,
             for (ids, temperature, kind), answer in zip(batch, answers, strict=True)
         ]
 
-    return resumable(jobs, run, seed, path, lambda done: progress("sampling answers", done, len(jobs)))
+    keys = ("prompt_ids", "answer_ids", "temperature", "kind")
+    return resumable(jobs, run, seed, path, lambda done: progress("sampling answers", done, len(jobs)), keys)
 
 
 def turn_template(target: Target) -> tuple[str, str]:
@@ -75,9 +77,9 @@ def turn_template(target: Target) -> tuple[str, str]:
     return before, after
 
 
-def resumable(jobs: Sequence, run: Callable, seed: int, path: Path, progress: Callable[[int], None]) -> list[dict]:
-    """Run `jobs` batch by batch, appending each batch's records to `path`; start where the file ends."""
-    records = read_records(path)
+def resumable(jobs: Sequence, run: Callable, seed: int, path: Path, progress: Callable[[int], None], keys: Sequence[str]) -> list[dict]:
+    """Run `jobs` batch by batch, appending each batch's records (with these keys) to `path`; start where the file ends."""
+    records = read_records(path, keys)
     done_batches = len(records) // BATCH
     if len(records) < len(jobs):
         records = records[: done_batches * BATCH]
@@ -93,27 +95,40 @@ def resumable(jobs: Sequence, run: Callable, seed: int, path: Path, progress: Ca
     return records[: len(jobs)]
 
 
-def read_records(path: Path) -> list[dict]:
-    """Complete lines of our own records file; a last line that a kill left unfinished is left out."""
+def read_records(path: Path, keys: Sequence[str] = ()) -> list[dict]:
+    """Complete lines of our own records file; a last line that a kill left unfinished is left out.
+
+    Raises `HeadError` naming a line that is no record with these keys."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    hint = "cut the file before this line, or delete it, and continue with --resume: what it lacks is made again"
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        record = parse_json(line, f"{path}, line {number}", HeadError, hint)
+        if not isinstance(record, dict) or not record.keys() >= set(keys):
+            raise HeadError(f"{path}, line {number}: not a record with {', '.join(keys) or 'names'}", hint)
+        records.append(record)
+    return records
 
 
 def read_answers(path: Path, vocab_size: int, max_context: int) -> list[dict]:
     """Answers that a user brings. Raises `PromptError` naming the line that cannot be used."""
     hint = 'a line is {"prompt_ids": [...], "answer_ids": [...], "temperature": T}, as `dspark train --only-answers` writes it'
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise PromptError(f"cannot read answers file {path}: {error.strerror}") from error
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        record = parse_json(line, f"{path}, line {number}", PromptError, hint)
         try:
-            record = json.loads(line)
             ids = [*record["prompt_ids"], *record["answer_ids"]]
-            usable = record["prompt_ids"] and len(ids) <= max_context and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids)
+            usable = record["prompt_ids"] and len(ids) <= max_context and all(type(i) is int and 0 <= i < vocab_size for i in ids)
             records.append({"prompt_ids": record["prompt_ids"], "answer_ids": record["answer_ids"],
                             "temperature": float(record.get("temperature", 1.0)), "kind": str(record.get("kind", "user"))})  # fmt: skip
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise PromptError(f"{path}, line {number}: not a record of an answer ({error})", hint) from error
         if not usable:
             raise PromptError(

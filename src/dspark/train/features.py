@@ -45,21 +45,27 @@ class FeatureStore:
             self.offsets.append(used if fits else None)
             used += length if fits else 0
         directory.mkdir(parents=True, exist_ok=True)
-        self._forget_if_foreign(directory)
-        self.features = mapped(directory / "features.bf16", (max(used, 1), M, D), torch.bfloat16)
-        self.teacher_ids = mapped(directory / "teacher_ids.i32", (max(used, 1), num_teacher), torch.int32)
-        self.teacher_probs = mapped(directory / "teacher_probs.f16", (max(used, 1), num_teacher), torch.float16)
-        self.filled = mapped(directory / "filled.u8", (len(records),), torch.uint8)
+        rows = max(used, 1)
+        files = {
+            "features.bf16": ((rows, M, D), torch.bfloat16), "teacher_ids.i32": ((rows, num_teacher), torch.int32),
+            "teacher_probs.f16": ((rows, num_teacher), torch.float16), "filled.u8": ((len(records),), torch.uint8),
+        }  # fmt: skip
+        sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in files.items()}
+        self._forget_if_foreign(directory, sizes)
+        self.features, self.teacher_ids, self.teacher_probs, self.filled = (
+            mapped(directory / name, shape, dtype) for name, (shape, dtype) in files.items()
+        )
 
-    def _forget_if_foreign(self, directory: Path) -> None:
-        """A cache of other records, layers or weights is deleted, not trusted."""
+    def _forget_if_foreign(self, directory: Path, sizes: dict[str, int]) -> None:
+        """A cache of other records, layers or weights, or with a file that was cut, is deleted, not trusted."""
         described = json.dumps([
             self.target.layer_ids, self.num_teacher, self.target.fingerprint(),
             hashlib.sha256(json.dumps([(r["prompt_ids"], r["answer_ids"]) for r in self.records]).encode()).hexdigest(),
             hashlib.sha256(json.dumps(self.offsets).encode()).hexdigest(),
         ])  # fmt: skip
         label = directory / "cache.json"
-        if not label.exists() or label.read_text() != described:
+        found = {file.name: file.stat().st_size for file in directory.glob("*.*")}
+        if not sizes.items() <= found.items() or not label.exists() or label.read_bytes() != described.encode():
             for file in directory.glob("*.*"):
                 file.unlink()
             label.write_text(described)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import re
 import sys
@@ -19,15 +20,17 @@ from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
 from dspark.head.folder import load_head, save_head
 from dspark.head.head import Head
-from dspark.prompts import Prompt
+from dspark.prompts import Prompt, read_json
+from dspark.target.native.stack import MAX_ROWS
 from dspark.target.target import Target
-from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records, write_records
+from dspark.train.answers import BATCH, INVENT_TOKENS, answer_prompts, invent_prompts, read_answers, read_records, write_records
 from dspark.train.card import write_card
 from dspark.train.estimate import estimate
 from dspark.train.features import FeatureStore
 from dspark.train.trainer import measure, train_steps
 from dspark.train.warmstart import new_head
 
+MOST_BATCHES = 50_000  # of prompts; the seeds of the answers' batches begin this far behind theirs
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
 
 
@@ -81,29 +84,33 @@ def train(
     if target.tokenizer is None and not answers:
         raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
     check_shape(target, config, shape)
+    if not answers:
+        check_sampling(target, config, prompts or ())
     if not answers and len(prompts or ()) + config.num_prompts <= config.held_out:
         raise SettingError(
             f"{len(prompts or ()) + config.num_prompts} prompts leave nothing to train on beside {config.held_out} held out",
             "ask for more prompts, or lower --held-out",
         )
     given = load_head(start_from, target) if start_from else None
+    records = [record for path in answers for record in read_answers(path, target.vocab_size, target.max_context)]
+    if answers:
+        records = usable(records, config)
+    else:
+        refuse_unfit_prompts(target, config, prompts or ())
+    # The label binds the folder to these settings: all that can be refused beforehand has been.
     begin_or_resume(out, work, settings(target, config, shape, prompts, answers, given), resume)
     bar = Bar()
     say(estimate(target, config, shape, prompts, answers))
-    records = [record for path in answers for record in read_answers(path, target.vocab_size, target.max_context)]
     if not answers:
         own = [
             {"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()
         ]
         invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar)
         everything = interleave(own, invented)
-        records = answer_prompts(target, everything, config.max_answer_tokens, config.seed * 100_000 + 50_000, work / "answers.jsonl", bar)
-    records = held_out_first([r for r in records if len(r["answer_ids"]) >= 8], config.held_out, config.seed)
-    if len(records) <= config.held_out:
-        raise SettingError(
-            f"{len(records)} usable answers leave nothing to train on beside {config.held_out} held out",
-            "ask for more prompts, or lower --held-out",
+        answered = answer_prompts(
+            target, everything, config.max_answer_tokens, config.seed * 100_000 + MOST_BATCHES, work / "answers.jsonl", bar
         )
+        records = usable(answered, config)
     if only_answers:
         return {"answers": len(records)}
     started = time.time()
@@ -137,6 +144,28 @@ def train(
     return provenance
 
 
+def usable(records: Sequence[dict], config: TrainConfig) -> list[dict]:
+    """The answers long enough to learn from, held-out ones first. Raises `SettingError` when too few are left."""
+    records = held_out_first([r for r in records if len(r["answer_ids"]) >= 8], config.held_out, config.seed)
+    if len(records) <= config.held_out:
+        raise SettingError(
+            f"{len(records)} usable answers leave nothing to train on beside {config.held_out} held out",
+            "give more prompts or answers, or lower --held-out, with another --out if this one was begun",
+        )
+    return records
+
+
+def refuse_unfit_prompts(target: Target, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
+    """Raise before any prompt is invented if the target's template cannot take a turn or a given chat, or too few chats fit."""
+    target.prompt_ids("Hello")
+    num_fitting = sum(len(target.prompt_ids(p.content)) + config.max_answer_tokens <= target.max_context for p in prompts)
+    if num_fitting + config.num_prompts <= config.held_out:
+        raise SettingError(
+            f"only {num_fitting} of {len(prompts)} prompts fit a context of {target.max_context} with {config.max_answer_tokens} answer tokens",
+            "give more or shorter prompts, or lower --max-answer-tokens or --held-out",
+        )
+
+
 def settings(
     target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], start: Head | None
 ) -> str:
@@ -160,19 +189,23 @@ def begin_or_resume(out: Path, work: Path, described: str, resume: bool) -> None
     """One folder, one set of settings: a resumed run with others would be neither."""
     label = work / "settings.json"
     taken = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
+    hint = f"delete {work} if it holds no work, or choose another --out; `--answers {work}/answers.jsonl` uses its answers there"
     if taken and not label.exists():
         raise SettingError(f"{out} holds {', '.join(taken)} already; nothing was overwritten", "choose another --out")
     if resume and not label.exists():
         raise SettingError(f"there is no training run to resume in {out}", "start one without --resume, or check --out")
     if label.exists():
+        before = read_json(label, HeadError, hint)
         if not resume:
             raise SettingError(f"{out} holds an unfinished or finished training run", "continue it with --resume, or choose another --out")
-        if json.loads(label.read_text()) != json.loads(described):
+        if before != json.loads(described):
             raise SettingError(f"{out} was started with other settings", f"use the same ones ({label}), or choose another --out")
         return
     try:
         work.mkdir(parents=True, exist_ok=True)
-        label.write_text(described)
+        partial = label.with_suffix(".partial")
+        partial.write_text(described)
+        os.replace(partial, label)
     except OSError as error:
         raise HeadError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
 
@@ -201,9 +234,24 @@ def check_shape(target: Target, config: TrainConfig, shape: dict) -> None:
         raise SettingError(
             f"a draft vocabulary of {draft_size} has no room for the {kept} special and byte tokens", "ask for more, or 0 for all"
         )
+    if not 1 <= shape.get("block_size", 5) <= MAX_ROWS:
+        raise SettingError(f"a block of {shape['block_size']} tokens", f"use 1 to {MAX_ROWS}")
+    if not 0 <= config.cache_gigabytes < float("inf"):
+        raise SettingError(f"--cache-gb is {config.cache_gigabytes}", "use a number of gigabytes, 0 for no cache")
     for name in ("learning_rate", "muon_learning_rate"):
         if not 0 < getattr(config, name) < float("inf"):
             raise SettingError(f"{name} is {getattr(config, name)}", "use a positive number")
+
+
+def check_sampling(target: Target, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
+    """Raise `SettingError` for more prompts than there are seeds, or answers that leave no room for a prompt."""
+    if config.num_prompts + len(prompts) > MOST_BATCHES * BATCH:
+        raise SettingError(f"{config.num_prompts + len(prompts)} prompts are too many", f"use at most {MOST_BATCHES * BATCH}")
+    room = target.max_context - (INVENT_TOKENS if config.num_prompts else 1)
+    if config.max_answer_tokens > room:
+        raise SettingError(
+            f"--max-answer-tokens is {config.max_answer_tokens}, and the target's context is {target.max_context}", f"use at most {room}"
+        )
 
 
 def interleave(first: Sequence, second: Sequence) -> list:
@@ -290,7 +338,7 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
         nonlocal average, steps_at_start
         if steps_at_start is None:  # a killed run may have measured further than its last checkpoint
             steps_at_start = step - 1
-            write_records(curve_file, [entry for entry in read_records(curve_file) if entry["step"] < step])
+            write_records(curve_file, [entry for entry in read_records(curve_file, ("step",)) if entry["step"] < step])
         now = result.overlap_NAG.sum((0, 1)) / result.valid_NAG.sum((0, 1)).clamp_min(1)
         average = now.tolist() if not average else [0.9 * a + 0.1 * n for a, n in zip(average, now.tolist(), strict=True)]
         accepted = " ".join(f"{a:.2f}" for a in average)
@@ -303,7 +351,7 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
                 file.write(json.dumps(entry) + "\n")
 
     train_steps(head, target, store, config, work / "checkpoint.pt", on_step)
-    return read_records(curve_file)
+    return read_records(curve_file, ("step",))
 
 
 def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar, count: int = 16, max_new_tokens: int = 64) -> dict:

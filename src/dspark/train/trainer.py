@@ -2,13 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from dspark.config import TrainConfig
-from dspark.errors import HeadError
+from dspark.errors import HeadError, SettingError
 from dspark.head.head import Head
 from dspark.target.target import Target
 from dspark.train.batch import Batch, make_batch
@@ -41,6 +41,7 @@ def train_steps(
         result = losses(*forward(head, target, batch), batch, index, config)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
+        refuse_diverged("loss", step + 1, [result.total])
         result.total.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip)
         for optimizer in optimizers:
@@ -48,9 +49,18 @@ def train_steps(
         step += 1
         on_step(step, result)
         if checkpoint and (step == config.steps or time.monotonic() - saved > config.checkpoint_seconds):
+            refuse_diverged("head", step, head.parameters())  # the last good checkpoint stays
             save_checkpoint(checkpoint, head, optimizers, step)
             saved = time.monotonic()
     return head.eval()
+
+
+def refuse_diverged(what: str, step: int, tensors: Iterable[torch.Tensor]) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise SettingError(
+            f"training diverged: the {what} of step {step} is no longer a number",
+            "use a lower --lr (with muon: or --muon-lr) in another --out; `--answers DIR/progress/answers.jsonl` spares sampling again",
+        )
 
 
 def forward(head: Head, target: Target, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -136,8 +146,14 @@ def load_checkpoint(path: Path, head: Head, optimizers: list) -> int:
     """Restore head and optimisers; the step to continue with, 0 when there is no checkpoint."""
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
-    head.load_state_dict(state["head"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
+    try:
+        state = torch.load(path, weights_only=True)
+        head.load_state_dict(state["head"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return state["step"]
+    except Exception as error:  # torch raises a dozen kinds for a file that is cut or changed
+        raise HeadError(
+            f"checkpoint {path} is damaged: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            "delete it and continue with --resume: the steps are made again from the answers",
+        ) from error

@@ -37,17 +37,22 @@ def built(say: Callable[[str], None], directory: Path | None = None) -> Path:
     """Path of the library, compiled now unless a whole one is there."""
     compiler = find_compiler()
     directory = directory or cache_directory() / "native"
-    path = directory / f"stack-{fingerprint(compiler)[:16]}.so"
-    label = path.with_suffix(".sha256")
     try:
-        if label.exists() and path.exists() and label.read_text() == hashlib.sha256(path.read_bytes()).hexdigest():
+        path = directory / f"stack-{fingerprint(compiler)[:16]}.so"
+        label = path.with_suffix(".sha256")
+        if label.exists() and path.exists() and label.read_bytes() == hashlib.sha256(path.read_bytes()).hexdigest().encode():
             return path
         say("compiling the native runtime for this machine (once, about ten seconds)")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             made = Path(scratch) / path.name
             done = subprocess.run(
-                [compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True, timeout=300, check=False
+                [compiler, *FLAGS, "-o", str(made), str(SOURCE)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=300,
+                check=False,
             )
             if done.returncode:
                 raise RuntimeUnavailable(f"{compiler} cannot compile {SOURCE.name}: {last_line(done.stderr)}")
@@ -56,7 +61,7 @@ def built(say: Callable[[str], None], directory: Path | None = None) -> Path:
             (Path(scratch) / label.name).write_text(digest)
             os.replace(Path(scratch) / label.name, label)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeUnavailable(f"cannot build {path}: {error}") from error
+        raise RuntimeUnavailable(f"cannot build the native runtime in {directory} with {compiler}: {error}") from error
     return path
 
 
@@ -69,7 +74,8 @@ def find_compiler() -> str:
 
 
 def fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    command = [compiler, "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False).stdout
     return hashlib.sha256(
         "\n".join([SOURCE.read_text(), compiler, version, *FLAGS, platform.machine(), processor_flags()]).encode()
     ).hexdigest()
