@@ -2,6 +2,7 @@
 
 All figures are medians of interleaved repeats, so that a machine that slows down slows every row count."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,7 +65,9 @@ def profile(
         drafter.start()
         drafter.commit(features)
     times: dict[int, list[float]] = {n: [] for n in (0, *rows)}
+    bandwidths = []
     for repeat in range(repeats + 1):  # the first one warms up
+        bandwidths.append(read_bandwidth(1))
         for n, taken in times.items():
             begin = time.perf_counter()
             if n:
@@ -78,7 +81,7 @@ def profile(
     medians = {n: statistics.median(each) for n, each in times.items()}
     draft = medians.pop(0) if drafter is not None else None
     return Profile(
-        context, {n: medians[n] for n in rows}, draft, drafter.block_size if drafter else None, weight_bytes(target), read_bandwidth()
+        context, {n: medians[n] for n in rows}, draft, drafter.block_size if drafter else None, weight_bytes(target), statistics.median(bandwidths)
     )
 
 
@@ -91,10 +94,15 @@ def weight_bytes(target: Target) -> int:
 
 def read_bandwidth(repeats: int = 5) -> float:
     """Bytes a second that torch's threads read from memory, one stream each, while adding up: the best of several tries."""
-    block = torch.ones(BANDWIDTH_BYTES // 4)
+    block = read_block(BANDWIDTH_BYTES)
     best = 0.0
     for _ in range(repeats):
         begin = time.perf_counter()
         block.sum()
         best = max(best, BANDWIDTH_BYTES / (time.perf_counter() - begin))
     return best
+
+
+@functools.cache
+def read_block(num_bytes: int) -> torch.Tensor:
+    return torch.ones(num_bytes // 4)

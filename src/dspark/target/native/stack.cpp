@@ -331,7 +331,7 @@ inline void rotate(float* x, const float* table, int E) {
 
 }  // namespace
 
-// ---- what the caller fills in; native/runtime.py mirrors these structures
+// ---- what the caller fills in; stack.py mirrors these structures
 
 extern "C" {
 
