@@ -81,7 +81,12 @@ def profile(
     medians = {n: statistics.median(each) for n, each in times.items()}
     draft = medians.pop(0) if drafter is not None else None
     return Profile(
-        context, {n: medians[n] for n in rows}, draft, drafter.block_size if drafter else None, weight_bytes(target), statistics.median(bandwidths)
+        context,
+        {n: medians[n] for n in rows},
+        draft,
+        drafter.block_size if drafter else None,
+        weight_bytes(target),
+        statistics.median(bandwidths),
     )
 
 
