@@ -177,8 +177,8 @@ def test_a_second_call_starts_afresh(model):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"num_beams": 2}, "beam|batch"),
-        ({"num_return_sequences": 2, "do_sample": True}, "sequences|batch"),
+        ({"num_beams": 2}, "beams"),
+        ({"num_return_sequences": 2, "do_sample": True}, "return sequences"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),

@@ -131,13 +131,13 @@ def run(
 
 def refuse(generation_config, input_ids: torch.Tensor, attention_mask) -> None:
     hint = "call dspark.ungraft(model) first, or leave the setting out"
+    if (generation_config.num_beams or 1) > 1 or (generation_config.num_return_sequences or 1) > 1:
+        raise SettingError("beams and several return sequences cannot be speculated", hint)
     if input_ids.shape[0] != 1:
         raise SettingError(
             f"a grafted model decodes one sequence a call, got a batch of {input_ids.shape[0]}",
             "call generate once per prompt",
         )
-    if (generation_config.num_beams or 1) > 1 or (generation_config.num_return_sequences or 1) > 1:
-        raise SettingError("beams and several return sequences cannot be speculated", hint)
     if attention_mask is not None and not bool(attention_mask.all()):
         raise SettingError("a padded prompt cannot be speculated", "pass the prompt without padding")
     asked = [name for name in UNSUPPORTED_OUTPUTS if getattr(generation_config, name, False)]
