@@ -391,7 +391,7 @@ class Barrier {
     }
 };
 
-// Memory that begins with a cache line: a vector that lies across two costs three times as much to load.
+// Memory that begins with a cache line: a vector that lies across two takes more than one load.
 template <class Number> struct Aligned {
     struct alignas(64) Line { Number numbers[64 / sizeof(Number)]; };
     std::vector<Line> lines;
