@@ -86,7 +86,12 @@ def test_streamed_text_is_the_text(place, capsys):
         (["train", "{target}", "--out", "{new}", "--answers", "{prompts}", "--num-prompts", "5"], "cannot take effect"),
         (["train", "{target}", "--out", "{new}", "--num-prompts", "9", "--held-out", "9"], "leave nothing to train on"),
         (["train", "{target}", "--out", "{new}", "--draft-vocab", "200"], "has no room for the 259 special and byte tokens"),
-        (["train", "{target}", "--out", "{new}", "--start-from", "{head}", "--rank", "4"], "--rank cannot take effect beside --start-from"),
+        (
+            ["train", "{target}", "--out", "{new}", "--start-from", "{head}", "--layers", "4"],
+            "--layers cannot take effect beside --start-from",
+        ),
+        (["train", "{target}", "--out", "{new}", "--start-from", "{head}", "--rank", "1"], "cannot be widened to rank 1"),
+        (["train", "{target}", "--out", "{new}", "--kinds", "code,poems"], "--kinds names 'poems'"),
         (["train", "{target}", "--out", "{new}", "--start-from", "/nowhere"], "no head at /nowhere"),
         (["train", "{target}", "--out", "{new}", "--device", "cuda"], "training runs on the CPU"),
         (["train", "{target}", "--out", "{new}", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),

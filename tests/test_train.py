@@ -11,6 +11,7 @@ from dspark.config import TrainConfig
 from dspark.core.sampling import Law
 from dspark.drafters import DSparkDrafter
 from dspark.errors import HeadError, PromptError, SettingError, TargetError, UserError
+from dspark.generation import generate
 from dspark.head.folder import load_head
 from dspark.prompts import Prompt
 from dspark.target.load import load_target
@@ -22,6 +23,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
 from dspark.train.sample import sample_batch
+from dspark.train.warmstart import widened
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model
 
@@ -349,6 +351,35 @@ def test_training_goes_on_from_a_given_head(tmp_path):
     )
     third = load_file(tmp_path / "third" / "model.safetensors")
     assert any(not torch.equal(first[name], third[name]) for name in first)
+
+
+def test_a_head_of_larger_rank_drafts_as_the_one_it_came_from(tmp_path):
+    save_tiny_target(tmp_path / "target")
+    target = load_target(tmp_path / "target")
+    train(target, tmp_path / "first", replace(CONFIG, num_prompts=12), WITH_BYTES)
+    head = load_head(tmp_path / "first", target).float()
+    torch.nn.init.normal_(head.markov_head.markov_w2.weight)
+    torch.nn.init.normal_(head.confidence_head.proj.weight)
+    rank, prompt = head.config.markov_rank, [1, 2, 3, 4]
+    wide = widened(head, target, rank + 3)
+    assert wide.config.markov_rank == rank + 3 and wide.markov_head.markov_w1.weight[:, rank:].abs().sum() > 0
+    for temperature in (0.0, 1.0):
+        one, other = (generate(target, h, prompt, 40, temperature=temperature) for h in (head, wide))
+        assert one.rounds_log == other.rounds_log
+    with pytest.raises(SettingError, match="cannot be widened to rank 1"):
+        widened(head, target, 1)
+    answers = [tmp_path / "first" / "progress" / "answers.jsonl"]
+    still = replace(CONFIG, num_prompts=12, steps=1)
+    train(target, tmp_path / "second", still, {"markov_rank": rank + 3}, answers=answers, start_from=tmp_path / "first")
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["markov_rank"] == rank + 3
+    assert load_file(tmp_path / "second" / "model.safetensors")["markov_head.markov_w2.weight"][:, rank:].abs().sum() > 0
+
+
+def test_invented_instructions_are_of_the_kinds_asked_for(tmp_path):
+    save_tiny_target(tmp_path / "target")
+    target = load_target(tmp_path / "target")
+    invented = invent_prompts(target, 6, 0, tmp_path / "prompts.jsonl", silent, ("code", "chat"))
+    assert [record["kind"] for record in invented] == ["chat", "code"] * 3
 
 
 def test_answers_resume_at_the_batch_they_were_in(tmp_path, monkeypatch):

@@ -48,6 +48,7 @@ class TrainConfig:
 
     seed: int = 0
     num_prompts: int = 3000  # instructions the target invents when it is given none
+    kinds: tuple[str, ...] = ()  # of openers they start from; none named: all
     max_answer_tokens: int = 160
     steps: int = 2000
     sequences_per_step: int = 12

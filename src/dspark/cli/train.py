@@ -12,6 +12,7 @@ from dspark.cli.options import add_target, open_target
 from dspark.config import SEQUENTIAL_HEADS, TrainConfig
 from dspark.errors import SettingError
 from dspark.prompts import read_prompts
+from dspark.train.openers import OPENERS
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(TrainConfig)}
 
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="N",
         help=f"instructions the target invents (default {DEFAULTS['num_prompts']})",
+    )
+    data.add_argument(
+        "--kinds", default="", metavar="LIST", help=f"kinds of instructions to invent, of {', '.join(OPENERS)} (default: all)"
     )
     data.add_argument(
         "--answers", action="append", default=[], metavar="FILE", help="answers sampled earlier, used as they are; may be given again"
@@ -47,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bound of the feature cache on disk (default %(default)s)",
     )
     shape = parser.add_argument_group("head")
-    shape.add_argument("--start-from", default=None, metavar="HEAD", help="go on training this head, which brings its own shape")
+    shape.add_argument(
+        "--start-from", default=None, metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it"
+    )
     shape.add_argument("--layers", type=int, metavar="L", help="draft layers (default 2)")
     shape.add_argument("--kv-heads", type=int, metavar="K", help="key heads of the draft layers (default: as many as query heads)")
     shape.add_argument("--block-size", type=int, metavar="G", help="tokens drafted a round, gamma (default 5)")
@@ -107,9 +113,13 @@ def run(options: argparse.Namespace) -> int:
     if options.device != "cpu":
         raise SettingError(f"--device is {options.device}", "training runs on the CPU; the trained head serves on any device")
     shape = head_shape(options)
-    if options.answers and (options.prompts or options.only_answers or options.num_prompts is not None):
+    kinds = tuple(kind.strip() for kind in options.kinds.split(",") if kind.strip())
+    unknown = [kind for kind in kinds if kind not in OPENERS]
+    if unknown:
+        raise SettingError(f"--kinds names {unknown[0]!r}", f"choose from {', '.join(OPENERS)}")
+    if options.answers and (options.prompts or options.only_answers or options.num_prompts is not None or kinds):
         raise SettingError(
-            "--answers brings finished answers; --prompts, --num-prompts and --only-answers cannot take effect beside it",
+            "--answers brings finished answers; --prompts, --num-prompts, --kinds and --only-answers cannot take effect beside it",
             "leave one of them out",
         )
     num_prompts = DEFAULTS["num_prompts"] if options.num_prompts is None else options.num_prompts
@@ -118,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
     if missing:
         raise SettingError(f"no answers file {missing[0]}", "sample some: `dspark train TARGET --out DIR --only-answers`")
     config = TrainConfig(
-        seed=options.seed, num_prompts=num_prompts, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
+        seed=options.seed, num_prompts=num_prompts, kinds=kinds, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
         sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
         muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
     )  # fmt: skip
@@ -145,12 +155,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def head_shape(options: argparse.Namespace) -> dict:
-    """The shape asked for; empty beside --start-from, whose head has one."""
+    """The shape asked for; beside --start-from, whose head has one, at most a larger rank."""
     given = [name for name in SHAPE if getattr(options, name) is not None]
     if options.start_from is not None:
-        if given:
-            raise SettingError(f"--{given[0].replace('_', '-')} cannot take effect beside --start-from", "the head brings its own shape")
-        return {}
+        other = [name for name in given if name != "rank"]
+        if other:
+            raise SettingError(f"--{other[0].replace('_', '-')} cannot take effect beside --start-from", "the head brings its own shape")
+        return {} if options.rank is None else {"markov_rank": options.rank}
     shape = {name: default if getattr(options, option) is None else getattr(options, option) for option, (name, default) in SHAPE.items()}
     shape["draft_vocab_size"] = shape["draft_vocab_size"] or None
     try:

@@ -25,10 +25,10 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 Progress = Callable[[str, int, int], Any]  # stage, done, total
 
 
-def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: Progress) -> list[dict]:
-    """`count` user turns the target makes up from the openers: records of text and kind."""
+def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: Progress, kinds: Sequence[str] = ()) -> list[dict]:
+    """`count` user turns the target makes up from the openers of these kinds (none named: all): records of text and kind."""
     before, after = turn_template(target)
-    openers = all_openers()
+    openers = all_openers(kinds)
     jobs = [openers[i % len(openers)] for i in range(count)]
     stop = target.eos_ids | frozenset(target.tokenizer(after, add_special_tokens=False).input_ids[:1])
 

@@ -3,6 +3,8 @@
 The empty start gives what the model itself finds likely; the others steer it to the kinds
 of work people speculate for: code, mathematics, structured text, plain chat."""
 
+from collections.abc import Sequence
+
 OPENERS = {
     "free": [""] * 4,
     "chat": [
@@ -103,7 +105,8 @@ OPENERS = {
 }
 
 
-def all_openers() -> list[tuple[str, str]]:
-    """(kind, opener) pairs, kinds interleaved so that any prefix of the list is a mix."""
-    longest = max(len(openers) for openers in OPENERS.values())
-    return [(kind, openers[i % len(openers)]) for i in range(longest) for kind, openers in OPENERS.items()]
+def all_openers(kinds: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(kind, opener) pairs of these kinds (none named: all), interleaved so that any prefix of the list is a mix."""
+    chosen = {kind: openers for kind, openers in OPENERS.items() if not kinds or kind in kinds}
+    longest = max(len(openers) for openers in chosen.values())
+    return [(kind, openers[i % len(openers)]) for i in range(longest) for kind, openers in chosen.items()]

@@ -28,7 +28,7 @@ from dspark.train.card import write_card
 from dspark.train.estimate import estimate
 from dspark.train.features import FeatureStore
 from dspark.train.trainer import measure, train_steps
-from dspark.train.warmstart import new_head
+from dspark.train.warmstart import new_head, widened
 
 MOST_BATCHES = 50_000  # of prompts; the seeds of the answers' batches begin this far behind theirs
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
@@ -78,7 +78,7 @@ def train(
 
     Prompts given by the user are mixed with `config.num_prompts` that the target invents;
     `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
-    `start_from` is the folder of a head to go on with; `shape` is then empty.
+    `start_from` is the folder of a head to go on with; `shape` then holds nothing, or a larger `markov_rank`.
     `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten."""
     work = out / "progress"
     if target.tokenizer is None and not answers:
@@ -92,20 +92,23 @@ def train(
             "ask for more prompts, or lower --held-out",
         )
     given = load_head(start_from, target) if start_from else None
+    start = None if given is None else [digest(parameter) for parameter in given.parameters()]
+    if given is not None and shape.get("markov_rank") is not None:
+        given = widened(given, target, shape["markov_rank"])
     records = [record for path in answers for record in read_answers(path, target.vocab_size, target.max_context)]
     if answers:
         records = usable(records, config)
     else:
         refuse_unfit_prompts(target, config, prompts or ())
     # The label binds the folder to these settings: all that can be refused beforehand has been.
-    begin_or_resume(out, work, settings(target, config, shape, prompts, answers, given), resume)
+    begin_or_resume(out, work, settings(target, config, shape, prompts, answers, start), resume)
     bar = Bar()
     say(estimate(target, config, shape, prompts, answers))
     if not answers:
         own = [
             {"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()
         ]
-        invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar)
+        invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar, config.kinds)
         everything = interleave(own, invented)
         answered = answer_prompts(
             target, everything, config.max_answer_tokens, config.seed * 100_000 + MOST_BATCHES, work / "answers.jsonl", bar
@@ -167,7 +170,7 @@ def refuse_unfit_prompts(target: Target, config: TrainConfig, prompts: Sequence[
 
 
 def settings(
-    target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], start: Head | None
+    target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], start: list[str] | None
 ) -> str:
     """Everything that decides what a run computes, as text: a resumed run must have the same."""
     described = {
@@ -176,7 +179,7 @@ def settings(
         "target": target.fingerprint(),
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest(),
         "answers": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in answers],
-        "start_from": None if start is None else [digest(parameter) for parameter in start.parameters()],
+        "start_from": start,
     }
     return json.dumps(described, sort_keys=True, default=str)
 

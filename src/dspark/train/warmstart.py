@@ -1,9 +1,12 @@
 """A new head that starts from the target's own last layers instead of from noise."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from dspark.config import HeadConfig
+from dspark.errors import SettingError
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -30,17 +33,44 @@ def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: 
         for layer, source in zip(head.layers, sources, strict=True):
             copy_layer(layer, source, config)
         if head.markov_head is not None:
-            embedding = target.embed(torch.arange(config.vocab_size)).detach().float()
-            embedding = embedding - embedding.mean(0)
-            _, _, components = torch.linalg.svd(embedding[::16], full_matrices=False)
-            rank = min(config.markov_rank, len(components))
-            projected = embedding @ components[:rank].T
-            head.markov_head.markov_w1.weight.data[:, :rank] = projected / projected.std().clamp_min(1e-6)
+            leading = leading_components(target, config.markov_rank)
+            head.markov_head.markov_w1.weight.data[:, : leading.shape[1]] = leading
             head.markov_head.markov_w2.weight.data.zero_()
         if head.confidence_head is not None:
             head.confidence_head.proj.weight.data.zero_()
             head.confidence_head.proj.bias.data.zero_()
         return head
+
+
+def widened(head: Head, target: Target, rank: int) -> Head:
+    """The same head with a sequential head of a larger rank: it drafts as before until it is trained on.
+
+    New columns of W1 are the embedding's next components, new columns of W2 and of the confidence head are 0.
+    Raises `SettingError` for a rank that is no larger, and for heads whose gates would change."""
+    config = head.config
+    if config.markov_head_type != "vanilla" or not 0 < config.markov_rank <= rank:
+        raise SettingError(
+            f"a {config.markov_head_type} head of rank {config.markov_rank} cannot be widened to rank {rank}",
+            "only vanilla heads can, to a larger rank; train a new one without --start-from",
+        )
+    wide = Head(replace(config, markov_rank=rank), head.draft_ids, head.output_rows, head.mask_embedding)
+    given = head.state_dict()
+    for name, parameter in wide.state_dict().items():
+        parameter.zero_()
+        if name == "markov_head.markov_w1.weight":
+            leading = leading_components(target, rank)
+            parameter[:, : leading.shape[1]] = leading
+        parameter[tuple(slice(size) for size in given[name].shape)] = given[name]
+    return wide
+
+
+def leading_components(target: Target, rank: int) -> torch.Tensor:
+    """The target's token embeddings in their `rank` leading directions (fewer if there are fewer), each of unit spread [V, r]."""
+    embedding = target.embed(torch.arange(target.vocab_size, device=target.device)).detach().float().cpu()
+    embedding = embedding - embedding.mean(0)
+    _, _, components = torch.linalg.svd(embedding[::16], full_matrices=False)
+    projected = embedding @ components[:rank].T
+    return projected / projected.std().clamp_min(1e-6)
 
 
 def copy_layer(layer: nn.Module, source: nn.Module, config: HeadConfig) -> None:
