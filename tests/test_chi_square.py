@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from dspark.core import sampling, verifier
 from dspark.core.decode import Drafter, Scored, decode
-from dspark.core.planner import fixed, threshold
+from dspark.core.planner import Adaptive, Always, Costs, CostTable, Lagged, threshold
 from dspark.core.sampling import Streams
 from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
 from dspark.generation import generate, make_law
@@ -25,9 +25,16 @@ VOCABULARY = 12
 NUM_NEW = 3
 PROMPT = (4, 0, 1, 4, 0)  # the lookup proposes 1, which this target says about a quarter of the time
 RARE = 8  # cells expected less often than this are merged
-LAWS = {"T=1": make_law(1.0), "top-p": make_law(0.8, top_p=0.9)}
-# With the vanilla head's confidences this cuts x_2 or keeps it, by what x_1 is.
-PLANS = {"T=1": fixed, "top-p": threshold(0.0082)}
+LAWS = {"T=1": make_law(1.0), "top-p": make_law(0.8, top_p=0.9), "lagged": make_law(1.0), "adaptive": make_law(1.0)}
+# A round that costs about what it brings, so that the adaptive planner parks and starts again many times.
+TABLE = CostTable((0, 8), (Costs(0.1, (1.0, 1.05, 1.1, 1.3, 1.35)), Costs(0.2, (1.1, 1.2, 1.2, 1.4, 1.5))))
+PLANNERS = {
+    "T=1": Always,
+    # With the vanilla head's confidences this cuts x_2 or keeps it, by what x_1 is.
+    "top-p": lambda: Always(threshold(0.0082)),
+    "lagged": lambda: Lagged(TABLE),
+    "adaptive": lambda: Adaptive(TABLE, [0.3] * 4, trust=2),
+}
 DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "lookup", "none")
 
 
@@ -107,11 +114,11 @@ def sample(drafter: str, law: str, num_samples: int, seed: int = 0) -> tuple[Cou
     """How often each continuation came, and each number of accepted tokens in its first round."""
     target, streams = tiny_target(), Streams(seed)
     chosen = make_drafter(drafter, target)
-    said, accepted = Counter(), Counter()
+    said, accepted, planner = Counter(), Counter(), PLANNERS[law]()
     for _ in range(num_samples):
-        rounds = list(decode(target, chosen, PROMPT, LAWS[law], streams, NUM_NEW, plan=PLANS[law]))
+        rounds = list(decode(target, chosen, PROMPT, LAWS[law], streams, NUM_NEW, planner=planner))
         said[tuple(token for done in rounds for token in done.tokens)] += 1
-        accepted[rounds[0].num_accepted] += 1
+        accepted[rounds[0].num_accepted if rounds[0].num_drafted else "parked"] += 1
     return said, accepted
 
 
@@ -151,6 +158,14 @@ def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
     assert p_value(said, law) > 1e-4
     # Rejections and acceptances both took part.
     assert drafter == "none" or min(accepted[0], num_samples - accepted[0]) > num_samples / 100
+
+
+@pytest.mark.parametrize("num_samples", [2_000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("planner", ["lagged", "adaptive"])
+def test_continuations_have_the_law_of_the_target_under_planners_that_remember(planner, num_samples):
+    said, accepted = sample("vanilla", planner, num_samples)
+    assert p_value(said, planner) > 1e-4
+    assert len(accepted) > 2 and (planner == "lagged" or num_samples / 100 < accepted["parked"] < num_samples * 0.99)
 
 
 WRONG_RULES = {

@@ -133,7 +133,7 @@ def test_a_bad_prompts_line_is_named(place, capsys, tmp_path):
 
 
 def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("dspark.measure.profile.BANDWIDTH_BYTES", 2**22)
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
     code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
@@ -161,7 +161,7 @@ def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeyp
 
 
 def test_profile_tells_rows_draft_and_bandwidth(place, capsys, monkeypatch):
-    monkeypatch.setattr("dspark.measure.profile.BANDWIDTH_BYTES", 2**22)
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
     code, out, _ = run(capsys, "profile", place / "target", "--head", place / "head", "--context", 40, "--json")
     found = json.loads(out)
     assert code == 0 and list(found["rows"]) == ["1", "2", "3", "4", "6", "8", "12", "16"]

@@ -16,6 +16,7 @@ LAYERS = [
     {"errors", "config", "prompts", "core"},
     {"target", "head"},
     {"drafters"},
+    {"profiling"},
     {"generation", "grafting"},
     {"train", "measure", "engine", "formats"},
     {"server", "cli"},

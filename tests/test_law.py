@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.core.decode import Scored, judge_by_law, judge_fast
-from dspark.core.planner import fixed, threshold
+from dspark.core.planner import Costs, early_stop, fixed, threshold, worth
 from dspark.core.sampling import Law, Streams, draw, probs
 from dspark.core.verifier import Draft, FewTokens, Verdict, acceptance, residual, verify
 from dspark.errors import LogitsError
@@ -39,7 +39,13 @@ LAWS = {
     "repetition": make_law(0.9, repetition_penalty=1.7),
     "greedy repetition": make_law(0, repetition_penalty=2.0),
 }
-PLANS = {"fixed": fixed, "threshold": threshold(0.4)}
+STAIRS = Costs(0.5, (1.0, 1.5, 1.55, 1.8))
+PLANS = {
+    "fixed": fixed,
+    "threshold": threshold(0.4),
+    "early stop": early_stop(Costs(0.1, (1.0, 1.2, 1.65, 2.4))),
+    "worth": worth(STAIRS, 1.4, (0.6, 0.5, 0.4)),
+}
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,8 @@ def test_cases_differ_as_they_claim():
     masked = make_case(LAWS["T=1"], "without overlap", num_allowed=3)
     assert max(acceptance(masked.p(PROMPT), masked.q(PROMPT), x) for x in range(VOCABULARY) if masked.q(PROMPT)[x] > 0) == 0
     case = make_case(LAWS["T=1"], "random")
-    assert {PLANS["threshold"](confidences_of(case, block), 3) for block, _ in blocks(case, 3)} == {1, 2, 3}
+    for plan in PLANS.keys() - {"fixed"}:
+        assert len({PLANS[plan](confidences_of(case, block), 3) for block, _ in blocks(case, 3)}) > 1, plan
     rows = torch.stack([masked.p(pair) for pair in product(range(VOCABULARY), repeat=2)])
     assert set((rows > 0).sum(-1).tolist()) == {1, 3}
 
@@ -285,21 +292,13 @@ def test_draw_never_meets_a_masked_token_of_a_large_vocabulary(seed):
 # The failing controls --------------------------------------------------------------------
 
 
-def hardware_aware(steps_per_second: Sequence[float], stop_at_once: bool):
-    """One request's plan by theta = tau * SPS (paper, algorithm 1); without `stop_at_once`, the best
-    prefix of the whole block, chosen after looking at all of it (paper, appendix A)."""
+def looking_ahead(steps_per_second: Sequence[float]):
+    """The prefix of best theta = tau * SPS, chosen after looking at the confidences of the whole block (paper, appendix A)."""
 
     def plan(confidences: Sequence[float], limit: int) -> int:
-        survival, tau, best, num_planned = 1.0, 1.0, steps_per_second[0], 0
-        for k in range(limit):
-            survival *= confidences[k]
-            tau += survival
-            theta = tau * steps_per_second[k + 1]
-            if theta > best:
-                best, num_planned = theta, k + 1
-            elif stop_at_once:
-                break
-        return num_planned
+        survivals = [prod(confidences[:k]) for k in range(limit + 1)]
+        thetas = [sum(survivals[: k + 1]) * steps_per_second[k] for k in range(limit + 1)]
+        return thetas.index(max(thetas))
 
     return plan
 
@@ -325,14 +324,14 @@ def first_token(joint: torch.Tensor) -> list[float]:
 
 
 def test_looking_ahead_changes_the_law():
-    joint = round_joint(appendix_case(), hardware_aware(APPENDIX_SPS, stop_at_once=False), 2)
+    joint = round_joint(appendix_case(), looking_ahead(APPENDIX_SPS), 2)
     assert first_token(joint) == pytest.approx([0.85, 0.15], abs=1e-12)
 
 
 @pytest.mark.parametrize("steps_per_second", [APPENDIX_SPS, (1.0, 0.6, 0.5)])
 def test_stopping_at_once_keeps_the_law(steps_per_second):
     """The second speeds make x_1 decide how much of x_2 is verified, which is allowed."""
-    plan = hardware_aware(steps_per_second, stop_at_once=True)
+    plan = early_stop(Costs(0.0, tuple(1 / speed for speed in steps_per_second)))
     assert first_token(round_joint(appendix_case(), plan, 2)) == pytest.approx([0.7, 0.3], abs=1e-12)
     assert bias(appendix_case(), plan, 2) < 1e-12
 

@@ -14,11 +14,12 @@ from transformers import (
 )
 
 from dspark.core.decode import Drafter, Round, decode
-from dspark.core.planner import Plan, fixed
+from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, threshold
 from dspark.core.sampling import Law, Streams
 from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
 from dspark.errors import PromptError, SettingError
 from dspark.head.head import Head
+from dspark.profiling import planning_costs
 from dspark.target.target import Target
 
 # transformers' processors that read the logits alone; all others also get the tokens before the row.
@@ -27,6 +28,9 @@ PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinP
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
 DRAFTERS = ("dspark", "dflash", "lookup", "none")
+PLANS = ("auto", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
+DEFAULT_PLAN = "auto"
+USUAL_ACCEPTANCE = 0.5  # of a drafter nobody has measured yet, and worth a few rounds only
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,10 @@ def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
     return Law(tuple(processors[:split]), tuple(processors[split:]), greedy)
 
 
-def make_drafter(name: str, target: Target, head: Head | None) -> Drafter:
-    """The drafter of this name. Raises `SettingError` when the name or the head does not fit."""
+def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter:
+    """The drafter of this name; None: the head's own, or none. Raises `SettingError` when the name or the head does not fit."""
+    if name is None:
+        name = "none" if head is None else "dspark" if head.config.markov_rank else "dflash"
     if name not in DRAFTERS:
         raise SettingError(f"unknown drafter {name!r}", f"choose one of {', '.join(DRAFTERS)}")
     if name == "none":
@@ -126,6 +132,33 @@ def make_drafter(name: str, target: Target, head: Head | None) -> Drafter:
     return DSparkDrafter(head, target)
 
 
+def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callable[[str], None] = lambda text: None) -> Planner:
+    """The planner that `spec` names, one of `PLANS`; None: auto. Raises `SettingError` for another.
+
+    auto, early-stop and lagged need this machine's costs, which are measured at first use (profiling.py).
+    An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
+    a name to start each call alike, which is what lets a seed replay at a temperature above 0."""
+    spec = DEFAULT_PLAN if spec is None else spec
+    name, _, value = spec.partition(":")
+    if drafter.block_size == 0 or spec == "fixed":
+        return Always()
+    if name in ("length", "threshold") and value:
+        try:
+            number = int(value) if name == "length" else float(value)
+        except ValueError:
+            number = -1
+        if number >= 0 and (name == "length" or number <= 1):
+            return Always(length=int(number)) if name == "length" else Always(threshold(number))
+    if spec not in ("auto", "early-stop", "lagged"):
+        raise SettingError(
+            f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
+        )
+    table = planning_costs(target, drafter.head if isinstance(drafter, DSparkDrafter) else None, say)
+    if spec == "auto":
+        return Adaptive(table, [USUAL_ACCEPTANCE] * drafter.block_size, trust=8)
+    return Lagged(table) if spec == "lagged" else EarlyStop(table)
+
+
 def stream(
     target: Target,
     head: Head | None,
@@ -137,16 +170,15 @@ def stream(
     drafter: str | Drafter | None = None,
     stop: str | Sequence[str] = (),
     eos_ids: frozenset[int] | None = None,
-    plan: Plan = fixed,
+    plan: str | Planner | None = None,
 ) -> Iterator[Round]:
     """Yield the rounds of one answer as they happen; `generate` collects them."""
     stop = as_strings(stop)
     check_request(target, prompt_ids, max_new_tokens, seed, stop)
-    if drafter is None:
-        drafter = "none" if head is None else "dspark" if head.config.markov_rank else "dflash"
-    chosen = make_drafter(drafter, target, head) if isinstance(drafter, str) else drafter
+    chosen = make_drafter(drafter, target, head) if drafter is None or isinstance(drafter, str) else drafter
+    planner = make_planner(plan, target, chosen) if plan is None or isinstance(plan, str) else plan
     finished = stopping_rule(target, target.eos_ids if eos_ids is None else eos_ids, stop)
-    yield from decode(target, chosen, prompt_ids, law, Streams(seed), max_new_tokens, finished, plan)
+    yield from decode(target, chosen, prompt_ids, law, Streams(seed), max_new_tokens, finished, planner)
 
 
 def generate(
@@ -168,7 +200,8 @@ def generate(
     """Continue `prompt_ids` (a list of token ids) with the target's own law, drafted by `head` (None: plainly).
 
     `max_new_tokens` counts exactly; `stop` ends the text before any of the given strings;
-    `drafter` overrides the head's own ("lookup", "none", or an object); `on_text` receives text
+    `drafter` overrides the head's own ("lookup", "none", or an object); `plan` says how much to speculate, a name of
+    `PLANS` or an object (`make_planner`); it changes the speed, not the law; `on_text` receives text
     as it becomes final. The same seed replays the same tokens. Raises the `UserError` family."""
     law = make_law(temperature, top_k, top_p, min_p, repetition_penalty, logits_processors)
     stop = options["stop"] = as_strings(options.get("stop", ()))

@@ -15,7 +15,7 @@ from dspark.core.decode import decode
 from dspark.core.sampling import Streams
 from dspark.drafters import DSparkDrafter
 from dspark.errors import SettingError
-from dspark.generation import split_law
+from dspark.generation import make_planner, split_law
 from dspark.head.folder import refuse_other_target
 from dspark.head.head import Head
 from dspark.target.load import use_runtime
@@ -25,10 +25,10 @@ TAKEN = ("custom_generate", "past_key_values", "assistant_model", "prompt_lookup
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
-def graft(model, head: Head, runtime: str = "auto") -> None:
+def graft(model, head: Head, runtime: str = "auto", plan: str | None = None) -> None:
     """From now on `model.generate(...)` drafts with `head`. One prompt a call; sampling, greedy
     decoding, processors, stopping criteria and streamers work as before, `torch.manual_seed` replays.
-    `runtime` as in `load_target`; `eager` computes with the model's own modules.
+    `runtime` as in `load_target`; `eager` computes with the model's own modules. `plan` as in `dspark.generate`.
 
     What cannot be speculated (batches, beams, an own cache, recorded scores) raises `SettingError`, a head of
     another shape `HeadError`; `ungraft(model)` restores the plain method. Copies of the model are plain."""
@@ -37,7 +37,8 @@ def graft(model, head: Head, runtime: str = "auto") -> None:
     target = Target(model)
     refuse_other_target(head.config, {}, target)
     use_runtime(target, runtime)
-    model.generate = Speculating(model, target, DSparkDrafter(head, target), model.__dict__.get("generate"), was_training)
+    drafter = DSparkDrafter(head, target)
+    model.generate = Speculating(model, target, drafter, model.__dict__.get("generate"), was_training, plan)
 
 
 def ungraft(model) -> None:
@@ -54,8 +55,10 @@ def ungraft(model) -> None:
 class Speculating:
     """`generate` of a grafted model: transformers' own, with our loop as its decoding method."""
 
-    def __init__(self, model, target: Target, drafter: DSparkDrafter, own, was_training: bool):
+    def __init__(self, model, target: Target, drafter: DSparkDrafter, own, was_training: bool, plan: str | None):
         self.model, self.target, self.drafter, self.own, self.was_training = model, target, drafter, own, was_training
+        self.planner = functools.partial(make_planner, plan, target, drafter)
+        self.greedy_planner = self.planner()  # learns from all greedy calls; sampled ones begin alike, so that a seed replays
         self.plain = model.generate
         functools.update_wrapper(self, self.plain)
 
@@ -67,7 +70,7 @@ class Speculating:
                 raise SettingError(f"{name} cannot be combined with a grafted head", "call dspark.ungraft(model) first")
         given = {name: value for name, value in with_stop_strings(self.model, given).items() if name != "custom_generate"}
         # transformers hands a custom method neither streamer nor tokenizer; the prompt it streams itself.
-        return self.plain(**given, custom_generate=functools.partial(run, self.target, self.drafter, given.get("streamer")))
+        return self.plain(**given, custom_generate=functools.partial(run, self, given.get("streamer")))
 
     def __deepcopy__(self, memo):
         return plain_generate(memo[id(self.model)])
@@ -96,9 +99,7 @@ def with_stop_strings(model, given: dict) -> dict:
     return given
 
 
-def run(
-    target: Target, drafter: DSparkDrafter, streamer, model, input_ids, *, logits_processor, stopping_criteria, generation_config, **kwargs
-):
+def run(grafted: Speculating, streamer, model, input_ids, *, logits_processor, stopping_criteria, generation_config, **kwargs):
     """The decoding method that transformers calls, in the shape of its own `_sample`."""
     refuse(generation_config, input_ids, kwargs.get("attention_mask"))
     law = split_law(logits_processor, greedy=not generation_config.do_sample)
@@ -113,7 +114,8 @@ def run(
     seed = int(torch.randint(2**40, (1,))) if generation_config.do_sample else 0
     num_new = generation_config.max_length - len(prompt)
     with torch.inference_mode():
-        for done in decode(target, drafter, prompt, law, Streams(seed), num_new, finished):
+        planner = grafted.greedy_planner if law.greedy else grafted.planner()
+        for done in decode(grafted.target, grafted.drafter, prompt, law, Streams(seed), num_new, finished, planner):
             new += done.tokens
             if streamer is not None:
                 for token in done.tokens:

@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_head(parser)
     parser.add_argument("--dflash-head", default=None, metavar="HEAD", help="a head of rank 0 for the mode dflash")
     parser.add_argument(
-        "--compare", default="plain,dspark", metavar="LIST", help="of plain, dspark, dflash, lookup, hf, hf-lookup (default %(default)s)"
+        "--compare",
+        default="plain,dspark",
+        metavar="LIST",
+        help="of plain, dspark, dflash, lookup, hf, hf-lookup; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -44,18 +47,18 @@ def run(options: argparse.Namespace) -> int:
     if not names:
         raise SettingError("--compare names no mode", "give some of plain, dspark, dflash, lookup, hf, hf-lookup")
     make_law(options.temperature)
-    heads = {}
-    if "dspark" in names:
+    heads, kinds = {}, {name.partition("@")[0] for name in names}
+    if "dspark" in kinds:
         heads["dspark"] = open_head(options, target)
         if heads["dspark"] is None:
             raise HeadError(
                 f"mode dspark needs a head, and none is known for {target.name}", "pass --head DIR, or leave dspark out of --compare"
             )
-    if "dflash" in names:
+    if "dflash" in kinds:
         if options.dflash_head is None:
             raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
         heads["dflash"] = load_head(named_head(options.dflash_head), target)
-    modes = [Mode(name, heads.get(name)) for name in names]
+    modes = [Mode(name, heads.get(name.partition("@")[0])) for name in names]
     ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     from tqdm import tqdm
 
@@ -76,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     )
     print(table(report))
     if "plain" in report and target.device.type == "cpu":
-        from dspark.measure.profile import read_bandwidth, weight_bytes
+        from dspark.profiling import read_bandwidth, weight_bytes
 
         report["plain"]["reading"] = {"weight_bytes": weight_bytes(target), "bandwidth": read_bandwidth()}
         print(reading(report["plain"]["tokens_per_second"], **report["plain"]["reading"]))

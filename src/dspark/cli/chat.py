@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from dspark.cli.generate import write
-from dspark.cli.options import add_head, add_sampling, add_target, open_head, open_target, sampling_options, say
+from dspark.cli.options import add_head, add_plan, add_sampling, add_target, open_head, open_target, sampling_options, say
 from dspark.errors import PromptError
 
 
@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_head(parser)
     parser.add_argument("--drafter", default=None, metavar="NAME", help="dspark, dflash, lookup or none (default: what the head is)")
     parser.add_argument("--system", default=None, metavar="TEXT", help="a system message to start with")
+    add_plan(parser)
     add_sampling(parser)
 
 
@@ -21,10 +22,12 @@ def run(options: argparse.Namespace) -> int:
         raise PromptError("the input is closed", "chat reads its turns from stdin")
     target = open_target(options)
     head = open_head(options, target)
-    from dspark.generation import generate
+    from dspark.generation import generate, make_drafter, make_planner
 
     if target.tokenizer is None or target.tokenizer.chat_template is None:
         raise PromptError(f"{target.name} has no chat template", "use `dspark generate --raw`")
+    drafter = make_drafter(options.drafter, target, head)
+    plan = make_planner(options.plan, target, drafter, say) if options.temperature == 0 else options.plan
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
     say("type a message; an empty line or Ctrl-D ends, /new starts over")
@@ -43,9 +46,8 @@ def run(options: argparse.Namespace) -> int:
             continue
         messages.append({"role": "user", "content": text})
         try:
-            result = generate(
-                target, head, target.prompt_ids(messages), drafter=options.drafter, on_text=write, **sampling_options(options)
-            )
+            ids = target.prompt_ids(messages)
+            result = generate(target, head, ids, drafter=drafter, plan=plan, on_text=write, **sampling_options(options))
         except PromptError as error:  # the conversation has outgrown the context; it is not lost
             say(f"error: {error}\nhint: /new starts a new conversation")
             messages.pop()

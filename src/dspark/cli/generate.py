@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from dspark.cli.options import add_head, add_sampling, add_target, open_head, open_prompts, open_target, sampling_options, say
+from dspark.cli.options import add_head, add_plan, add_sampling, add_target, open_head, open_prompts, open_target, sampling_options, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", default=None, metavar="NAME", help="dspark, dflash, lookup or none (default: what the head is)")
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    add_plan(parser)
     add_sampling(parser)
 
 
@@ -22,12 +23,15 @@ def run(options: argparse.Namespace) -> int:
     prompts = open_prompts(options.prompt, options.prompts)
     target = open_target(options)
     head = open_head(options, target)
-    from dspark.generation import generate
+    from dspark.generation import generate, make_drafter, make_planner
 
+    drafter = make_drafter(options.drafter, target, head)
+    # At T = 0 one planner learns from all prompts; above, each begins alike, so that its seed replays.
+    plan = make_planner(options.plan, target, drafter, say) if options.temperature == 0 else options.plan
     for index, prompt in enumerate(prompts):
         ids = target.prompt_ids(prompt.content, raw=options.raw)
         show = None if options.json else write
-        result = generate(target, head, ids, drafter=options.drafter, on_text=show, **sampling_options(options))
+        result = generate(target, head, ids, drafter=drafter, plan=plan, on_text=show, **sampling_options(options))
         if options.json:
             figures = {
                 "index": index, "text": result.text, "token_ids": result.token_ids, "num_tokens": result.num_tokens,

@@ -24,6 +24,15 @@ def add_head(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", default=None, metavar="HEAD", help="folder or hub id; `none` decodes plainly (default: the shipped head)")
 
 
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plan",
+        default=None,
+        metavar="PLAN",
+        help="how much to speculate: auto, fixed, length:N, threshold:P, early-stop or lagged (default auto: what gains most time here)",
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"exact limit (default {max_new_tokens})")

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     from dspark.measure.bench import machine
-    from dspark.measure.profile import REPEATS, ROWS, profile
+    from dspark.profiling import REPEATS, ROWS, profile
 
     if not 1 <= options.context <= target.max_context - max(ROWS) - 1:
         raise SettingError(f"--context is {options.context}", f"use 1 to {target.max_context - max(ROWS) - 1} for this target")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dspark.core.planner import Plan, fixed
+from dspark.core.planner import Always, Planner
 from dspark.core.sampling import Law, Streams, best, probs
 from dspark.core.verifier import Draft, Verdict, verify, verify_greedy
 
@@ -101,7 +101,7 @@ def decode(
     streams: Streams,
     max_new_tokens: int,
     stop: Callable[[list[int]], bool] = lambda new_ids: False,
-    plan: Plan = fixed,
+    planner: Planner = Always(),  # noqa: B008  frozen, without state
     judge: Judge = judge_fast,
 ) -> Iterator[Round]:
     """Yield rounds until `max_new_tokens` or until `stop(new_ids)` says that the last token ends the text.
@@ -116,13 +116,13 @@ def decode(
     while not finished and len(ids) - num_prompt < max_new_tokens:
         # The round yields at least one token besides the accepted ones: more would never be used.
         limit = min(drafter.block_size, num_prompt + max_new_tokens - len(ids) - 1)
-        draft = drafter.draft(ids, limit, law, streams.draft)
-        limit = min(limit, len(draft.tokens))
-        num_planned = plan(draft.confidences or [1.0] * limit, limit)
+        draft = drafter.draft(ids, planner.ask(limit, len(ids)), law, streams.draft)
+        num_planned = planner.plan(draft.confidences, len(draft.tokens))
         scored = target.score(state, [ids[-1], *draft.tokens[:num_planned]])
         verdict = judge(law, ids, draft, num_planned, scored, streams)
         target.rollback(state, num_planned - verdict.num_accepted)
         drafter.commit(scored.features_TMD[: verdict.num_accepted + 1])
+        planner.learn(len(draft.tokens), num_planned, verdict.num_accepted)
         new = []
         for token in [*draft.tokens[: verdict.num_accepted], verdict.next_token]:
             ids.append(token)

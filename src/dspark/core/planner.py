@@ -1,15 +1,79 @@
-"""How many drafted tokens to verify. A plan sees a token's confidence before it keeps the token.
+"""How much to speculate: whether to draft at all, and how many drafted tokens to verify.
 
 A plan is exact when the decision to verify x_k depends on nothing drawn at or after x_k.
 `confidences[k]` looks at x_1..x_{k-1} only (paper eq. 7), so any rule that walks the block from
 the front and stops at the first position it dislikes is exact. A rule that looks ahead and
-then cuts is not: its bias is the failing control of our tests (paper, appendix A).
+then cuts is not: its bias is the failing control of our tests (paper, appendix A). Costs, and
+what earlier rounds gave, may enter anywhere: no token of this block decides them.
 This module imports no torch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 # (confidences, limit) -> number of tokens to verify, 0..limit
 Plan = Callable[[Sequence[float], int], int]
+
+
+class Planner(Protocol):
+    """What the decoding loop asks in each round. `num_tokens` is the length of the text so far; `confidences` is None
+    for a drafter that has no opinion."""
+
+    def ask(self, limit: int, num_tokens: int) -> int:
+        """How many tokens to draft, at most `limit`; 0 skips the draft pass."""
+        ...
+
+    def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
+        """How many of the first `limit` drafted tokens to verify."""
+        ...
+
+    def learn(self, num_drafted: int, num_planned: int, num_accepted: int) -> None:
+        """What came of the round."""
+        ...
+
+
+# Costs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds on this machine: of a draft pass, and of a target pass of 1, 2, ... rows."""
+
+    draft: float
+    rows: tuple[float, ...]
+
+    def score(self, num_planned: int) -> float:
+        """A target pass over the anchor and so many tokens; past the last measured count, in proportion to it."""
+        last = len(self.rows) - 1
+        return self.rows[num_planned] if num_planned <= last else self.rows[last] * (num_planned + 1) / (last + 1)
+
+    @property
+    def plain(self) -> float:
+        """One step of plain decoding."""
+        return self.rows[0]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs measured after contexts of these lengths, ascending; between them, linear."""
+
+    contexts: tuple[int, ...]
+    costs: tuple[Costs, ...]
+
+    def at(self, context: int) -> Costs:
+        context = min(max(context, self.contexts[0]), self.contexts[-1])
+        above = next(i for i, length in enumerate(self.contexts) if length >= context)
+        if self.contexts[above] == context:
+            return self.costs[above]
+        low, high = self.costs[above - 1], self.costs[above]
+        share = (context - self.contexts[above - 1]) / (self.contexts[above] - self.contexts[above - 1])
+        return Costs(
+            low.draft + share * (high.draft - low.draft),
+            tuple(a + share * (b - a) for a, b in zip(low.rows, high.rows, strict=True)),
+        )
+
+
+# Plans of one block ----------------------------------------------------------------------
 
 
 def fixed(confidences: Sequence[float], limit: int) -> int:
@@ -29,3 +93,195 @@ def threshold(least: float) -> Plan:
         return limit
 
     return plan
+
+
+def early_stop(costs: Costs) -> Plan:
+    """The paper's Algorithm 1 for one request: verify one token more while that raises tokens per millisecond of the round."""
+
+    def plan(confidences: Sequence[float], limit: int) -> int:
+        survival, tau, best = 1.0, 1.0, 1 / (costs.draft + costs.score(0))
+        for k in range(limit):
+            survival *= confidences[k]
+            tau += survival
+            rate = tau / (costs.draft + costs.score(k + 1))
+            if rate <= best:
+                return k
+            best = rate
+        return limit
+
+    return plan
+
+
+def worth(costs: Costs, rate: float, later: Sequence[float]) -> Plan:
+    """Verify on while some longer prefix is expected to bring more tokens than its milliseconds are worth at `rate`.
+
+    `rate` (tokens a millisecond) is what the time would bring otherwise: the draft is paid already, so the round's
+    own average is not what counts. Chances of tokens past the next one are its survival times `later`, the usual
+    acceptance by position: their own confidences depend on tokens not yet decided. So a stair in the costs, where the
+    next token alone does not pay but the next four do, is no trap, and the plan stays exact."""
+
+    def plan(confidences: Sequence[float], limit: int) -> int:
+        survival = 1.0
+        for k in range(limit):
+            survival *= confidences[k]
+            chance, gain = survival, 0.0
+            for end in range(k + 1, limit + 1):
+                gain += chance
+                if gain > rate * (costs.score(end) - costs.score(k)):
+                    break
+                chance *= later[end] if end < limit else 0.0
+            else:
+                return k
+        return limit
+
+    return plan
+
+
+# Planners --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Always:
+    """Draft in every round, `length` tokens at most, and verify by one plan."""
+
+    rule: Plan = fixed
+    length: int | None = None
+
+    def ask(self, limit: int, num_tokens: int) -> int:
+        return limit if self.length is None else min(limit, self.length)
+
+    def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
+        return self.rule([1.0] * limit if confidences is None else confidences, limit)
+
+    def learn(self, num_drafted: int, num_planned: int, num_accepted: int) -> None:
+        pass
+
+
+class Costed:
+    """Drafts in every round; `costs` are those of the text's present length."""
+
+    def __init__(self, table: CostTable):
+        self.table = table
+        self.costs = table.at(0)
+
+    def ask(self, limit: int, num_tokens: int) -> int:
+        self.costs = self.table.at(num_tokens)
+        return limit
+
+    def learn(self, num_drafted: int, num_planned: int, num_accepted: int) -> None:
+        pass
+
+
+class EarlyStop(Costed):
+    """The paper's Algorithm 1 in every round."""
+
+    def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
+        return early_stop(self.costs)([1.0] * limit if confidences is None else confidences, limit)
+
+
+class Lagged(Costed):
+    """The paper's section 5.2 for one request: this round's budget is the best length by the confidences of two rounds ago.
+
+    They cannot depend on the tokens being decided, so all of them may be looked at: no stair in the costs is a trap."""
+
+    DELAY = 2
+
+    def __init__(self, table: CostTable):
+        super().__init__(table)
+        self.seen: list[Sequence[float]] = []
+
+    def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
+        old = self.seen[0] if len(self.seen) == self.DELAY else None
+        self.seen = [*self.seen, [1.0] * limit if confidences is None else confidences][-self.DELAY :]
+        return limit if old is None else min(limit, self.budget(old))
+
+    def budget(self, confidences: Sequence[float]) -> int:
+        survival, tau = 1.0, 1.0
+        rates = [1 / (self.costs.draft + self.costs.score(0))]
+        for k, confidence in enumerate(confidences):
+            survival *= confidence
+            tau += survival
+            rates.append(tau / (self.costs.draft + self.costs.score(k + 1)))
+        return rates.index(max(rates))
+
+
+@dataclass
+class Mean:
+    """A running mean in which a new value weighs `newest` once there are many; `weight` is what it has seen so far."""
+
+    newest: float
+    value: float
+    weight: float
+
+    def add(self, value: float) -> None:
+        self.weight = (1 - self.newest) * self.weight + 1
+        self.value += (value - self.value) / self.weight
+
+
+class Adaptive:
+    """Speculate while it gains time, as much as gains most; else park, and probe now and then whether it pays again.
+
+    A drafted round's gain is its tokens less its cost in plain steps. Requests park when it has lost clearly of late, or
+    at all over long. While parked, one round is drafted after a pause, which doubles with every probe that lost; after
+    one that gained, the next round is drafted too.
+    Every decision rests on rounds that are over, on costs, and within a block on `worth`: the law of the output is kept.
+
+    `expected` is the acceptance by position to start from (calibration.json), worth `trust` rounds."""
+
+    LATELY, LONG = 1 / 64, 1 / 512
+    CLEARLY = -0.1  # plain steps a round: one deviation of the mean of 64 rounds that break even
+    HOPE = 0.1  # at least expected of a head at first, so that it is tried
+    BORROWED = 8.0  # rounds' worth of trust in a position's neighbour
+    PAUSES = (2, 256)  # rounds between probes: at first, at most
+
+    def __init__(self, table: CostTable, expected: Sequence[float], trust: float = 16.0):
+        self.table, self.costs = table, table.at(0)
+        self.usual = [Mean(self.LATELY, chance, trust if k == 0 else 1.0) for k, chance in enumerate(expected)]
+        survival, tau, best = 1.0, 1.0, 0.0
+        for k, chance in enumerate(expected):
+            survival *= chance
+            tau += survival
+            best = max(best, tau - self.cost(k + 1))
+        self.lately, self.long = (Mean(newest, max(best, self.HOPE), trust) for newest in (self.LATELY, self.LONG))
+        self.pause, self.wait = self.PAUSES[0], 0
+
+    def cost(self, num_planned: int) -> float:
+        """Of a drafted round, in plain steps."""
+        return (self.costs.draft + self.costs.score(num_planned)) / self.costs.plain
+
+    @property
+    def parked(self) -> bool:
+        return self.lately.value < self.CLEARLY or self.long.value < 0
+
+    def ask(self, limit: int, num_tokens: int) -> int:
+        self.costs = self.table.at(num_tokens)
+        return 0 if self.parked and self.wait > 0 else limit
+
+    def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
+        usual = self.acceptance()
+        usual += usual[-1:] * (limit - len(usual))
+        rate = (1 + max(self.lately.value, 0.0) / self.cost(limit)) / self.costs.plain
+        planned = worth(self.costs, rate, usual)(usual if confidences is None else confidences, limit)
+        return max(planned, min(limit, 1)) if self.parked else planned  # a probe that verifies nothing teaches nothing
+
+    def acceptance(self) -> list[float]:
+        """The usual acceptance by position. One that short plans seldom reach is taken to be like the one before it."""
+        chances = [self.usual[0].value]
+        for mean in self.usual[1:]:
+            chances.append((mean.weight * mean.value + self.BORROWED * chances[-1]) / (mean.weight + self.BORROWED))
+        return chances
+
+    def learn(self, num_drafted: int, num_planned: int, num_accepted: int) -> None:
+        if num_drafted == 0:
+            self.wait -= 1
+            return
+        gain = num_accepted + 1 - self.cost(num_planned)
+        for mean in (self.lately, self.long):
+            mean.add(gain)
+        for k in range(min(num_planned, num_accepted + 1, len(self.usual))):
+            self.usual[k].add(float(k < num_accepted))
+        if gain > 0:
+            self.pause, self.wait = self.PAUSES[0], 0
+        else:
+            self.wait = self.pause
+            self.pause = min(2 * self.pause, self.PAUSES[1]) if self.parked else self.PAUSES[0]

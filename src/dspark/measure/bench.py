@@ -13,7 +13,7 @@ import torch
 
 from dspark.core.decode import Round
 from dspark.errors import PromptError, SettingError
-from dspark.generation import Result, check_request, generate
+from dspark.generation import Result, check_request, generate, make_drafter, make_planner
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -23,10 +23,18 @@ DRAFTER_OF = {"plain": "none", "dspark": "dspark", "dflash": "dflash", "lookup":
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of decoding. `head` None and name hf: transformers' own generate."""
+    """One way of decoding: one of MODES, and behind an @ its plan where it has one (`dspark@length:3`)."""
 
     name: str
     head: Head | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition("@")[0]
+
+    @property
+    def plan(self) -> str | None:
+        return self.name.partition("@")[2] or None
 
 
 @dataclass
@@ -60,8 +68,8 @@ def bench(
     Raises `SettingError` for an unknown mode or one named twice, and the `UserError` family for a request that no
     mode could serve, before anything is measured."""
     for mode in modes:
-        if mode.name not in MODES:
-            raise SettingError(f"unknown mode {mode.name!r}", f"choose from {', '.join(MODES)}")
+        if mode.kind not in MODES or (mode.plan and mode.kind not in DRAFTER_OF):
+            raise SettingError(f"unknown mode {mode.name!r}", f"choose from {', '.join(MODES)}, with @PLAN behind one that drafts")
     if len({mode.name for mode in modes}) < len(modes):
         raise SettingError(f"a mode is named twice in {', '.join(mode.name for mode in modes)}", "name each mode once")
     for index, (ids, name) in enumerate(prompts):
@@ -69,28 +77,37 @@ def bench(
             check_request(target, ids, max_new_tokens, seed + index, ())
         except PromptError as error:
             raise PromptError(f"prompt {index} (set {name}): {error.message}", error.hint) from error
-    warm_up(target, modes, prompts[0][0], min(8, max_new_tokens), temperature)
+    ways = {mode.name: Way(target, mode, temperature) for mode in modes}
+    for way in ways.values():
+        way.decode(prompts[0][0], min(8, max_new_tokens), 0)  # warms up
     runs = []
     for index, (ids, name) in enumerate(prompts):
         results: dict[str, list[Result]] = {mode.name: [] for mode in modes}
         for repeat in range(repeats):
             shift = (index + repeat) % len(modes)
             for mode in [*modes[shift:], *modes[:shift]]:
-                results[mode.name].append(decode_once(target, mode, ids, max_new_tokens, temperature, seed + index))
+                results[mode.name].append(ways[mode.name].decode(ids, max_new_tokens, seed + index))
         runs += [as_run(mode.name, index, name, results[mode.name]) for mode in modes]
         progress(index + 1, len(prompts))
     return runs
 
 
-def warm_up(target: Target, modes: Sequence[Mode], ids: list[int], max_new_tokens: int, temperature: float) -> None:
-    for mode in modes:
-        decode_once(target, mode, ids, max_new_tokens, temperature, 0)
+class Way:
+    """A mode at work. At T = 0 its planner learns from prompt to prompt, as `dspark generate` has it."""
 
+    def __init__(self, target: Target, mode: Mode, temperature: float):
+        self.target, self.mode, self.temperature = target, mode, temperature
+        if mode.kind in DRAFTER_OF:
+            self.drafter = make_drafter(DRAFTER_OF[mode.kind], target, mode.head)
+            planner = make_planner(mode.plan, target, self.drafter)
+            self.plan = planner if temperature == 0 else mode.plan
 
-def decode_once(target: Target, mode: Mode, ids: list[int], max_new_tokens: int, temperature: float, seed: int) -> Result:
-    if mode.name.startswith("hf"):
-        return hf_generate(target, ids, max_new_tokens, temperature, seed, lookup=mode.name == "hf-lookup")
-    return generate(target, mode.head, ids, max_new_tokens, temperature=temperature, seed=seed, drafter=DRAFTER_OF[mode.name])
+    def decode(self, ids: list[int], max_new_tokens: int, seed: int) -> Result:
+        if self.mode.kind not in DRAFTER_OF:
+            return hf_generate(self.target, ids, max_new_tokens, self.temperature, seed, lookup=self.mode.kind == "hf-lookup")
+        return generate(
+            self.target, self.mode.head, ids, max_new_tokens, temperature=self.temperature, seed=seed, drafter=self.drafter, plan=self.plan
+        )
 
 
 def hf_generate(target: Target, ids: list[int], max_new_tokens: int, temperature: float, seed: int, lookup: bool) -> Result:

@@ -1,0 +1,147 @@
+"""Planners choose what gains time, and lose little where nothing does. Simulated: no model, no clock."""
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark.core.planner import Adaptive, Always, Costs, CostTable, EarlyStop, Lagged, early_stop, worth
+from dspark.profiling import ascending
+
+FLAT = Costs(0.2, (1.0, 1.03, 1.06, 1.09, 1.12, 1.15))
+STEEP = Costs(0.2, (1.0, 1.4, 1.8, 2.2, 2.6, 3.0))
+STAIRS = Costs(0.2, (1.0, 1.5, 1.5, 1.5, 1.5, 3.0))
+GAMMA = 5
+
+
+def always_there(costs: Costs) -> CostTable:
+    return CostTable((0,), (costs,))
+
+
+def simulate(planner, costs: Costs, chances, num_tokens: int, seed: int = 0, informed: bool = False) -> tuple[float, int, int]:
+    """(time in plain steps, tokens, drafted rounds) of a text whose drafted tokens stand with `chances(token number)`.
+
+    `informed`: the planner is told the chance of each block, which then differs from block to block."""
+    rng = random.Random(seed)
+    time, tokens, drafted = 0.0, 0, 0
+    while tokens < num_tokens:
+        asked = planner.ask(GAMMA, tokens)
+        chance = chances(tokens)
+        if informed:
+            chance = min(0.95, max(0.02, rng.betavariate(2 * chance, 2 * (1 - chance))))
+        planned = planner.plan([chance] * asked if informed else None, asked)
+        assert 0 <= planned <= asked <= GAMMA
+        accepted = next((k for k in range(planned) if rng.random() >= chance), planned)
+        planner.learn(asked, planned, accepted)
+        time += (costs.score(planned) + (costs.draft if asked else 0.0)) / costs.plain
+        tokens += accepted + 1
+        drafted += asked > 0
+    return time, tokens, drafted
+
+
+@pytest.mark.parametrize("costs", [FLAT, STEEP, STAIRS])
+@pytest.mark.parametrize("trust", [8, 16])
+def test_a_useless_head_costs_less_than_one_percent(costs, trust):
+    planner = Adaptive(always_there(costs), [0.5] * GAMMA, trust)
+    time, tokens, drafted = simulate(planner, costs, lambda n: 0.0, 5000)
+    assert drafted > 0 and time / tokens < 1.01
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.6, 0.8])
+def test_a_head_that_pays_is_hardly_ever_parked(chance):
+    planner = Adaptive(always_there(FLAT), [chance] * GAMMA)
+    time, tokens, _ = simulate(planner, FLAT, lambda n: chance, 20_000)
+    fixed_time, fixed_tokens, _ = simulate(Always(), FLAT, lambda n: chance, 20_000)
+    assert time / tokens < 1.02 * fixed_time / fixed_tokens
+
+
+def test_a_text_that_turns_is_followed():
+    """Good, useless and good again for 2,000 tokens each: most of what can be gained is gained, nothing is lost between."""
+    planner = Adaptive(always_there(FLAT), [0.5] * GAMMA)
+    good = [simulate(planner, FLAT, lambda n: 0.7, 2000, seed=i)[0] for i in (0, 1)]
+    bad = simulate(planner, FLAT, lambda n: 0.0, 2000, seed=2)[0]
+    again = simulate(planner, FLAT, lambda n: 0.7, 2000, seed=3)[0]
+    best = simulate(Always(), FLAT, lambda n: 0.7, 2000, seed=1)[0]
+    assert max(good) < 1.05 * best and bad < 1.03 * 2000 and again < 1.25 * best
+
+
+@pytest.mark.parametrize("costs", [FLAT, STEEP, STAIRS])
+@pytest.mark.parametrize("chance", [0.3, 0.5, 0.7])
+def test_the_best_fixed_length_is_matched(costs, chance):
+    def rate(planner):
+        time, tokens, _ = simulate(planner, costs, lambda n: chance, 30_000)
+        return tokens / time
+
+    best = max(1.0, *(rate(Always(length=n)) for n in range(1, GAMMA + 1)))
+    assert rate(Adaptive(always_there(costs), [0.5] * GAMMA)) > 0.98 * best
+
+
+def test_confidences_beat_every_fixed_length():
+    def rate(planner):
+        time, tokens, _ = simulate(planner, STEEP, lambda n: 0.55, 30_000, informed=True)
+        return tokens / time
+
+    best = max(1.0, *(rate(Always(length=n)) for n in range(1, GAMMA + 1)))
+    assert rate(Adaptive(always_there(STEEP), [0.5] * GAMMA)) > 1.03 * best
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    chances=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=7),
+    steps=st.lists(st.floats(0.0, 2.0), min_size=7, max_size=7),
+    rate=st.floats(0.1, 2.0),
+)
+def test_worth_finds_the_best_length_when_the_usual_chances_hold(chances, steps, rate):
+    costs = Costs(0.3, tuple(1.0 + sum(steps[:k]) for k in range(len(steps) + 1)))
+
+    def value(length):
+        survival, total = 1.0, 0.0
+        for chance in chances[:length]:
+            survival *= chance
+            total += survival
+        return total - rate * costs.score(length)
+
+    planned = worth(costs, rate, chances)(chances, len(chances))
+    assert value(planned) == pytest.approx(max(value(n) for n in range(len(chances) + 1)), abs=1e-9)
+
+
+def test_a_stair_is_a_trap_for_stopping_at_once_only():
+    confidences = [0.6] * GAMMA
+    trap = Costs(0.2, (1.0, 1.9, 1.9, 1.9, 1.9, 3.0))
+    assert early_stop(trap)(confidences, GAMMA) == 0
+    assert worth(trap, 1.0, confidences)(confidences, GAMMA) == 4
+    lagged = Lagged(always_there(trap))
+    assert [lagged.plan(confidences, GAMMA) for _ in range(3)] == [5, 5, 4]
+
+
+def test_lagged_budgets_do_not_depend_on_the_tokens_being_decided():
+    lagged = Lagged(always_there(STEEP))
+    good, bad = [0.95] * GAMMA, [0.01] * GAMMA
+    assert [lagged.plan(c, GAMMA) for c in (good, bad, bad, good, good)] == [5, 5, 5, 0, 0]
+
+
+def test_early_stop_takes_the_costs_of_the_texts_length():
+    planner = EarlyStop(CostTable((0, 100), (FLAT, STEEP)))
+    lengths = []
+    for num_tokens in (0, 100):
+        planner.ask(GAMMA, num_tokens)
+        lengths.append(planner.plan([0.6] * GAMMA, GAMMA))
+    assert lengths[0] == 5 > lengths[1]
+
+
+def test_costs_between_measured_contexts_are_linear():
+    table = CostTable((100, 300), (Costs(1.0, (2.0, 4.0)), Costs(3.0, (4.0, 8.0))))
+    assert table.at(50) == table.costs[0] and table.at(900) == table.costs[1]
+    assert table.at(150) == Costs(1.5, (2.5, 5.0))
+    assert table.costs[0].score(3) == 8.0  # past the last row, in proportion
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=12))
+def test_ascending_values_never_fall_and_keep_their_mean(values):
+    pooled = ascending(values)
+    assert all(a <= b + 1e-12 for a, b in pairwise(pooled))
+    assert sum(pooled) == pytest.approx(sum(values))
+    if values == sorted(values):
+        assert list(pooled) == values
