@@ -16,7 +16,7 @@ from dspark.core import sampling, verifier
 from dspark.core.decode import Drafter, Scored, decode
 from dspark.core.planner import Adaptive, Always, Costs, CostTable, Lagged, threshold
 from dspark.core.sampling import Streams
-from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, NoDrafter, PromptLookup
 from dspark.generation import generate, make_law
 from dspark.target.target import Target
 from tiny import tiny_head, tiny_model
@@ -97,6 +97,8 @@ def make_drafter(name: str, target: Remembered) -> Drafter:
         return NoDrafter()
     if name == "lookup":
         return PromptLookup(VOCABULARY)
+    if name == "auto":
+        return Arbiter(make_drafter("vanilla", target), PromptLookup(VOCABULARY), [0.3] * 4, trust=2)
     head = tiny_head(target, "vanilla" if name == "dflash" else name, rank=0 if name == "dflash" else 8)
     for module, method in ((head, "hidden"), (head, "context_kv"), (head, "base_logits"), (head.confidence_head, "forward")):
         setattr(module, method, remembered(getattr(module, method)))
@@ -115,6 +117,8 @@ def sample(drafter: str, law: str, num_samples: int, seed: int = 0) -> tuple[Cou
     target, streams = tiny_target(), Streams(seed)
     chosen = make_drafter(drafter, target)
     said, accepted, planner = Counter(), Counter(), PLANNERS[law]()
+    if isinstance(chosen, Arbiter):
+        planner = chosen.plan_with(TABLE)
     for _ in range(num_samples):
         rounds = list(decode(target, chosen, PROMPT, LAWS[law], streams, NUM_NEW, planner=planner))
         said[tuple(token for done in rounds for token in done.tokens)] += 1
@@ -161,9 +165,9 @@ def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
 
 
 @pytest.mark.parametrize("num_samples", [2_000, pytest.param(200_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("planner", ["lagged", "adaptive"])
-def test_continuations_have_the_law_of_the_target_under_planners_that_remember(planner, num_samples):
-    said, accepted = sample("vanilla", planner, num_samples)
+@pytest.mark.parametrize(("drafter", "planner"), [("vanilla", "lagged"), ("vanilla", "adaptive"), ("auto", "adaptive")])
+def test_continuations_have_the_law_of_the_target_under_planners_that_remember(drafter, planner, num_samples):
+    said, accepted = sample(drafter, planner, num_samples)
     assert p_value(said, planner) > 1e-4
     assert len(accepted) > 2 and (planner == "lagged" or num_samples / 100 < accepted["parked"] < num_samples * 0.99)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import (
     LogitsProcessorList,
@@ -16,10 +17,12 @@ from transformers import (
 from dspark.core.decode import Drafter, Round, decode
 from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, threshold
 from dspark.core.sampling import Law, Streams
-from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, NoDrafter, PromptLookup
+from dspark.drafters.arbiter import LOOKUP_TOKENS, NOMINAL
 from dspark.errors import PromptError, SettingError
 from dspark.head.head import Head
 from dspark.profiling import planning_costs
+from dspark.target.native.stack import MAX_ROWS
 from dspark.target.target import Target
 
 # transformers' processors that read the logits alone; all others also get the tokens before the row.
@@ -27,10 +30,10 @@ PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinP
 # Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
-DRAFTERS = ("dspark", "dflash", "lookup", "none")
+DRAFTERS = ("auto", "dspark", "dflash", "lookup", "none")
 PLANS = ("auto", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
-DEFAULT_PLAN = "auto"
-USUAL_ACCEPTANCE = 0.5  # of a drafter nobody has measured yet, and worth a few rounds only
+DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
+USUAL_ACCEPTANCE, USUAL_TRUST = 0.5, 8.0  # of a drafter nobody has measured yet, and what that is worth in rounds
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,11 @@ def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
 
 
 def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter:
-    """The drafter of this name; None: the head's own, or none. Raises `SettingError` when the name or the head does not fit."""
+    """The drafter of this name; None: auto, or none without a head. Raises `SettingError` when the name or the head does not fit.
+
+    auto chooses between the head and prompt lookup round by round."""
     if name is None:
-        name = "none" if head is None else "dspark" if head.config.markov_rank else "dflash"
+        name = "none" if head is None else DEFAULT_DRAFTER
     if name not in DRAFTERS:
         raise SettingError(f"unknown drafter {name!r}", f"choose one of {', '.join(DRAFTERS)}")
     if name == "none":
@@ -129,7 +134,11 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
         raise SettingError(
             "drafter 'dflash' needs a head of rank 0; this one has a sequential head", "use `--drafter dspark`, or pass a DFlash head"
         )
-    return DSparkDrafter(head, target)
+    drafter = DSparkDrafter(head, target)
+    if name != "auto":
+        return drafter
+    lookup = PromptLookup(target.vocab_size, LOOKUP_TOKENS, target.device)
+    return Arbiter(drafter, lookup, [USUAL_ACCEPTANCE] * drafter.block_size, USUAL_TRUST)
 
 
 def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callable[[str], None] = lambda text: None) -> Planner:
@@ -139,24 +148,34 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
     a name to start each call alike, which is what lets a seed replay at a temperature above 0."""
     spec = DEFAULT_PLAN if spec is None else spec
-    name, _, value = spec.partition(":")
-    if drafter.block_size == 0 or spec == "fixed":
+    if drafter.block_size == 0:
         return Always()
-    if name in ("length", "threshold") and value:
-        try:
-            number = int(value) if name == "length" else float(value)
-        except ValueError:
-            number = -1
-        if number >= 0 and (name == "length" or number <= 1):
-            return Always(length=int(number)) if name == "length" else Always(threshold(number))
-    if spec not in ("auto", "early-stop", "lagged"):
-        raise SettingError(
-            f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
-        )
-    table = planning_costs(target, drafter.head if isinstance(drafter, DSparkDrafter) else None, say)
-    if spec == "auto":
-        return Adaptive(table, [USUAL_ACCEPTANCE] * drafter.block_size, trust=8)
-    return Lagged(table) if spec == "lagged" else EarlyStop(table)
+    name, _, value = spec.partition(":")
+    lengths: Planner | None = Always() if spec == "fixed" else None
+    if name in ("length", "threshold"):
+        lengths = Always(length=number(spec, value, int)) if name == "length" else Always(threshold(number(spec, value, float)))
+    elif spec not in ("auto", "fixed", "early-stop", "lagged"):
+        raise SettingError(f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}")
+    if lengths is not None:
+        return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
+    head = drafter.head.head if isinstance(drafter, Arbiter) else drafter.head if isinstance(drafter, DSparkDrafter) else None
+    table = planning_costs(target, head, 1 + drafter.block_size, say)
+    if spec != "auto":
+        lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)
+    if isinstance(drafter, Arbiter):
+        return drafter.plan_with(table, lengths)
+    return lengths or Adaptive(table, [USUAL_ACCEPTANCE] * drafter.block_size, USUAL_TRUST)
+
+
+def number(spec: str, value: str, kind: type) -> Any:
+    """The number behind a plan's colon. Raises `SettingError` for what is none, or out of range."""
+    try:
+        found = kind(value)
+    except ValueError:
+        found = -1
+    if not 0 <= found <= (1 if kind is float else MAX_ROWS):
+        raise SettingError(f"plan {spec!r} has no such number", f"length takes 0 to {MAX_ROWS} tokens, threshold a chance from 0 to 1")
+    return found
 
 
 def stream(

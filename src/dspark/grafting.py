@@ -11,11 +11,10 @@ from typing import cast
 import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
-from dspark.core.decode import decode
+from dspark.core.decode import Drafter, decode
 from dspark.core.sampling import Streams
-from dspark.drafters import DSparkDrafter
 from dspark.errors import SettingError
-from dspark.generation import make_planner, split_law
+from dspark.generation import make_drafter, make_planner, split_law
 from dspark.head.folder import refuse_other_target
 from dspark.head.head import Head
 from dspark.target.load import use_runtime
@@ -37,7 +36,7 @@ def graft(model, head: Head, runtime: str = "auto", plan: str | None = None) -> 
     target = Target(model)
     refuse_other_target(head.config, {}, target)
     use_runtime(target, runtime)
-    drafter = DSparkDrafter(head, target)
+    drafter = make_drafter(None, target, head)
     model.generate = Speculating(model, target, drafter, model.__dict__.get("generate"), was_training, plan)
 
 
@@ -55,7 +54,7 @@ def ungraft(model) -> None:
 class Speculating:
     """`generate` of a grafted model: transformers' own, with our loop as its decoding method."""
 
-    def __init__(self, model, target: Target, drafter: DSparkDrafter, own, was_training: bool, plan: str | None):
+    def __init__(self, model, target: Target, drafter: Drafter, own, was_training: bool, plan: str | None):
         self.model, self.target, self.drafter, self.own, self.was_training = model, target, drafter, own, was_training
         self.planner = functools.partial(make_planner, plan, target, drafter)
         self.greedy_planner = self.planner()  # learns from all greedy calls; sampled ones begin alike, so that a seed replays

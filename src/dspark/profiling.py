@@ -112,11 +112,11 @@ def profile(
     )
 
 
-def planning_costs(target: Target, head: Head | None, say: Callable[[str], None] = lambda text: None, again: bool = False) -> CostTable:
-    """The planner's costs of this pair on this machine: from the cache, or measured now (`again`: in any case).
-
-    Without a head the draft costs nothing, as prompt lookup's does."""
-    most_rows = max(ROWS) if head is None else head.config.block_size + 1
+def planning_costs(
+    target: Target, head: Head | None, most_rows: int, say: Callable[[str], None] = lambda text: None, again: bool = False
+) -> CostTable:
+    """The planner's costs of this pair on this machine, up to `most_rows` rows: from the cache, or measured now (`again`: in
+    any case). Without a head the draft costs nothing, as prompt lookup's does."""
     depends_on = {
         "version": dspark.__version__, "torch": torch.__version__, "processor": processor_name(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "device": str(target.device), "runtime": target.runtime_name,

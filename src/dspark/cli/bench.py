@@ -45,14 +45,14 @@ def run(options: argparse.Namespace) -> int:
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
     if not names:
-        raise SettingError("--compare names no mode", "give some of plain, dspark, dflash, lookup, hf, hf-lookup")
+        raise SettingError("--compare names no mode", "give some of plain, auto, dspark, dflash, lookup, hf, hf-lookup")
     make_law(options.temperature)
     heads, kinds = {}, {name.partition("@")[0] for name in names}
-    if "dspark" in kinds:
-        heads["dspark"] = open_head(options, target)
+    if kinds & {"dspark", "auto"}:
+        heads["dspark"] = heads["auto"] = open_head(options, target)
         if heads["dspark"] is None:
             raise HeadError(
-                f"mode dspark needs a head, and none is known for {target.name}", "pass --head DIR, or leave dspark out of --compare"
+                f"modes dspark and auto need a head, and none is known for {target.name}", "pass --head DIR, or leave them out of --compare"
             )
     if "dflash" in kinds:
         if options.dflash_head is None:

@@ -11,7 +11,9 @@ from dspark.errors import PromptError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     add_head(parser)
-    parser.add_argument("--drafter", default=None, metavar="NAME", help="dspark, dflash, lookup or none (default: what the head is)")
+    parser.add_argument(
+        "--drafter", default=None, metavar="NAME", help="auto, dspark, dflash, lookup or none (default auto: the head or lookup, by round)"
+    )
     parser.add_argument("--system", default=None, metavar="TEXT", help="a system message to start with")
     add_plan(parser)
     add_sampling(parser)
@@ -27,7 +29,9 @@ def run(options: argparse.Namespace) -> int:
     if target.tokenizer is None or target.tokenizer.chat_template is None:
         raise PromptError(f"{target.name} has no chat template", "use `dspark generate --raw`")
     drafter = make_drafter(options.drafter, target, head)
-    plan = make_planner(options.plan, target, drafter, say) if options.temperature == 0 else options.plan
+    plan = make_planner(options.plan, target, drafter, say)
+    if options.temperature > 0:  # each turn begins alike, so that its seed replays
+        drafter, plan = options.drafter, options.plan
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
     say("type a message; an empty line or Ctrl-D ends, /new starts over")

@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="text of one user turn")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='one object a line: {"prompt": ...} or {"messages": [...]}')
     add_head(parser)
-    parser.add_argument("--drafter", default=None, metavar="NAME", help="dspark, dflash, lookup or none (default: what the head is)")
+    parser.add_argument(
+        "--drafter", default=None, metavar="NAME", help="auto, dspark, dflash, lookup or none (default auto: the head or lookup, by round)"
+    )
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt")
     add_plan(parser)
@@ -26,8 +28,9 @@ def run(options: argparse.Namespace) -> int:
     from dspark.generation import generate, make_drafter, make_planner
 
     drafter = make_drafter(options.drafter, target, head)
-    # At T = 0 one planner learns from all prompts; above, each begins alike, so that its seed replays.
-    plan = make_planner(options.plan, target, drafter, say) if options.temperature == 0 else options.plan
+    plan = make_planner(options.plan, target, drafter, say)
+    if options.temperature > 0:  # greedy planners learn from all prompts; here each begins alike, so that its seed replays
+        drafter, plan = options.drafter, options.plan
     for index, prompt in enumerate(prompts):
         ids = target.prompt_ids(prompt.content, raw=options.raw)
         show = None if options.json else write

@@ -218,6 +218,21 @@ class Mean:
         self.value += (value - self.value) / self.weight
 
 
+class Pace:
+    """Tokens per plain step's time, over the last few hundred rounds: what time is worth; at least 1, which plain decoding gives."""
+
+    def __init__(self) -> None:
+        self.tokens, self.cost = Mean(Adaptive.LONG, 1.0, 1.0), Mean(Adaptive.LONG, 1.0, 1.0)
+
+    def add(self, num_tokens: int, cost: float) -> None:
+        self.tokens.add(num_tokens)
+        self.cost.add(cost)
+
+    @property
+    def value(self) -> float:
+        return max(1.0, self.tokens.value / self.cost.value)
+
+
 class Adaptive:
     """Speculate while it gains time, as much as gains most; else park, and probe now and then whether it pays again.
 
@@ -226,7 +241,7 @@ class Adaptive:
     one that gained, the next round is drafted too.
     Every decision rests on rounds that are over, on costs, and within a block on `worth`: the law of the output is kept.
 
-    `expected` is the acceptance by position to start from (calibration.json), worth `trust` rounds."""
+    `expected` is the acceptance by position to start from, worth `trust` rounds; `pace` is shared by planners that take turns."""
 
     LATELY, LONG = 1 / 64, 1 / 512
     CLEARLY = -0.1  # plain steps a round: one deviation of the mean of 64 rounds that break even
@@ -234,8 +249,8 @@ class Adaptive:
     BORROWED = 8.0  # rounds' worth of trust in a position's neighbour
     PAUSES = (2, 256)  # rounds between probes: at first, at most
 
-    def __init__(self, table: CostTable, expected: Sequence[float], trust: float = 16.0):
-        self.table, self.costs = table, table.at(0)
+    def __init__(self, table: CostTable, expected: Sequence[float], trust: float = 16.0, pace: Pace | None = None):
+        self.table, self.costs, self.pace = table, table.at(0), pace or Pace()
         self.usual = [Mean(self.LATELY, chance, trust if k == 0 else 1.0) for k, chance in enumerate(expected)]
         survival, tau, best = 1.0, 1.0, 0.0
         for k, chance in enumerate(expected):
@@ -260,8 +275,7 @@ class Adaptive:
     def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
         usual = self.acceptance()
         usual += usual[-1:] * (limit - len(usual))
-        rate = (1 + max(self.lately.value, 0.0) / self.cost(limit)) / self.costs.plain
-        planned = worth(self.costs, rate, usual)(usual if confidences is None else confidences, limit)
+        planned = worth(self.costs, self.pace.value / self.costs.plain, usual)(usual if confidences is None else confidences, limit)
         return max(planned, min(limit, 1)) if self.parked else planned  # a probe that verifies nothing teaches nothing
 
     def acceptance(self) -> list[float]:
@@ -274,8 +288,11 @@ class Adaptive:
     def learn(self, num_drafted: int, num_planned: int, num_accepted: int) -> None:
         if num_drafted == 0:
             self.wait -= 1
+            self.pace.add(1, 1.0)
             return
-        gain = num_accepted + 1 - self.cost(num_planned)
+        cost = self.cost(num_planned)
+        gain = num_accepted + 1 - cost
+        self.pace.add(num_accepted + 1, cost)
         for mean in (self.lately, self.long):
             mean.add(gain)
         for k in range(min(num_planned, num_accepted + 1, len(self.usual))):

@@ -1,7 +1,8 @@
 """Whatever proposes tokens, one file each, all with `start / draft / commit` (core.decode.Drafter)."""
 
+from dspark.drafters.arbiter import Arbiter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.lookup import PromptLookup
 from dspark.drafters.none import NoDrafter
 
-__all__ = ["DSparkDrafter", "NoDrafter", "PromptLookup"]
+__all__ = ["Arbiter", "DSparkDrafter", "NoDrafter", "PromptLookup"]

@@ -6,7 +6,8 @@ import torch
 
 from dspark.core.verifier import Draft, FewTokens
 
-LONGEST, SHORTEST = 4, 2  # tokens of the ending to look for; single tokens match too often to be worth a row
+# Tokens of the ending to look for, longest first; single tokens match too often to be worth a row.
+SIZES = (16, 8, 4, 3, 2)
 
 
 class PromptLookup:
@@ -19,20 +20,26 @@ class PromptLookup:
         self.num_seen = 0
 
     def draft(self, ids: Sequence[int], limit: int, law, generator) -> Draft:
-        tokens = self.follow(ids, limit)
+        return self.proposal(self.follow(ids, limit)[0])
+
+    def proposal(self, tokens: list[int]) -> Draft:
         return Draft(tokens, FewTokens.certain(tokens, self.vocab_size, self.device))
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         pass
 
-    def follow(self, ids: Sequence[int], limit: int) -> list[int]:
-        """Up to `limit` tokens that followed the latest earlier occurrence of the longest ending."""
+    def follow(self, ids: Sequence[int], limit: int) -> tuple[list[int], int]:
+        """What followed the latest earlier occurrence of the longest known ending, and its size ([], 0: none).
+
+        `limit` tokens: where the text ends before, it goes on into its own proposal, as a text that repeats itself does."""
         for end in range(max(self.num_seen, 1), len(ids)):  # every sequence that something follows
-            for size in range(SHORTEST, min(LONGEST, end) + 1):
-                self.follows[tuple(ids[end - size : end])] = end
+            for size in SIZES:
+                if size <= end:
+                    self.follows[tuple(ids[end - size : end])] = end
         self.num_seen = len(ids)
-        for size in range(min(LONGEST, len(ids) - 1), SHORTEST - 1, -1):
-            start = self.follows.get(tuple(ids[-size:]))
+        for size in SIZES:
+            start = self.follows.get(tuple(ids[-size:])) if size < len(ids) else None
             if start is not None:
-                return list(ids[start : start + limit])
-        return []
+                period = len(ids) - start
+                return [ids[start + k % period] for k in range(limit)], size
+        return [], 0

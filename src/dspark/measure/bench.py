@@ -17,8 +17,8 @@ from dspark.generation import Result, check_request, generate, make_drafter, mak
 from dspark.head.head import Head
 from dspark.target.target import Target
 
-MODES = ("plain", "dspark", "dflash", "lookup", "hf", "hf-lookup")
-DRAFTER_OF = {"plain": "none", "dspark": "dspark", "dflash": "dflash", "lookup": "lookup"}
+MODES = ("plain", "auto", "dspark", "dflash", "lookup", "hf", "hf-lookup")
+DRAFTER_OF = {"plain": "none", "auto": "auto", "dspark": "dspark", "dflash": "dflash", "lookup": "lookup"}
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,13 @@ def bench(
 
 
 class Way:
-    """A mode at work. At T = 0 its planner learns from prompt to prompt, as `dspark generate` has it."""
+    """A mode at work. Its planner learns from prompt to prompt, as in `dspark generate`."""
 
     def __init__(self, target: Target, mode: Mode, temperature: float):
         self.target, self.mode, self.temperature = target, mode, temperature
         if mode.kind in DRAFTER_OF:
             self.drafter = make_drafter(DRAFTER_OF[mode.kind], target, mode.head)
-            planner = make_planner(mode.plan, target, self.drafter)
-            self.plan = planner if temperature == 0 else mode.plan
+            self.plan = make_planner(mode.plan, target, self.drafter)
 
     def decode(self, ids: list[int], max_new_tokens: int, seed: int) -> Result:
         if self.mode.kind not in DRAFTER_OF:

@@ -1,0 +1,93 @@
+"""The head and prompt lookup together: in each round the one that is expected to gain more time, or neither.
+
+Expected from rounds that are over: for the head from its own, for a proposal of the lookup from those made after an
+ending of the same size was found again. No token of the coming block is looked at, so the output's law is kept."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dspark.core.planner import Adaptive, Costs, CostTable, Pace, Planner
+from dspark.core.sampling import Law
+from dspark.core.verifier import Draft
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.lookup import SIZES, PromptLookup
+
+# What to expect of a proposal before any was seen: the chance of each token, by the size of the ending found.
+FOUND_AGAIN = {2: 0.55, 3: 0.65, 4: 0.7, 8: 0.75, 16: 0.8}
+LOOKUP_TOKENS = 15
+# Costs of nobody's machine, for plans that do not ask what a round costs.
+NOMINAL = CostTable((0,), (Costs(0.2, tuple(1 + 0.05 * k for k in range(LOOKUP_TOKENS + 1))),))
+
+
+class Arbiter:
+    """A drafter that is its own planner; `lengths`, if given, decides how many drafted tokens to verify instead.
+
+    `expected` is the head's usual acceptance by position, worth `trust` rounds."""
+
+    EXPLORE = 32  # in one of so many rounds with a choice the second best is taken, so that its estimate stays fresh
+
+    def __init__(self, head: DSparkDrafter, lookup: PromptLookup, expected: Sequence[float], trust: float):
+        self.head, self.lookup, self.expected, self.trust = head, lookup, expected, trust
+        self.block_size = max(head.block_size, lookup.block_size)
+        self.num_choices = 0
+        self.plan_with(NOMINAL)
+
+    def plan_with(self, table: CostTable, lengths: Planner | None = None) -> "Arbiter":
+        """Forget what was learned, and go by these costs."""
+        self.lengths, self.pace = lengths, Pace()
+        free = CostTable(table.contexts, tuple(replace(costs, draft=0.0) for costs in table.costs))
+        self.head_planner = Adaptive(table, self.expected, self.trust, self.pace)
+        self.found_planners = {
+            size: Adaptive(free, [FOUND_AGAIN[size]] * self.lookup.block_size, trust=4, pace=self.pace) for size in SIZES
+        }
+        self.chosen: Adaptive | None = None
+        return self
+
+    # As a drafter
+
+    def start(self) -> None:
+        self.head.start()
+        self.lookup.start()
+
+    def commit(self, features_TMD: torch.Tensor) -> None:
+        self.head.commit(features_TMD)
+
+    def draft(self, ids: Sequence[int], limit: int, law: Law, generator: torch.Generator) -> Draft:
+        tokens, size = self.lookup.follow(ids, min(limit, self.lookup.block_size))
+        choices = [self.head_planner, *([self.found_planners[size]] if tokens else [])] if limit else []
+        self.chosen = self.choose(choices, limit, len(ids))
+        if self.chosen is None:
+            return Draft([], torch.empty(0, 0))
+        if self.chosen is self.head_planner:
+            return self.head.draft(ids, limit, law, generator)
+        return self.lookup.proposal(tokens)
+
+    def choose(self, choices: list[Adaptive], limit: int, num_tokens: int) -> Adaptive | None:
+        """The one that gains most of those that are not parked; none is while a rule decides lengths."""
+        awake = []
+        for planner in choices:
+            if planner.ask(limit, num_tokens) or self.lengths is not None:
+                awake.append(planner)
+            else:
+                planner.wait -= 1
+        awake.sort(key=lambda planner: planner.lately.value, reverse=True)
+        self.num_choices += len(awake) > 1
+        second = len(awake) > 1 and self.num_choices % self.EXPLORE == 0
+        return awake[second] if awake else None
+
+    # As a planner
+
+    def ask(self, limit: int, num_tokens: int) -> int:
+        return limit if self.lengths is None else self.lengths.ask(limit, num_tokens)
+
+    def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
+        planner = self.lengths or self.chosen
+        return 0 if planner is None else planner.plan(confidences, limit)
+
+    def learn(self, num_drafted: int, num_planned: int, num_accepted: int) -> None:
+        if self.chosen is None:
+            self.pace.add(1, 1.0)
+        else:
+            self.chosen.learn(num_drafted, num_planned, num_accepted)

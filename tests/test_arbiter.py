@@ -1,0 +1,129 @@
+"""The arbiter takes the drafter that gains more, lets the other's state follow, and changes no token."""
+
+import pytest
+import torch
+
+from dspark.core.decode import Scored, decode
+from dspark.core.planner import Always, Costs, CostTable
+from dspark.core.sampling import Law, Streams
+from dspark.core.verifier import Draft, FewTokens
+from dspark.drafters import Arbiter, PromptLookup
+from dspark.generation import generate, make_drafter, make_planner
+from dspark.target.load import use_runtime
+from dspark.target.target import Target
+from tiny import NATIVE_SHAPE, tiny_head, tiny_model
+
+GREEDY = Law(greedy=True)
+FREE = CostTable((0,), (Costs(0.2, tuple(1 + 0.01 * k for k in range(17))),))
+DEAR = CostTable((0,), (Costs(0.2, tuple(1.0 + k for k in range(17))),))
+
+
+class Table:
+    """A target that repeats a text for ever."""
+
+    vocab_size = 50
+
+    def __init__(self, text):
+        self.text = text
+
+    def start(self):
+        return []
+
+    def prefill(self, state, tokens):
+        state += tokens
+        return torch.zeros(len(tokens), 1, 1)
+
+    def score(self, state, tokens):
+        state += tokens
+        rows = range(len(state) - len(tokens) + 1, len(state) + 1)
+        logits_TV = torch.nn.functional.one_hot(torch.tensor([self.text[i % len(self.text)] for i in rows]), self.vocab_size)
+        return Scored(logits_TV.float(), torch.zeros(len(tokens), 1, 1))
+
+    def rollback(self, state, num_rejected):
+        del state[len(state) - num_rejected :]
+
+
+class Head:
+    """Proposes the true next tokens, or wrong ones, and notes what it was handed."""
+
+    block_size = 4
+
+    def __init__(self, text, right):
+        self.text, self.right = text, right
+
+    def start(self):
+        self.num_committed = self.num_drafts = 0
+
+    def commit(self, features_TMD):
+        self.num_committed += len(features_TMD)
+
+    def draft(self, ids, limit, law, generator):
+        assert self.num_committed == len(ids) - 1
+        self.num_drafts += 1
+        tokens = [(self.text[(len(ids) + k) % len(self.text)] + (not self.right)) % 50 for k in range(min(limit, self.block_size))]
+        return Draft(tokens, FewTokens.certain(tokens, 50, "cpu"))
+
+
+def run(text, right, table, num_tokens):
+    target, head = Table(text), Head(text, right)
+    arbiter = Arbiter(head, PromptLookup(50, 15), [0.5] * 4, trust=8).plan_with(table)
+    rounds = list(decode(target, arbiter, text[:3], GREEDY, Streams(0), num_tokens, planner=arbiter))
+    new = [token for done in rounds for token in done.tokens]
+    assert new == [text[(3 + i) % len(text)] for i in range(num_tokens)]
+    return rounds, head
+
+
+def test_lookup_takes_over_where_a_text_repeats_itself():
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(50, (60,), generator=generator).tolist()
+    first, head = run(text, True, FREE, 50)  # nothing to find: the head drafts
+    assert head.num_drafts >= len(first) - 2
+    both, head = run(text, True, FREE, 600)
+    assert max(done.num_accepted for done in both) == 15 and head.num_drafts < len(both) / 2
+
+
+def test_a_wrong_head_is_parked_and_lookup_goes_on():
+    text = torch.randint(50, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    rounds, head = run(text, False, FREE, 1200)
+    assert head.num_drafts < 30 and sum(len(done.tokens) for done in rounds[-20:]) > 200
+
+
+def test_where_nothing_gains_nothing_is_drafted():
+    text = torch.randint(50, (2000,), generator=torch.Generator().manual_seed(2)).tolist()
+    rounds, head = run(text, False, DEAR, 1500)
+    assert sum(done.num_planned == 0 for done in rounds) > 0.98 * len(rounds) and head.num_drafts < 30
+
+
+def test_a_rule_of_the_users_decides_lengths():
+    text = list(range(40))
+    target, head = Table(text), Head(text, True)
+    arbiter = Arbiter(head, PromptLookup(50, 15), [0.5] * 4, trust=8).plan_with(DEAR, Always(length=2))
+    rounds = list(decode(target, arbiter, text[:3], GREEDY, Streams(0), 90, planner=arbiter))
+    assert {done.num_planned for done in rounds[:-1]} == {2}
+
+
+@pytest.mark.parametrize("runtime", ["eager", "native"])
+@pytest.mark.parametrize("plan", ["auto", "fixed", "length:3", "threshold:0.5", "early-stop", "lagged"])
+@pytest.mark.parametrize("drafter", ["auto", "dspark", "lookup"])
+def test_no_plan_changes_a_greedy_text(drafter, plan, runtime, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    target = Target(tiny_model("llama", **NATIVE_SHAPE))
+    use_runtime(target, runtime)
+    head = tiny_head(target, head_dim=16)
+    prompt = [5, 6, 7, 5, 6, 8, 5, 6]
+    plain = generate(target, None, prompt, 60).token_ids
+    chosen = make_drafter(drafter, target, head)
+    planner = make_planner(plan, target, chosen)
+    for _ in range(2):
+        assert generate(target, head, prompt, 60, drafter=chosen, plan=planner).token_ids == plain
+
+
+def test_a_seed_replays_under_the_default_plan(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    target = Target(tiny_model("llama"))
+    head = tiny_head(target)
+
+    def sample(seed):
+        return generate(target, head, [3, 4, 3, 4], 50, temperature=1.0, seed=seed, drafter="auto", plan="auto").token_ids
+
+    assert sample(1) == sample(1) != sample(2)
