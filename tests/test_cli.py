@@ -137,21 +137,38 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
     code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
-    assert code == 0 and "FAIL" not in out and out.count("ok") >= 6
+    assert code == 0 and "FAIL" not in out and out.count("ok  ") >= 4
+    assert "skip law of a round at T=1 (lookup): nothing was drafted" in out
     code, out, _ = run(
         capsys, "bench", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 8, "--compare", "plain,dspark,lookup,hf", "--json"
     )  # fmt: skip
     document = json.loads(out.splitlines()[-1])
     assert code == 0 and {"machine", "arguments", "modes", "prompts"} <= document.keys()
     assert document["modes"]["dspark"]["sets"].keys() == {"one", "two"}
-    assert document["modes"]["plain"]["ratio_to_plain"]["median"] == 1.0
+    assert document["modes"]["plain"]["ratio_to_plain"] == {"median": 1.0, "quartiles": None}
+    assert "texts identical to plain's: dspark 2 of 2, lookup 2 of 2, hf 2 of 2" in out
+    assert document["modes"]["hf"]["identical_to_plain"] == 2 and "identical_to_plain" not in document["modes"]["plain"]
     reading = document["modes"]["plain"]["reading"]
     rate = reading["weight_bytes"] * document["modes"]["plain"]["tokens_per_second"] / reading["bandwidth"]
-    assert f", {rate:.0%} of the " in out.splitlines()[-2]
+    assert f", {rate:.0%} of the " in out.splitlines()[-3]
     plain, drafted, lookup, hf = (
         [r["token_ids"] for r in document["prompts"] if r["mode"] == m] for m in ("plain", "dspark", "lookup", "hf")
     )  # fmt: skip
     assert plain == drafted == lookup == hf
+
+
+def test_a_drafter_that_drafts_nothing_is_not_called_ok(place, capsys):
+    code, out, _ = run(capsys, "verify", place / "target", "--drafter", "none", "--max-new-tokens", 4, "--json")
+    passed = {check["name"]: check["passed"] for check in json.loads(out)["checks"]}
+    assert code == 0 and passed["greedy tokens equal plain decoding (none)"] is passed["law of a round at T=1 (none)"] is None
+    assert passed["roll-back restores the state"]
+
+
+def test_bench_checks_its_modes_before_it_loads_anything(capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    for more in (["--compare", "plain,warp"], ["--compare", "dspark", "--head", "none"], ["--compare", "dflash"]):
+        code, _, err = run(capsys, "bench", "/nowhere", "--prompts", tmp_path / "p.jsonl", *more)
+        assert code == 2 and "mode" in err and "no folder" not in err
 
 
 def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeypatch):
@@ -175,6 +192,10 @@ def test_profile_tells_rows_draft_and_bandwidth(place, capsys, monkeypatch):
 def test_inspect_prints_the_card(place, capsys):
     code, out, _ = run(capsys, "inspect", place / "head")
     assert code == 0 and out.startswith("# a card")
+    card = place / "head" / "README.md"
+    card.write_text("---\nlibrary_name: dspark\n---\n# a card\n---\nmore\n")
+    assert run(capsys, "inspect", place / "head")[1].startswith("# a card\n---\nmore")
+    card.write_text("# a card\n")
     code, out, _ = run(capsys, "inspect", place / "head", "--json")
     assert json.loads(out)["config"]["block_size"] == 4
 
