@@ -19,6 +19,7 @@ from dspark.target.target import Target
 from dspark.train import trainer
 from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
 from dspark.train.batch import make_batch
+from dspark.train.estimate import estimate
 from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
@@ -234,6 +235,15 @@ def test_batched_sampling_follows_the_law(target):
     common = expected > 8
     statistic = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
     assert statistic < int(common.sum()) + 5 * (2 * int(common.sum())) ** 0.5
+
+
+def test_the_estimate_names_every_stage_that_will_run(target, tmp_path):
+    (tmp_path / "answers.jsonl").write_text("{}\n" * 40)
+    config = replace(CONFIG, num_prompts=40)
+    own = estimate(target, config, SHAPE, None, [])
+    given = estimate(target, config, SHAPE, None, [tmp_path / "answers.jsonl"])
+    assert all(stage in own for stage in ("to invent instructions", "to sample answers", "for 6 steps", "on held-out answers"))
+    assert "invent" not in given and "sample" not in given and "on held-out answers" in given
 
 
 def test_interleaving_keeps_every_window_mixed():

@@ -25,7 +25,7 @@ from dspark.target.native.stack import MAX_ROWS
 from dspark.target.target import Target
 from dspark.train.answers import BATCH, INVENT_TOKENS, answer_prompts, invent_prompts, read_answers, read_records, write_records
 from dspark.train.card import write_card
-from dspark.train.estimate import estimate
+from dspark.train.estimate import CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
 from dspark.train.features import FeatureStore
 from dspark.train.trainer import measure, train_steps
 from dspark.train.warmstart import new_head, widened
@@ -346,10 +346,10 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
         average = now.tolist() if not average else [0.9 * a + 0.1 * n for a, n in zip(average, now.tolist(), strict=True)]
         accepted = " ".join(f"{a:.2f}" for a in average)
         bar("training", step, config.steps, f"loss {result.total.item():.3f} acceptance {accepted}")
-        if step % max(1, config.steps // 10) == 0 or step == config.steps:
+        if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
             entry = {"step": step, "anchors": step * config.sequences_per_step * config.anchors_per_sequence,
                      "cpu_seconds_this_start": round(time.process_time() - cpu_start), "steps_this_start": step - steps_at_start,
-                     **measure(head, target, store, config, min(48, config.held_out))}  # fmt: skip
+                     **measure(head, target, store, config, min(CURVE_ANSWERS, config.held_out))}  # fmt: skip
             with curve_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -357,17 +357,17 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
     return read_records(curve_file, ("step",))
 
 
-def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar, count: int = 16, max_new_tokens: int = 64) -> dict:
+def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar) -> dict:
     """tau by real decoding rounds on prompts whose answers were never trained on, at T = 0 and T = 1."""
-    chosen, report = list(records)[:count], {}
+    chosen, report = list(records)[:ROUNDS_PROMPTS], {}
     for temperature in (0.0, 1.0):
         tokens = rounds = 0
         for i, record in enumerate(chosen):
-            room = min(max_new_tokens, target.max_context - len(record["prompt_ids"]))
+            room = min(ROUNDS_TOKENS, target.max_context - len(record["prompt_ids"]))
             if room < 1:
                 continue
             result = generate(target, head, record["prompt_ids"], room, temperature=temperature, seed=i)
             tokens, rounds = tokens + result.num_tokens, rounds + result.rounds
             bar(f"held-out rounds, T={temperature:.0f}", i + 1, len(chosen))
         report[f"tau_t{temperature:.0f}"] = round(tokens / max(1, rounds), 3)
-    return report | {"prompts": len(chosen), "max_new_tokens": max_new_tokens}
+    return report | {"prompts": len(chosen), "max_new_tokens": ROUNDS_TOKENS}
