@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from dspark.cli.main import VERBS, build_parser, main
+from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
 from dspark.head.folder import save_head
 from dspark.target.load import load_target
@@ -187,6 +189,31 @@ def test_profile_tells_rows_draft_and_bandwidth(place, capsys, monkeypatch):
     code, out, _ = run(capsys, "profile", place / "target", "--head", "none", "--context", 40)
     assert code == 0 and "draft of" not in out and "GB/s" in out
     assert run(capsys, "profile", place / "target", "--context", 600)[0] == 2
+
+
+def test_train_resumes_by_itself_names_what_differs_and_says_when_it_is_finished(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.measure.profile.BANDWIDTH_BYTES", 2**22)
+    begin = ["train", place / "target", "--out", tmp_path / "new", "--num-prompts", 6, "--held-out", 2, "--max-answer-tokens", 12]
+    begin += ["--steps", 2, "--sequences", 2, "--anchors", 4, "--draft-vocab", 0, "--dtype", "float32", "--layers", 1]
+    assert run(capsys, *begin, "--only-answers")[0] == 0
+    resume = ["train", place / "target", "--out", tmp_path / "new", "--resume"]
+    code, out, err = run(capsys, *resume, "--steps", 3)
+    assert code == 2 and "--steps is 3" in err and "started with 2" in err
+    code, out, err = run(capsys, *resume, "--steps", 2, "--block-size", 5)
+    assert code == 0 and "head saved" in out and "2 steps" in err
+    assert "progress" in err and "MB) may be deleted" in err and f"--answers {tmp_path}/new/progress/answers.jsonl" in err
+    code, out, err = run(capsys, *resume)
+    assert code == 0 and "head saved" in out and "is finished" in err and "may be deleted" not in err
+    command = json.loads((tmp_path / "new" / "provenance.json").read_text())["command"]
+    assert command == shlex.join(["dspark", "train", str(place / "target"), "--out", str(tmp_path / "new"), "--dtype=float32",
+        "--num-prompts=6", "--max-answer-tokens=12", "--held-out=2", "--layers=1", "--block-size=5", "--draft-vocab=0", "--steps=2",
+        "--sequences=2", "--anchors=4"])  # fmt: skip
+
+
+@pytest.mark.parametrize(("tau", "warns"), [(1.0, True), (99.0, False)])
+def test_a_head_that_does_not_pay_here_yet_is_said(place, tau, warns):
+    text = advice(str(place / "head"), {"break_even": 1.5, "held_out_rounds": {"tau_t0": tau}})
+    assert ("does not pay on this machine yet" in text) is warns
 
 
 def test_inspect_prints_the_card(place, capsys):

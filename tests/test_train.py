@@ -263,11 +263,27 @@ def test_the_whole_command_from_nothing_to_a_head_that_loads(tmp_path):
     assert json.loads((out / "provenance.json").read_text())["train"]["seed"] == 0
     with pytest.raises(SettingError, match="holds an unfinished or finished"):
         train(target, out, config, WITH_BYTES)
-    with pytest.raises(SettingError, match="other settings"):
+    with pytest.raises(SettingError, match=r"other settings: steps was 3 and is 4\n"):
         train(target, out, replace(config, steps=4), WITH_BYTES, resume=True)
+    with pytest.raises(SettingError, match=r"block_size was 3 and is 2; other prompts\n"):
+        train(target, out, config, WITH_BYTES | {"block_size": 2}, [Prompt("hi")], resume=True)
     before = (out / "model.safetensors").read_bytes()
+    (out / "provenance.json").unlink()  # the last thing that a run writes
     train(target, out, config, WITH_BYTES, resume=True, command="dspark train ...")
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_finished_run_is_not_measured_again(tmp_path, monkeypatch):
+    target = load_target(save_tiny_target(tmp_path / "target"))
+    config = replace(CONFIG, num_prompts=6, steps=2)
+    report = train(target, tmp_path / "head", config, WITH_BYTES)
+    monkeypatch.setattr("dspark.train.run.measure", None)
+    monkeypatch.setattr("dspark.train.run.held_out_rounds", None)
+    again = train(target, tmp_path / "head", config, WITH_BYTES, resume=True)
+    assert again.pop("finished_before") and again == json.loads(json.dumps(report))
+    (tmp_path / "head" / "provenance.json").write_text("{")
+    with pytest.raises(HeadError, match=r"provenance\.json"):
+        train(target, tmp_path / "head", config, WITH_BYTES, resume=True)
 
 
 @pytest.mark.parametrize("name", ["settings.json", "checkpoint.pt", "curve.jsonl", "prompts.jsonl", "answers.jsonl"])
@@ -275,6 +291,7 @@ def test_a_damaged_progress_file_is_named_and_made_again_once_deleted(tmp_path, 
     target = load_target(save_tiny_target(tmp_path / "target"))
     out, config = tmp_path / "head", replace(CONFIG, num_prompts=6, steps=2)
     train(target, out, config, WITH_BYTES)
+    (out / "provenance.json").unlink()  # as if the last figures were still to be measured
     file, before = out / "progress" / name, (out / "model.safetensors").read_bytes()
     lines = [b"\x00" * 40 + b"\n", b"[]\n", b'{"step": ' + b"9" * 5000 + b"}\n", b"[" * 100_000 + b"\n"]
     # A last line without its end is what a kill leaves, and no damage.
