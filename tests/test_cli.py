@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from dspark.cli.main import VERBS, build_parser, main
+from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
 from dspark.head.folder import save_head
 from dspark.target.load import load_target
@@ -137,21 +139,38 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
     code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
-    assert code == 0 and "FAIL" not in out and out.count("ok") >= 6
+    assert code == 0 and "FAIL" not in out and out.count("ok  ") >= 4
+    assert "skip law of a round at T=1 (lookup): nothing was drafted" in out
     code, out, _ = run(
         capsys, "bench", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 8, "--compare", "plain,dspark,lookup,hf", "--json"
     )  # fmt: skip
     document = json.loads(out.splitlines()[-1])
     assert code == 0 and {"machine", "arguments", "modes", "prompts"} <= document.keys()
     assert document["modes"]["dspark"]["sets"].keys() == {"one", "two"}
-    assert document["modes"]["plain"]["ratio_to_plain"]["median"] == 1.0
+    assert document["modes"]["plain"]["ratio_to_plain"] == {"median": 1.0, "quartiles": None}
+    assert "texts identical to plain's: dspark 2 of 2, lookup 2 of 2, hf 2 of 2" in out
+    assert document["modes"]["hf"]["identical_to_plain"] == 2 and "identical_to_plain" not in document["modes"]["plain"]
     reading = document["modes"]["plain"]["reading"]
     rate = reading["weight_bytes"] * document["modes"]["plain"]["tokens_per_second"] / reading["bandwidth"]
-    assert f", {rate:.0%} of the " in out.splitlines()[-2]
+    assert f", {rate:.0%} of the " in out.splitlines()[-3]
     plain, drafted, lookup, hf = (
         [r["token_ids"] for r in document["prompts"] if r["mode"] == m] for m in ("plain", "dspark", "lookup", "hf")
     )  # fmt: skip
     assert plain == drafted == lookup == hf
+
+
+def test_a_drafter_that_drafts_nothing_is_not_called_ok(place, capsys):
+    code, out, _ = run(capsys, "verify", place / "target", "--drafter", "none", "--max-new-tokens", 4, "--json")
+    passed = {check["name"]: check["passed"] for check in json.loads(out)["checks"]}
+    assert code == 0 and passed["greedy tokens equal plain decoding (none)"] is passed["law of a round at T=1 (none)"] is None
+    assert passed["roll-back restores the state"]
+
+
+def test_bench_checks_its_modes_before_it_loads_anything(capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    for more in (["--compare", "plain,warp"], ["--compare", "dspark", "--head", "none"], ["--compare", "dflash"]):
+        code, _, err = run(capsys, "bench", "/nowhere", "--prompts", tmp_path / "p.jsonl", *more)
+        assert code == 2 and "mode" in err and "no folder" not in err
 
 
 def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeypatch):
@@ -172,9 +191,38 @@ def test_profile_tells_rows_draft_and_bandwidth(place, capsys, monkeypatch):
     assert run(capsys, "profile", place / "target", "--context", 600)[0] == 2
 
 
+def test_train_resumes_by_itself_names_what_differs_and_says_when_it_is_finished(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
+    begin = ["train", place / "target", "--out", tmp_path / "new", "--num-prompts", 6, "--held-out", 2, "--max-answer-tokens", 12]
+    begin += ["--steps", 2, "--sequences", 2, "--anchors", 4, "--draft-vocab", 0, "--dtype", "float32", "--layers", 1]
+    assert run(capsys, *begin, "--only-answers")[0] == 0
+    resume = ["train", place / "target", "--out", tmp_path / "new", "--resume"]
+    code, out, err = run(capsys, *resume, "--steps", 3)
+    assert code == 2 and "--steps is 3" in err and "started with 2" in err
+    code, out, err = run(capsys, *resume, "--steps", 2, "--block-size", 5)
+    assert code == 0 and "head saved" in out and "2 steps" in err
+    assert "progress" in err and "MB) may be deleted" in err and f"--answers {tmp_path}/new/progress/answers.jsonl" in err
+    code, out, err = run(capsys, *resume)
+    assert code == 0 and "head saved" in out and "is finished" in err and "may be deleted" not in err
+    command = json.loads((tmp_path / "new" / "provenance.json").read_text())["command"]
+    assert command == shlex.join(["dspark", "train", str(place / "target"), "--out", str(tmp_path / "new"), "--dtype=float32",
+        "--num-prompts=6", "--max-answer-tokens=12", "--held-out=2", "--layers=1", "--block-size=5", "--draft-vocab=0", "--steps=2",
+        "--sequences=2", "--anchors=4"])  # fmt: skip
+
+
+@pytest.mark.parametrize(("tau", "warns"), [(1.0, True), (99.0, False)])
+def test_a_head_that_does_not_pay_here_yet_is_said(place, tau, warns):
+    text = advice(str(place / "head"), {"break_even": 1.5, "held_out_rounds": {"tau_t0": tau}})
+    assert ("does not pay on this machine yet" in text) is warns
+
+
 def test_inspect_prints_the_card(place, capsys):
     code, out, _ = run(capsys, "inspect", place / "head")
     assert code == 0 and out.startswith("# a card")
+    card = place / "head" / "README.md"
+    card.write_text("---\nlibrary_name: dspark\n---\n# a card\n---\nmore\n")
+    assert run(capsys, "inspect", place / "head")[1].startswith("# a card\n---\nmore")
+    card.write_text("# a card\n")
     code, out, _ = run(capsys, "inspect", place / "head", "--json")
     assert json.loads(out)["config"]["block_size"] == 4
 

@@ -57,6 +57,12 @@ def test_neither_source_is_one_clear_error_and_leaves_nothing(monkeypatch, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo.hub, "answers", lambda: False)
+    with pytest.raises(ConnectionError):
+        demo.from_hub(tmp_path)
+
+
 def test_a_wheel_with_another_model_is_refused(monkeypatch, tmp_path):
     import zipfile
 

@@ -394,6 +394,20 @@ def test_heads_are_found_by_path_and_refused_by_name(folder):
         find_head(str(folder / "missing"), "tiny")
 
 
+def test_a_wrong_path_says_what_was_looked_for_and_where(target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("dspark.target.hub.answers", lambda: False)
+    for name, says in (
+        ("empty", "holds no config.json"),
+        ("heads/none", "is no folder, and the hub does not give it: it cannot be reached"),
+        ("lost", "is no folder"),
+    ):
+        with pytest.raises(HeadError, match=says) as raised:
+            load_head(name, target)
+        assert str(tmp_path / name) in raised.value.message and "config.json and model.safetensors" in str(raised.value.hint)
+
+
 class Killed(BaseException):
     """A kill, as far as one process can play it to itself."""
 

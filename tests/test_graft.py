@@ -140,6 +140,9 @@ def test_streamer_receives_what_is_returned(model):
 def test_dictionaries_are_returned_when_asked(model):
     found = model.generate(PROMPT, do_sample=False, max_new_tokens=NUM_NEW, return_dict_in_generate=True)
     assert new_tokens(found.sequences) == assert_same(model)
+    settings = {"do_sample": False, "max_new_tokens": 4}
+    again = model.generate(found.sequences, past_key_values=found.past_key_values, **settings)
+    assert torch.equal(again, plain_model().generate(found.sequences, **settings))
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,12 @@ for first, second in itertools.permutations(names, 2):
     assert done.returncode == 0, done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["load_target", "graft"])
+def test_the_library_is_imported_quietly(name):
+    done = run_python(f"import dspark, logging; dspark.{name}; print(logging.getLogger('torchao').level)")
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = dspark.nonsense

@@ -7,6 +7,7 @@ import mmap
 import os
 import platform
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -393,6 +394,24 @@ def test_another_machine_or_source_gets_another_library(compiler, tmp_path, monk
     path = build.built(print, tmp_path / "cache")
     monkeypatch.setattr(build, "processor_flags", lambda: "flags: mmx")
     assert build.built(print, tmp_path / "cache") != path
+
+
+def test_builds_that_nobody_used_for_a_month_are_deleted(compiler, tmp_path, monkeypatch):
+    def build_for(flags: str) -> Path:
+        monkeypatch.setattr(build, "processor_flags", lambda: flags)
+        return build.built(print, tmp_path / "cache")
+
+    made = [build_for(str(i)) for i in range(6)]
+    for path, days in zip(made, (50, 40, 60, 45, 20, 10), strict=True):
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    assert build_for("1") == made[1]  # used now
+    newest = build_for("new")
+    kept = {path.stem for path in (tmp_path / "cache").iterdir()}
+    assert kept == {path.stem for path in (made[1], made[4], made[5], newest)}
+    for path in (made[1], made[4], made[5]):
+        os.utime(path, (0, 0))
+    build_for("newer")
+    assert len(list((tmp_path / "cache").glob("*.so"))) == len(list((tmp_path / "cache").glob("*.sha256"))) == build.NUM_KEPT
 
 
 def test_no_compiler_or_a_failing_one_is_said(tmp_path, monkeypatch):

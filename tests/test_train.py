@@ -19,6 +19,7 @@ from dspark.target.target import Target
 from dspark.train import trainer
 from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
 from dspark.train.batch import make_batch
+from dspark.train.estimate import estimate
 from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
@@ -236,6 +237,15 @@ def test_batched_sampling_follows_the_law(target):
     assert statistic < int(common.sum()) + 5 * (2 * int(common.sum())) ** 0.5
 
 
+def test_the_estimate_names_every_stage_that_will_run(target, tmp_path):
+    (tmp_path / "answers.jsonl").write_text("{}\n" * 40)
+    config = replace(CONFIG, num_prompts=40)
+    own = estimate(target, config, SHAPE, None, [])
+    given = estimate(target, config, SHAPE, None, [tmp_path / "answers.jsonl"])
+    assert all(stage in own for stage in ("to invent instructions", "to sample answers", "for 6 steps", "on held-out answers"))
+    assert "invent" not in given and "sample" not in given and "on held-out answers" in given
+
+
 def test_interleaving_keeps_every_window_mixed():
     mixed = interleave(list("aaaaaa"), list("bbb"))
     assert sorted(mixed) == list("aaaaaabbb")
@@ -253,11 +263,27 @@ def test_the_whole_command_from_nothing_to_a_head_that_loads(tmp_path):
     assert json.loads((out / "provenance.json").read_text())["train"]["seed"] == 0
     with pytest.raises(SettingError, match="holds an unfinished or finished"):
         train(target, out, config, WITH_BYTES)
-    with pytest.raises(SettingError, match="other settings"):
+    with pytest.raises(SettingError, match=r"other settings: steps was 3 and is 4\n"):
         train(target, out, replace(config, steps=4), WITH_BYTES, resume=True)
+    with pytest.raises(SettingError, match=r"block_size was 3 and is 2; other prompts\n"):
+        train(target, out, config, WITH_BYTES | {"block_size": 2}, [Prompt("hi")], resume=True)
     before = (out / "model.safetensors").read_bytes()
+    (out / "provenance.json").unlink()  # the last thing that a run writes
     train(target, out, config, WITH_BYTES, resume=True, command="dspark train ...")
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_finished_run_is_not_measured_again(tmp_path, monkeypatch):
+    target = load_target(save_tiny_target(tmp_path / "target"))
+    config = replace(CONFIG, num_prompts=6, steps=2)
+    report = train(target, tmp_path / "head", config, WITH_BYTES)
+    monkeypatch.setattr("dspark.train.run.measure", None)
+    monkeypatch.setattr("dspark.train.run.held_out_rounds", None)
+    again = train(target, tmp_path / "head", config, WITH_BYTES, resume=True)
+    assert again.pop("finished_before") and again == json.loads(json.dumps(report))
+    (tmp_path / "head" / "provenance.json").write_text("{")
+    with pytest.raises(HeadError, match=r"provenance\.json"):
+        train(target, tmp_path / "head", config, WITH_BYTES, resume=True)
 
 
 @pytest.mark.parametrize("name", ["settings.json", "checkpoint.pt", "curve.jsonl", "prompts.jsonl", "answers.jsonl"])
@@ -265,6 +291,7 @@ def test_a_damaged_progress_file_is_named_and_made_again_once_deleted(tmp_path, 
     target = load_target(save_tiny_target(tmp_path / "target"))
     out, config = tmp_path / "head", replace(CONFIG, num_prompts=6, steps=2)
     train(target, out, config, WITH_BYTES)
+    (out / "provenance.json").unlink()  # as if the last figures were still to be measured
     file, before = out / "progress" / name, (out / "model.safetensors").read_bytes()
     lines = [b"\x00" * 40 + b"\n", b"[]\n", b'{"step": ' + b"9" * 5000 + b"}\n", b"[" * 100_000 + b"\n"]
     # A last line without its end is what a kill leaves, and no damage.

@@ -30,7 +30,9 @@ def graft(model, head: Head, runtime: str = "auto", plan: str | None = None) -> 
     `runtime` as in `load_target`; `eager` computes with the model's own modules. `plan` as in `dspark.generate`.
 
     What cannot be speculated (batches, beams, an own cache, recorded scores) raises `SettingError`, a head of
-    another shape `HeadError`; `ungraft(model)` restores the plain method. Copies of the model are plain."""
+    another shape `HeadError`; `ungraft(model)` restores the plain method. Copies of the model are plain.
+    `past_key_values` of a returned dictionary is None, since the cache is our runtime's; the next call reads its
+    prompt anew."""
     ungraft(model)
     was_training = model.training
     target = Target(model)

@@ -38,26 +38,24 @@ def run(options: argparse.Namespace) -> int:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     prompts = first_of_each_set(prompts, options.limit)
-    target = open_target(options)
     from dspark.generation import make_law
-    from dspark.head.folder import load_head, named_head
-    from dspark.measure.bench import Mode, aggregate, bench, machine, table
+    from dspark.head.folder import find_head, load_head
+    from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
-    if not names:
-        raise SettingError("--compare names no mode", "give some of plain, auto, dspark, dflash, lookup, hf, hf-lookup")
+    check_modes(names)
     make_law(options.temperature)
-    heads, kinds = {}, {name.partition("@")[0] for name in names}
-    if kinds & {"dspark", "auto"}:
-        heads["dspark"] = heads["auto"] = open_head(options, target)
-        if heads["dspark"] is None:
-            raise HeadError(
-                f"modes dspark and auto need a head, and none is known for {target.name}", "pass --head DIR, or leave them out of --compare"
-            )
-    if "dflash" in kinds:
-        if options.dflash_head is None:
-            raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
-        heads["dflash"] = load_head(named_head(options.dflash_head), target)
+    kinds = {name.partition("@")[0] for name in names}
+    wants_head = bool(kinds & {"dspark", "auto"})
+    if wants_head and (options.head == "none" or find_head(options.head, options.target) is None):
+        raise HeadError(
+            f"modes dspark and auto need a head, and none is known for {options.target}", "pass --head DIR, or leave them out of --compare"
+        )
+    if "dflash" in kinds and options.dflash_head is None:
+        raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
+    target = open_target(options)
+    own = open_head(options, target) if wants_head else None
+    heads = {"dspark": own, "auto": own, "dflash": load_head(options.dflash_head, target) if "dflash" in kinds else None}
     modes = [Mode(name, heads.get(name.partition("@")[0])) for name in names]
     ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     from tqdm import tqdm
@@ -83,6 +81,12 @@ def run(options: argparse.Namespace) -> int:
 
         report["plain"]["reading"] = {"weight_bytes": weight_bytes(target), "bandwidth": read_bandwidth()}
         print(reading(report["plain"]["tokens_per_second"], **report["plain"]["reading"]))
+    if options.temperature == 0:
+        same = identical_to_plain(runs)
+        for name, count in same.items():
+            report[name]["identical_to_plain"] = count
+        if same:
+            print(f"texts identical to plain's: {', '.join(f'{name} {count} of {len(ids)}' for name, count in same.items())}")
     if options.json:
         arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}
         document = {"machine": machine(), "arguments": arguments, "modes": report, "prompts": [asdict(r) for r in runs]}

@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     head = open_head(options, target)
     from dspark.generation import generate
-    from dspark.measure.bench import Mode, aggregate, bench, machine, table
+    from dspark.measure.bench import Mode, aggregate, bench, identical_to_plain, machine, table
 
     prompts = read_prompts(str(files("dspark") / "demo_prompts.jsonl"))
     ids = [target.prompt_ids(p.content) for p in prompts]
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     )
     report = aggregate(runs)
     say(table(report))
-    ours, same = report["dspark"], sum(a.token_ids == b.token_ids for a, b in zip(runs[::2], runs[1::2], strict=True))
+    ours, same = report["dspark"], identical_to_plain(runs)["dspark"]
     print(
         f"\ntau {ours['tau']:.2f} tokens per round; {ours['ratio_to_plain']['median']:.2f} times the speed of plain decoding "
         f"({ours['tokens_per_second']:.1f} against {report['plain']['tokens_per_second']:.1f} tokens/s; {machine()['threads']} threads, {options.dtype}); "

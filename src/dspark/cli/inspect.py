@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import re
 
 from dspark.errors import HeadError
 from dspark.head.folder import named_head, read_config
 from dspark.prompts import read_json
+
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # what the hub reads at the top of a card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     card = folder / "README.md"
     text = f"{folder}: no card; target {section.get('target')}, block size {config.block_size}"
     try:
-        print(card.read_text(encoding="utf-8") if card.exists() else text)
+        print(FRONT_MATTER.sub("", card.read_text(encoding="utf-8")) if card.exists() else text)
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise HeadError(f"cannot read {card}: {error}", hint) from error
     return 0

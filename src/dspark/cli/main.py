@@ -4,7 +4,6 @@ import argparse
 import errno
 import importlib
 import io
-import logging
 import sys
 
 from dspark import __version__
@@ -41,9 +40,6 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # transformers imports torchao where it is installed, which then lists every GPU kernel it does not find.
-    for chatty in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = next((a for a in arguments if a in VERBS), "")
     options = build_parser(only=verb).parse_args(arguments)

@@ -3,57 +3,57 @@
 import argparse
 import json
 import shlex
-import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dspark.cli.options import add_target, open_target
+from dspark.cli.options import add_target, open_target, say
 from dspark.config import SEQUENTIAL_HEADS, TrainConfig
-from dspark.errors import SettingError
-from dspark.prompts import read_prompts
+from dspark.errors import HeadError, SettingError
+from dspark.prompts import read_json, read_prompts
 from dspark.train.openers import OPENERS
 
-DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(TrainConfig)}
+# option -> (the head's own name for it, what is chosen when nothing is said)
+SHAPE = {
+    "layers": ("num_hidden_layers", 2), "kv_heads": ("num_key_value_heads", None), "block_size": ("block_size", 5), "rank": ("markov_rank", 96),
+    "sequential": ("markov_head_type", "vanilla"), "draft_vocab": ("draft_vocab_size", 8192), "taps": ("target_layer_ids", None),
+}  # fmt: skip
+CONFIG = TrainConfig()
+# What decides what a run computes: option -> what holds where it is not given. argparse leaves None there.
+DEFAULTS: dict[str, Any] = {
+    "dtype": "bfloat16", "prompts": None, "num_prompts": CONFIG.num_prompts, "kinds": "", "answers": [],
+    "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes, "start_from": None,
+    **{option: default for option, (_, default) in SHAPE.items()},
+    "steps": CONFIG.steps, "sequences": CONFIG.sequences_per_step, "anchors": CONFIG.anchors_per_sequence, "optimizer": CONFIG.optimizer,
+    "lr": CONFIG.learning_rate, "muon_lr": CONFIG.muon_learning_rate, "loss": "paper", "seed": CONFIG.seed,
+}  # fmt: skip
+FILES = ("prompts", "answers", "start_from")  # train() compares what they hold: they may have moved
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, dtype="bfloat16")
     parser.add_argument("--out", required=True, metavar="DIR", help="the head's folder; work in progress lies in DIR/progress")
-    parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
+    parser.add_argument("--resume", action="store_true", help="continue the run in DIR with its settings; they need not be given again")
     data = parser.add_argument_group("data")
     data.add_argument("--prompts", metavar="FILE.jsonl", help="your own prompts, mixed with those the target invents")
     data.add_argument(
         "--num-prompts",
         type=int,
-        default=None,
         metavar="N",
         help=f"instructions the target invents (default {DEFAULTS['num_prompts']})",
     )
-    data.add_argument(
-        "--kinds", default="", metavar="LIST", help=f"kinds of instructions to invent, of {', '.join(OPENERS)} (default: all)"
-    )
-    data.add_argument(
-        "--answers", action="append", default=[], metavar="FILE", help="answers sampled earlier, used as they are; may be given again"
-    )
+    data.add_argument("--kinds", metavar="LIST", help=f"kinds of instructions to invent, of {', '.join(OPENERS)} (default: all)")
+    data.add_argument("--answers", action="append", metavar="FILE", help="answers sampled earlier, used as they are; may be given again")
     data.add_argument("--only-answers", action="store_true", help="stop when the answers are sampled (DIR/progress/answers.jsonl)")
-    data.add_argument(
-        "--max-answer-tokens", type=int, default=DEFAULTS["max_answer_tokens"], metavar="N", help="longest answer (default %(default)s)"
-    )
-    data.add_argument(
-        "--held-out", type=int, default=DEFAULTS["held_out"], metavar="N", help="answers kept for measuring (default %(default)s)"
-    )
+    data.add_argument("--max-answer-tokens", type=int, metavar="N", help=f"longest answer (default {DEFAULTS['max_answer_tokens']})")
+    data.add_argument("--held-out", type=int, metavar="N", help=f"answers kept for measuring (default {DEFAULTS['held_out']})")
     data.add_argument(
         "--cache-gb",
         type=float,
-        default=DEFAULTS["cache_gigabytes"],
         metavar="G",
-        help="bound of the feature cache on disk (default %(default)s)",
+        help=f"bound of the feature cache on disk (default {DEFAULTS['cache_gb']})",
     )
     shape = parser.add_argument_group("head")
-    shape.add_argument(
-        "--start-from", default=None, metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it"
-    )
+    shape.add_argument("--start-from", metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it")
     shape.add_argument("--layers", type=int, metavar="L", help="draft layers (default 2)")
     shape.add_argument("--kv-heads", type=int, metavar="K", help="key heads of the draft layers (default: as many as query heads)")
     shape.add_argument("--block-size", type=int, metavar="G", help="tokens drafted a round, gamma (default 5)")
@@ -62,40 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--draft-vocab", type=int, metavar="N", help="tokens the head can propose; 0 for all (default 8192)")
     shape.add_argument("--taps", metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
     steps = parser.add_argument_group("steps")
-    steps.add_argument("--steps", type=int, default=DEFAULTS["steps"], metavar="N", help="optimiser steps (default %(default)s)")
-    steps.add_argument(
-        "--sequences", type=int, default=DEFAULTS["sequences_per_step"], metavar="N", help="answers a step (default %(default)s)"
-    )
-    steps.add_argument(
-        "--anchors", type=int, default=DEFAULTS["anchors_per_sequence"], metavar="N", help="anchors an answer (default %(default)s)"
-    )
-    steps.add_argument(
-        "--optimizer", default=DEFAULTS["optimizer"], choices=("adamw", "muon"), help="muon: for matrices only (default %(default)s)"
-    )
-    steps.add_argument(
-        "--lr", type=float, default=DEFAULTS["learning_rate"], metavar="R", help="peak learning rate of AdamW (default %(default)s)"
-    )
+    steps.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps (default {DEFAULTS['steps']})")
+    steps.add_argument("--sequences", type=int, metavar="N", help=f"answers a step (default {DEFAULTS['sequences']})")
+    steps.add_argument("--anchors", type=int, metavar="N", help=f"anchors an answer (default {DEFAULTS['anchors']})")
+    steps.add_argument("--optimizer", choices=("adamw", "muon"), help=f"muon: for matrices only (default {DEFAULTS['optimizer']})")
+    steps.add_argument("--lr", type=float, metavar="R", help=f"peak learning rate of AdamW (default {DEFAULTS['lr']})")
     steps.add_argument(
         "--muon-lr",
         type=float,
-        default=DEFAULTS["muon_learning_rate"],
         metavar="R",
-        help="peak learning rate of Muon (default %(default)s)",
+        help=f"peak learning rate of Muon (default {DEFAULTS['muon_lr']})",
     )
-    steps.add_argument("--loss", default="paper", choices=LOSSES, help=LOSS_HELP)
-    steps.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed and threads give the same head (default 0)")
+    steps.add_argument("--loss", choices=LOSSES, help=LOSS_HELP)
+    steps.add_argument("--seed", type=int, metavar="S", help="the same seed and threads give the same head (default 0)")
     parser.add_argument("--json", action="store_true", help="print the provenance record as JSON at the end")
+    parser.set_defaults(dtype=None)  # as with the others: what was given can be told from what was not
 
 
-# option -> (the head's own name for it, what is chosen when nothing is said)
-SHAPE = {
-    "layers": ("num_hidden_layers", 2), "kv_heads": ("num_key_value_heads", None), "block_size": ("block_size", 5), "rank": ("markov_rank", 96),
-    "sequential": ("markov_head_type", "vanilla"), "draft_vocab": ("draft_vocab_size", 8192), "taps": ("target_layer_ids", None),
-}  # fmt: skip
 LOSSES = ("paper", "distil")
-LOSS_HELP = (
-    "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.5 L1 (default %(default)s)"
-)
+LOSS_HELP = "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.5 L1 (default paper)"
 LOSS_SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {"teacher_ce": False, "ce_weight": 0.1, "l1_weight": 0.9},
     "distil": {"teacher_ce": True, "ce_weight": 1.0, "l1_weight": 0.5},
@@ -103,9 +88,15 @@ LOSS_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.resume:
+        reuse_settings(options)
+    command = command_of(options)
+    for name, default in DEFAULTS.items():
+        if getattr(options, name) is None and name not in (*SHAPE, "num_prompts"):
+            setattr(options, name, default)
     for name in ("steps", "sequences", "anchors", "layers", "block_size", "max_answer_tokens", "held_out"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
+            raise SettingError(f"{flag(name)} is {getattr(options, name)}", "use 1 or more")
     if min(options.rank or 0, options.draft_vocab or 0, options.num_prompts or 0) < 0:
         raise SettingError("--rank, --draft-vocab and --num-prompts cannot be negative")
     if not 0 <= options.seed < 2**32:
@@ -137,11 +128,13 @@ def run(options: argparse.Namespace) -> int:
     from dspark.train.run import train
 
     start_from = None if options.start_from is None else named_head(options.start_from)
-    command = shlex.join(["dspark", *(a for a in sys.argv[1:] if a != "--resume")])
     report = train(
         target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command,
         start_from,
     )  # fmt: skip
+    if not (options.only_answers or report.get("finished_before")):
+        report["break_even"] = break_even(target, Path(options.out))
+        say(advice(options.out, report))
     if options.only_answers:
         print(f"{report['answers']} answers in {options.out}/progress/answers.jsonl")
     elif options.json:
@@ -154,13 +147,74 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def break_even(target, out: Path) -> float | None:
+    """Tokens a round that the trained head must give to pay on this machine, measured now."""
+    from dspark.head.folder import load_head
+    from dspark.profiling import ROWS, profile
+
+    return profile(target, load_head(out, target), context=min(300, target.max_context - max(ROWS) - 1)).break_even
+
+
+def advice(out: str, report: dict) -> str:
+    """What can be done now: whether the head pays here yet, and what the work in progress is still good for."""
+    work = Path(out) / "progress"
+    size = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    lines = [f"{work} ({size / 1e6:.0f} MB) may be deleted now"]
+    if (work / "answers.jsonl").exists():
+        lines[0] += f"; its answers can train this head further: --out OTHER --start-from {out} --answers {work}/answers.jsonl"
+    tau = report["held_out_rounds"]["tau_t0"]
+    if report["break_even"] is not None and tau < report["break_even"]:
+        lines.append(
+            f"warning: the head does not pay on this machine yet: it gives {tau:.2f} tokens a round, and a round costs as much as "
+            f"{report['break_even']:.2f} plain tokens; train with more --steps and more answers (--num-prompts)"
+        )
+    return "\n".join(lines)
+
+
+def reuse_settings(options: argparse.Namespace) -> None:
+    """Take the settings of the run in `out` where none are given. Raises `SettingError` naming one that is given and differs."""
+    saved = started_with(Path(options.out))
+    for name, default in DEFAULTS.items():
+        now, then = getattr(options, name), saved.get(name)
+        if now is None:
+            setattr(options, name, then)
+        elif saved and name not in FILES and now != (default if then is None else then):
+            raise SettingError(
+                f"{flag(name)} is {now}, and the run in {options.out} was started with {default if then is None else then}",
+                f"leave {flag(name)} out to resume, or choose another --out",
+            )
+
+
+def started_with(out: Path) -> dict[str, Any]:
+    """The options that the run in `out` was started with; empty where the folder does not tell."""
+    label = out / "progress" / "settings.json"
+    settings = read_json(label, HeadError, f"restore the file, or delete {label.parent} if it holds no work") if label.exists() else None
+    command = settings.get("command") if isinstance(settings, dict) else None
+    if not isinstance(command, str) or not command:
+        return {}
+    parser = argparse.ArgumentParser(prog=f"the command in {label}")
+    add_arguments(parser)
+    return vars(parser.parse_args(shlex.split(command)[2:]))
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """The command that starts this run: its settings, and the threads that the bits of the head depend on."""
+    given = [(flag(name), getattr(options, name)) for name in (*DEFAULTS, "threads") if getattr(options, name) is not None]
+    each = [f"{name}={value}" for name, values in given for value in (values if isinstance(values, list) else [values])]
+    return shlex.join(["dspark", "train", options.target, "--out", options.out, *each])
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def head_shape(options: argparse.Namespace) -> dict:
     """The shape asked for; beside --start-from, whose head has one, at most a larger rank."""
     given = [name for name in SHAPE if getattr(options, name) is not None]
     if options.start_from is not None:
         other = [name for name in given if name != "rank"]
         if other:
-            raise SettingError(f"--{other[0].replace('_', '-')} cannot take effect beside --start-from", "the head brings its own shape")
+            raise SettingError(f"{flag(other[0])} cannot take effect beside --start-from", "the head brings its own shape")
         return {} if options.rank is None else {"markov_rank": options.rank}
     shape = {name: default if getattr(options, option) is None else getattr(options, option) for option, (name, default) in SHAPE.items()}
     shape["draft_vocab_size"] = shape["draft_vocab_size"] or None

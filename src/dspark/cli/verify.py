@@ -8,6 +8,8 @@ from importlib.resources import files
 from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say
 from dspark.prompts import read_prompts
 
+OUTCOMES = {True: "ok  ", False: "FAIL", None: "skip"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
@@ -34,10 +36,10 @@ def run(options: argparse.Namespace) -> int:
 
     ids = [target.prompt_ids(p.content) for p in prompts]
     checks = verify_pair(target, head, ids, options.max_new_tokens, options.drafter, say)
-    passed = all(check.passed for check in checks)
+    passed = all(check.passed is not False for check in checks)
     if options.json:
         print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks]}))
     else:
         for check in checks:
-            print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+            print(f"{OUTCOMES[check.passed]} {check.name}: {check.detail}")
     return 0 if passed else 1

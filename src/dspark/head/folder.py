@@ -24,7 +24,7 @@ from dspark.config import SEQUENTIAL_HEADS, HeadConfig
 from dspark.errors import HeadError
 from dspark.head.head import Head
 from dspark.prompts import read_json
-from dspark.target import demo
+from dspark.target import demo, hub
 from dspark.target.native.stack import MAX_ROWS  # of one block: what the native runtime passes at once
 from dspark.target.quantize import is_int8
 from dspark.target.target import Target
@@ -37,6 +37,7 @@ MOST = {"block_size": MAX_ROWS, "num_hidden_layers": 256}
 MOST_OF_A_SIZE = 2**20
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec saves copies of the target's; we need none
 GOLDEN_TOKENS = 48
+WHAT_A_HEAD_IS = "give a folder with config.json and model.safetensors, as `dspark train TARGET --out DIR` writes it, or a hub id"
 # Features of the target at hand against those stored: mean cosine over tokens, of the worst layer.
 SAME_TARGET, CLOSE_TARGET = 0.8, 0.97
 
@@ -147,7 +148,7 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
     Raises `HeadError` naming what is missing or unknown."""
     undo_interrupted_save(folder)
     if not (folder / "config.json").exists():
-        raise HeadError(f"no head in {folder}: there is no config.json", "train one: `dspark train TARGET --out DIR`")
+        raise HeadError(f"no head in {folder.absolute()}: it holds no config.json", WHAT_A_HEAD_IS)
     raw = read_json(folder / "config.json", HeadError, "restore the file, or train the head again")
     section = raw.get("dspark", {}) if isinstance(raw, dict) else None
     rope = (raw.get("rope_parameters") or {}) if isinstance(raw, dict) else None
@@ -209,9 +210,10 @@ def refuse_senseless(values: dict, folder: Path) -> None:
 def load_head(folder: str | Path, target: Target) -> Head:
     """Load a head for this target and prove that it is the head, and the target, it was trained as.
 
-    Raises `HeadError` for missing, extra or misshaped tensors, another target, another
-    vocabulary, or golden vectors that do not come out again. Taps the target's layers."""
-    folder = Path(folder)
+    `folder` may also be a hub id or the name of a shipped head. Raises `HeadError` where there is none, for
+    missing, extra or misshaped tensors, another target, another vocabulary, or golden vectors that do not come
+    out again. Taps the target's layers."""
+    folder = named_head(folder)
     config, section = read_config(folder)
     refuse_other_target(config, section, target)
     weights = read_tensors(folder / "model.safetensors")
@@ -371,22 +373,26 @@ def find_head(name: str | Path | None, target_name: str) -> Path | None:
 
 def named_head(name: str | Path) -> Path:
     """The folder of a head given by path, hub id, or the name of a shipped one. Raises `HeadError` if there is none."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
     shipped = shipped_head(str(name))
     if shipped is not None:
         return shipped
-    if Path(name).expanduser().exists():
-        raise HeadError(f"{name} is a file", "give the folder of a head")
+    if path.exists():
+        raise HeadError(f"{name} is a file", WHAT_A_HEAD_IS)
     if "/" in str(name) and not str(name).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(str(name)))
+            return Path(snapshot_download(str(name), local_files_only=not hub.answers()))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise HeadError(f"cannot fetch head {name!r} from the hub: {str(error).splitlines()[0]}") from error
-    raise HeadError(f"no head at {name}", "give the folder of a head, a hub id, or `none`")
+            reason = (str(error).splitlines() or [type(error).__name__])[0] if hub.answers() else "it cannot be reached"
+            raise HeadError(
+                f"no head {name}: {path.absolute()} is no folder, and the hub does not give it: {reason}", WHAT_A_HEAD_IS
+            ) from error
+    raise HeadError(f"no head at {name}: {path.absolute()} is no folder", WHAT_A_HEAD_IS)
 
 
 def shipped_head(target_name: str) -> Path | None:

@@ -67,11 +67,7 @@ def bench(
 
     Raises `SettingError` for an unknown mode or one named twice, and the `UserError` family for a request that no
     mode could serve, before anything is measured."""
-    for mode in modes:
-        if mode.kind not in MODES or (mode.plan and mode.kind not in DRAFTER_OF):
-            raise SettingError(f"unknown mode {mode.name!r}", f"choose from {', '.join(MODES)}, with @PLAN behind one that drafts")
-    if len({mode.name for mode in modes}) < len(modes):
-        raise SettingError(f"a mode is named twice in {', '.join(mode.name for mode in modes)}", "name each mode once")
+    check_modes([mode.name for mode in modes])
     for index, (ids, name) in enumerate(prompts):
         try:
             check_request(target, ids, max_new_tokens, seed + index, ())
@@ -90,6 +86,18 @@ def bench(
         runs += [as_run(mode.name, index, name, results[mode.name]) for mode in modes]
         progress(index + 1, len(prompts))
     return runs
+
+
+def check_modes(names: Sequence[str]) -> None:
+    """Raise `SettingError` for no mode, an unknown one, or one named twice."""
+    if not names:
+        raise SettingError("no mode is named", f"give some of {', '.join(MODES)}")
+    for name in names:
+        kind, _, plan = name.partition("@")
+        if kind not in MODES or (plan and kind not in DRAFTER_OF):
+            raise SettingError(f"unknown mode {name!r}", f"choose from {', '.join(MODES)}, with @PLAN behind one that drafts")
+    if len(set(names)) < len(names):
+        raise SettingError(f"a mode is named twice in {', '.join(names)}", "name each mode once")
 
 
 class Way:
@@ -152,7 +160,7 @@ def aggregate(runs: Sequence[Run], baseline: str = "plain") -> dict:
     """By mode, over all prompts and by set: tokens per second, tau, acceptance by position, ratio to plain.
 
     The ratio is the median over prompts of (tokens per second) / (tokens per second of plain),
-    with its quartiles as spread."""
+    with its quartiles as spread, None for fewer than three prompts."""
     plain = {r.index: r for r in runs if r.mode == baseline}
     report: dict = {}
     for mode in dict.fromkeys(r.mode for r in runs):
@@ -161,6 +169,13 @@ def aggregate(runs: Sequence[Run], baseline: str = "plain") -> dict:
         for name in dict.fromkeys(r.set for r in mine):
             report[mode]["sets"][name] = summary([r for r in mine if r.set == name], plain)
     return report
+
+
+def identical_to_plain(runs: Sequence[Run]) -> dict[str, int]:
+    """By mode other than plain: how many prompts have plain's tokens. At temperature 0 all should."""
+    plain = {r.index: r.token_ids for r in runs if r.mode == "plain"}
+    modes = dict.fromkeys(r.mode for r in runs if plain and r.mode != "plain")
+    return {mode: sum(r.token_ids == plain[r.index] for r in runs if r.mode == mode) for mode in modes}
 
 
 def summary(runs: Sequence[Run], plain: dict[int, Run]) -> dict:
@@ -176,8 +191,8 @@ def summary(runs: Sequence[Run], plain: dict[int, Run]) -> dict:
     }
     ratios = sorted((r.num_tokens / r.seconds) / (plain[r.index].num_tokens / plain[r.index].seconds) for r in runs if r.index in plain)
     if ratios:
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        figures["ratio_to_plain"] = {"median": round(quartiles[1], 3), "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)]}
+        quartiles = [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) >= 3 else None
+        figures["ratio_to_plain"] = {"median": round(statistics.median(ratios), 3), "quartiles": quartiles}
     return figures
 
 
@@ -187,9 +202,10 @@ def table(report: dict) -> str:
     for mode, figures in report.items():
         for name, f in [("all", figures), *figures["sets"].items()]:
             ratio = f.get("ratio_to_plain")
-            middle = f"{ratio['median']:>6.2f}  {ratio['quartiles'][0]:.2f} - {ratio['quartiles'][1]:.2f} " if ratio else " " * 21
+            spread = "{:.2f} - {:.2f}".format(*ratio["quartiles"]) if ratio and ratio["quartiles"] else "-"
+            middle = f"{ratio['median']:>6.2f}  {spread:<12}" if ratio else " " * 20
             accepted = " ".join("  - " if a is None else f"{a:.2f}" for a in f["acceptance_by_position"])
-            lines.append(f"{mode:<10} {name:<12} {f['prompts']:>7} {f['tokens_per_second']:>9.1f} {f['tau']:>6.2f} {middle} {accepted}")
+            lines.append(f"{mode:<10} {name:<12} {f['prompts']:>7} {f['tokens_per_second']:>9.1f} {f['tau']:>6.2f} {middle}  {accepted}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dspark.errors import TargetError
+from dspark.target import hub
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,7 +78,8 @@ def sha256(path: Path) -> str:
 def from_hub(made: Path) -> str:
     from huggingface_hub import snapshot_download
 
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    if not hub.answers():
+        raise ConnectionError("it cannot be reached")
     snapshot_download(HUB_ID, local_dir=made, allow_patterns=["*.json", "*.jinja", "model.safetensors", "*.txt"])
     return HUB_ID
 

@@ -1,6 +1,6 @@
 """From a name to a loaded target: a folder, a hub id, or the demo target's short name."""
 
-import os
+import difflib
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dspark.errors import RuntimeUnavailable, SettingError, TargetError, UserError
-from dspark.target import demo
+from dspark.target import demo, hub
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.quantize import quantize_int8
 from dspark.target.target import Target
@@ -41,12 +41,14 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    where = demo.ensure_demo_target(say) if str(name) == demo.NAME else name
-    if str(name) != demo.NAME and str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise TargetError(f"no folder {name}", "give a folder written by `save_pretrained`, a hub id, or smollm2-135m")
-    where = Path(where).expanduser() if os.path.isdir(os.path.expanduser(where)) else where
+    where = demo.ensure_demo_target(say) if str(name) == demo.NAME else Path(name).expanduser()
+    if str(name).startswith((".", "/", "~")) and not where.is_dir():
+        raise TargetError(f"no folder {name}", f"{like(name)}give a folder written by `save_pretrained`, a hub id, or {demo.NAME}")
+    source, cached_only = (where, False) if where.is_dir() else (str(name), not hub.answers())
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
+        )
         model, loading = loaded
         model.to(device)
         if dtype == "int8":
@@ -54,28 +56,40 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     except UserError:
         raise
     except Exception as error:  # a dozen kinds for what is one thing to the user: these files do not make a model here
+        reason = (
+            "there is no such folder, and the hub cannot be reached" if cached_only and isinstance(error, OSError) else first_line(error)
+        )
         raise TargetError(
-            f"cannot load target {str(name)!r} on {device}: {first_line(error)}",
-            "give a folder written by `save_pretrained`, a hub id of a causal language model, or smollm2-135m",
+            f"cannot load target {str(name)!r} on {device}: {reason}",
+            f"{like(name)}give a folder written by `save_pretrained`, a hub id of a causal language model, or {demo.NAME}",
         ) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise TargetError(
             f"{name} lacks {len(missing)} of the model's tensors, {missing[0]} among them", "restore the folder; it is not a whole model"
         )
-    target = Target(model, load_tokenizer(where), name=str(name))
+    target = Target(model, load_tokenizer(source, cached_only), name=str(name))
     use_runtime(target, runtime, gather=True)
     return target
 
 
-def load_tokenizer(where: str | Path) -> Any:
+def like(name: str | Path) -> str:
+    """The names of the demo target and of folders beside it that `name` may be a slip for, as the start of a hint."""
+    parent = Path(name).expanduser().parent
+    folders = [str(Path(name).parent / f.name) for f in parent.iterdir() if f.is_dir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(str(name), [demo.NAME, demo.HUB_ID, *folders], n=2, cutoff=0.75)
+    close = [other for other in close if other != str(name)]
+    return f"did you mean {' or '.join(close)}? else " if close else ""
+
+
+def load_tokenizer(where: str | Path, cached_only: bool = False) -> Any:
     """The tokenizer, or None where there is none: token ids still work, and asking for text says so.
 
     Raises `TargetError` for tokenizer files that cannot be read."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return AutoTokenizer.from_pretrained(where, local_files_only=cached_only)
     except Exception as error:  # as above; it raises the same kinds for a damaged tokenizer and for none
         files = [f.name for pattern in TOKENIZER_FILES for f in Path(where).glob(pattern)] if isinstance(where, Path) else []
         if not files and isinstance(error, (OSError, ValueError, KeyError)):

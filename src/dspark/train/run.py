@@ -25,7 +25,7 @@ from dspark.target.native.stack import MAX_ROWS
 from dspark.target.target import Target
 from dspark.train.answers import BATCH, INVENT_TOKENS, answer_prompts, invent_prompts, read_answers, read_records, write_records
 from dspark.train.card import write_card
-from dspark.train.estimate import estimate
+from dspark.train.estimate import CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
 from dspark.train.features import FeatureStore
 from dspark.train.trainer import measure, train_steps
 from dspark.train.warmstart import new_head, widened
@@ -79,7 +79,8 @@ def train(
     Prompts given by the user are mixed with `config.num_prompts` that the target invents;
     `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
     `start_from` is the folder of a head to go on with; `shape` then holds nothing, or a larger `markov_rank`.
-    `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten."""
+    `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten. A run that was
+    finished before is not measured again: its figures are returned with `finished_before`."""
     work = out / "progress"
     if target.tokenizer is None and not answers:
         raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
@@ -101,7 +102,11 @@ def train(
     else:
         refuse_unfit_prompts(target, config, prompts or ())
     # The label binds the folder to these settings: all that can be refused beforehand has been.
-    begin_or_resume(out, work, settings(target, config, shape, prompts, answers, start), resume)
+    begin_or_resume(out, work, settings(target, config, shape, prompts, answers, start), resume, command)
+    before = None if only_answers else finished(out)
+    if before is not None:
+        say(f"the run in {out} is finished: nothing is left to do")
+        return before | {"finished_before": True}
     bar = Bar()
     say(estimate(target, config, shape, prompts, answers))
     if not answers:
@@ -171,8 +176,8 @@ def refuse_unfit_prompts(target: Target, config: TrainConfig, prompts: Sequence[
 
 def settings(
     target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], start: list[str] | None
-) -> str:
-    """Everything that decides what a run computes, as text: a resumed run must have the same."""
+) -> dict:
+    """Everything that decides what a run computes: a resumed run must have the same."""
     described = {
         "train": asdict(config),
         "shape": shape,
@@ -181,15 +186,15 @@ def settings(
         "answers": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in answers],
         "start_from": start,
     }
-    return json.dumps(described, sort_keys=True, default=str)
+    return json.loads(json.dumps(described, default=str))  # as it will be read again
 
 
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
-def begin_or_resume(out: Path, work: Path, described: str, resume: bool) -> None:
-    """One folder, one set of settings: a resumed run with others would be neither."""
+def begin_or_resume(out: Path, work: Path, described: dict, resume: bool, command: str) -> None:
+    """One folder, one set of settings: a resumed run with others would be neither. The command is kept beside them."""
     label = work / "settings.json"
     taken = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
     hint = f"delete {work} if it holds no work, or choose another --out; `--answers {work}/answers.jsonl` uses its answers there"
@@ -201,16 +206,42 @@ def begin_or_resume(out: Path, work: Path, described: str, resume: bool) -> None
         before = read_json(label, HeadError, hint)
         if not resume:
             raise SettingError(f"{out} holds an unfinished or finished training run", "continue it with --resume, or choose another --out")
-        if before != json.loads(described):
-            raise SettingError(f"{out} was started with other settings", f"use the same ones ({label}), or choose another --out")
+        if not isinstance(before, dict) or before.keys() - {"command"} != described.keys():
+            raise HeadError(f"{label} does not hold the settings of a run", hint)
+        others = different(before, described)
+        if others:
+            raise SettingError(f"{out} was started with other settings: {'; '.join(others)}", "use the same, or choose another --out")
         return
     try:
         work.mkdir(parents=True, exist_ok=True)
         partial = label.with_suffix(".partial")
-        partial.write_text(described)
+        partial.write_text(json.dumps(described | {"command": command}, sort_keys=True))
         os.replace(partial, label)
     except OSError as error:
         raise HeadError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
+
+
+def different(before: dict, now: dict) -> list[str]:
+    """The settings that differ: those of training and shape with both values."""
+    names = []
+    for section, value in now.items():
+        if value == before[section]:
+            continue
+        if isinstance(value, dict) and isinstance(before[section], dict):
+            keys = [key for key in {**before[section], **value} if before[section].get(key) != value.get(key)]
+            names += [f"{key} was {before[section].get(key)} and is {value.get(key)}" for key in keys]
+        else:
+            names.append(f"other {section}")
+    return names
+
+
+def finished(out: Path) -> dict | None:
+    """The provenance of a run whose last figures were measured, else None."""
+    record = out / "provenance.json"
+    if not (record.exists() and (out / "model.safetensors").exists()):
+        return None
+    provenance = read_json(record, HeadError, "delete it and continue with --resume: the figures are measured again")
+    return provenance if isinstance(provenance, dict) and provenance.get("held_out_rounds") else None
 
 
 def held_out_first(records: Sequence[dict], num_held_out: int, seed: int) -> list[dict]:
@@ -346,10 +377,10 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
         average = now.tolist() if not average else [0.9 * a + 0.1 * n for a, n in zip(average, now.tolist(), strict=True)]
         accepted = " ".join(f"{a:.2f}" for a in average)
         bar("training", step, config.steps, f"loss {result.total.item():.3f} acceptance {accepted}")
-        if step % max(1, config.steps // 10) == 0 or step == config.steps:
+        if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
             entry = {"step": step, "anchors": step * config.sequences_per_step * config.anchors_per_sequence,
                      "cpu_seconds_this_start": round(time.process_time() - cpu_start), "steps_this_start": step - steps_at_start,
-                     **measure(head, target, store, config, min(48, config.held_out))}  # fmt: skip
+                     **measure(head, target, store, config, min(CURVE_ANSWERS, config.held_out))}  # fmt: skip
             with curve_file.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -357,17 +388,17 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
     return read_records(curve_file, ("step",))
 
 
-def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar, count: int = 16, max_new_tokens: int = 64) -> dict:
+def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar) -> dict:
     """tau by real decoding rounds on prompts whose answers were never trained on, at T = 0 and T = 1."""
-    chosen, report = list(records)[:count], {}
+    chosen, report = list(records)[:ROUNDS_PROMPTS], {}
     for temperature in (0.0, 1.0):
         tokens = rounds = 0
         for i, record in enumerate(chosen):
-            room = min(max_new_tokens, target.max_context - len(record["prompt_ids"]))
+            room = min(ROUNDS_TOKENS, target.max_context - len(record["prompt_ids"]))
             if room < 1:
                 continue
             result = generate(target, head, record["prompt_ids"], room, temperature=temperature, seed=i, plan="fixed")
             tokens, rounds = tokens + result.num_tokens, rounds + result.rounds
             bar(f"held-out rounds, T={temperature:.0f}", i + 1, len(chosen))
         report[f"tau_t{temperature:.0f}"] = round(tokens / max(1, rounds), 3)
-    return report | {"prompts": len(chosen), "max_new_tokens": max_new_tokens}
+    return report | {"prompts": len(chosen), "max_new_tokens": ROUNDS_TOKENS}

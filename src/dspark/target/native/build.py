@@ -1,8 +1,10 @@
 """Compiles stack.cpp for this machine once, and loads it.
 
 The library lies in the user's cache under a name that holds everything it was made from: source,
-compiler and its version, flags, processor. A file that is damaged is built again, not trusted."""
+compiler and its version, flags, processor. A file that is damaged is built again, not trusted; one that no process
+has loaded for a month is deleted when another is built."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from dspark.target.demo import cache_directory
 SOURCE = Path(__file__).with_name("stack.cpp")
 # OpenMP is the one torch has loaded, by its common name: a second pool of threads would be in the first one's way.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+NUM_KEPT, DAYS_KEPT = 3, 30  # builds kept whatever their age, and the age of the others' last use
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -41,6 +45,8 @@ def built(say: Callable[[str], None], directory: Path | None = None) -> Path:
         path = directory / f"stack-{fingerprint(compiler)[:16]}.so"
         label = path.with_suffix(".sha256")
         if label.exists() and path.exists() and label.read_bytes() == hashlib.sha256(path.read_bytes()).hexdigest().encode():
+            with contextlib.suppress(OSError):  # a cache that we may only read
+                path.touch()  # its age is that of its last use
             return path
         say("compiling the native runtime for this machine (once, about ten seconds)")
         directory.mkdir(parents=True, exist_ok=True)
@@ -60,9 +66,20 @@ def built(say: Callable[[str], None], directory: Path | None = None) -> Path:
             os.replace(made, path)
             (Path(scratch) / label.name).write_text(digest)
             os.replace(Path(scratch) / label.name, label)
+        delete_unused(directory)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeUnavailable(f"cannot build the native runtime in {directory} with {compiler}: {error}") from error
     return path
+
+
+def delete_unused(directory: Path) -> None:
+    """Deletes old builds. A process that has one loaded keeps it; what cannot be deleted stays."""
+    with contextlib.suppress(OSError):
+        last_use = {path: path.stat().st_mtime for path in directory.glob(f"{SOURCE.stem}-*.so")}
+        for path in sorted(last_use, key=lambda path: last_use[path])[:-NUM_KEPT]:
+            if time.time() - last_use[path] > DAYS_KEPT * 86400:
+                path.with_suffix(".sha256").unlink(missing_ok=True)
+                path.unlink()
 
 
 def find_compiler() -> str:

@@ -1,0 +1,42 @@
+"""Names of targets: what cannot be found is said at once, with the names that are near."""
+
+import pytest
+
+from dspark.errors import TargetError
+from dspark.target import hub
+from dspark.target.load import load_target
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """No network; the list counts the tries."""
+    tries = []
+
+    class Session:
+        def head(self, url, timeout):
+            tries.append(timeout)
+            raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    hub.answers.cache_clear()
+    yield tries
+    hub.answers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("smollm2-135", "smollm2-135m"), ("my-modl", "my-model"), ("./my-modl", "my-model"), ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M-Instruct")],
+)  # fmt: skip
+def test_a_mistyped_name_is_said_once_with_the_near_ones(name, near, unreachable, tmp_path, monkeypatch, capfd):
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TargetError) as raised:
+        load_target(name)
+    assert f"{near}? else" in str(raised.value.hint) and "did you mean" in str(raised.value.hint)
+    assert unreachable in ([], [hub.SECONDS]) and capfd.readouterr().err == ""
+
+
+def test_a_name_like_no_other_gets_no_guess(unreachable):
+    with pytest.raises(TargetError, match="the hub cannot be reached") as raised:
+        load_target("zzz")
+    assert "did you mean" not in str(raised.value.hint)
