@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say
+from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say, say_calibration
 from dspark.errors import HeadError, SettingError
 
 
@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
         if options.dflash_head is None:
             raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
         heads["dflash"] = load_head(named_head(options.dflash_head), target)
+    for head in heads.values():
+        say_calibration(head, options.temperature)
     modes = [Mode(name, heads.get(name)) for name in names]
     ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     from tqdm import tqdm

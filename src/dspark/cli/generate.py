@@ -4,7 +4,17 @@ import argparse
 import json
 import sys
 
-from dspark.cli.options import add_head, add_sampling, add_target, open_head, open_prompts, open_target, sampling_options, say
+from dspark.cli.options import (
+    add_head,
+    add_sampling,
+    add_target,
+    open_head,
+    open_prompts,
+    open_target,
+    sampling_options,
+    say,
+    say_calibration,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = open_prompts(options.prompt, options.prompts)
     target = open_target(options)
     head = open_head(options, target)
+    say_calibration(head, options.temperature)
     from dspark.generation import generate
 
     for index, prompt in enumerate(prompts):
