@@ -25,6 +25,7 @@ from dspark.measure.calibration import (
     auroc,
     ece,
     figures,
+    fit_curves,
     fit_logistic,
     fit_temperatures,
     margin_survival,
@@ -55,6 +56,29 @@ def test_known_temperatures_are_found_again():
     assert all(b["ece"] > 0.02 and a["ece"] < 0.01 for b, a in zip(before, after, strict=True))
     assert all(a["brier"] < b["brier"] for b, a in zip(before, after, strict=True))
     assert after[0]["auroc"] == pytest.approx(before[0]["auroc"], abs=1e-12)  # one temperature keeps the order
+
+
+def test_a_bias_that_no_temperature_removes():
+    """Slope and offset as they were found at the first position of a head at T = 1."""
+
+    def biased(seed: int) -> Rounds:
+        generator = np.random.default_rng(seed)
+        logits_RG = generator.normal(0.0, 1.0, (20_000, 1))
+        stands_R = generator.random(20_000) < sigmoid(0.68 * logits_RG[:, 0] - 0.26)
+        return Rounds(logits_RG, logits_RG, stands_R.astype(int), np.arange(20_000))
+
+    rounds, held_out = biased(0), biased(1)
+    best = min(figures(survival(held_out.logits_RG, [T]), held_out.num_accepted_R)[0]["ece"] for T in np.geomspace(0.1, 10, 41))
+    temperatures, biases = fit_curves(rounds)
+    assert temperatures == pytest.approx([1 / 0.68], rel=0.1) and biases == pytest.approx([-0.26], abs=0.05)
+    with_bias = figures(survival(held_out.logits_RG, temperatures, biases), held_out.num_accepted_R)[0]["ece"]
+    assert best > 0.02 and with_bias < 0.015
+
+
+def test_few_rounds_leave_a_curve_near_what_the_head_says():
+    nothing = Rounds(np.array([[3.0, np.nan]]), np.full((1, 2), np.nan), np.array([1]), np.arange(1))
+    temperatures, biases = fit_curves(nothing)
+    assert temperatures == pytest.approx([1.0, 1.0], abs=0.2) and biases == pytest.approx([0.0, 0.0], abs=0.2)
 
 
 def test_calibrated_estimates_err_by_chance_only():
@@ -174,14 +198,14 @@ def test_the_law_of_the_request_chooses_the_fit(target):
     head = tiny_head(target)
     head.calibration = tiny_calibration(head, target, TINY_FIT, replace(TINY_FIT, temperature=1.0, temperatures=(0.5,) * 4))
     assert [head.calibration.nearest(T).temperature for T in (0.0, 0.4, 0.5, 0.7, 3.0)] == [0.0, 0.0, 1.0, 1.0, 1.0]
-    for T, expected in ((0.0, (2.0, 3.0, 4.0, 5.0)), (0.7, (0.5,) * 4)):
+    for T, expected in ((0.0, (2.0, 3.0, 4.0, 5.0)), (0.7, (0.5,) * 4)):  # both with the biases of TINY_FIT
         drafts = []
         for recording in (False, True):  # a recording drafter tells the head's own confidences
             drafter = DSparkDrafter(head, target, recording)
             drafter.commit(target.prefill(target.start(), [5, 6, 7]))
             drafts.append(drafter.draft([5, 6, 7, 8], 4, make_law(T), torch.Generator().manual_seed(0)))
         calibrated, raw = (torch.tensor(d.confidences).logit() for d in drafts)
-        torch.testing.assert_close(calibrated * torch.tensor(expected), raw, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close((calibrated - torch.tensor(TINY_FIT.biases)) * torch.tensor(expected), raw, rtol=1e-3, atol=1e-3)
         assert drafts[0].tokens == drafts[1].tokens and drafts[0].margins is None
         assert len(drafts[1].margins) == 4 and min(drafts[1].margins) > 0
 
@@ -323,10 +347,11 @@ def test_the_command_writes_what_loads_and_serving_says_what_it_was_fitted_for(p
 def test_without_prompts_the_target_invents_some(place, capsys, tmp_path):
     head = shutil.copytree(place / "head", tmp_path / "head")
     code, out, _ = run(
-        capsys, "calibrate", head, "--target", place / "target", "--num-prompts", 8, "--max-new-tokens", 45, "--temperature", 1
+        capsys, "calibrate", head, "--target", place / "target", "--num-prompts", 8, "--max-new-tokens", 45, "--temperature", 1, "--bias"
     )
     assert code == 0 and "math" in out
-    assert [fit.temperature for fit in read_calibration(head, 4).fits] == [1.0]
+    (fit,) = read_calibration(head, 4).fits
+    assert fit.temperature == 1.0 and any(fit.biases)
 
 
 @pytest.mark.parametrize(

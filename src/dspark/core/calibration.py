@@ -10,7 +10,8 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Fit:
-    """Temperatures of the confidence logits, fitted under one sampling law (paper, Sequential Temperature Scaling).
+    """What makes confidence logits z chances, sigmoid(z / T + b), fitted under one sampling law (paper, Sequential
+    Temperature Scaling, where b is 0).
 
     Tuples go by drafted position. `temperature` is the law's own, 0 for greedy. `acceptance` is the share of judged tokens
     that were accepted, given that all before them were. The errors (ECE, 20 bins) are those of `held_out_rounds` rounds,
@@ -20,6 +21,7 @@ class Fit:
     top_k: int
     top_p: float
     temperatures: tuple[float, ...]
+    biases: tuple[float, ...]
     acceptance: tuple[float, ...]
     ece_before: tuple[float | None, ...]
     ece_after: tuple[float | None, ...]

@@ -86,7 +86,8 @@ class DSparkDrafter:
             w_KR = torch.cat(states[:num]) if states else None
             logits_K = head.confidence_head(h_GD[:num], w_KR).float()
             if head.calibration is not None and not self.recording:
-                logits_K /= logits_K.new_tensor(head.calibration.nearest(law.temperature).temperatures[:num])
+                fit = head.calibration.nearest(law.temperature)
+                logits_K = logits_K / logits_K.new_tensor(fit.temperatures[:num]) + logits_K.new_tensor(fit.biases[:num])
             confidences = logits_K.sigmoid().tolist()
         # logits_KC has the biases in it by now
         margins = (-logits_KC[:num].topk(2).values.diff()[:, 0]).tolist() if self.recording else None

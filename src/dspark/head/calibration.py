@@ -19,7 +19,7 @@ NAME = "calibration.json"
 FORMAT = 1
 WAY_OUT = "delete it, or calibrate again: `dspark calibrate HEAD --target TARGET`"
 # name in a fit -> the least and the most that its number, or each number of its list, can be
-LISTS = {"temperatures": (1e-3, 1e3), "acceptance": (0, 1), "ece_before": (0, 1), "ece_after": (0, 1)}
+LISTS = {"temperatures": (1e-3, 1e3), "biases": (-50, 50), "acceptance": (0, 1), "ece_before": (0, 1), "ece_after": (0, 1)}
 MAY_BE_NONE = ("ece_before", "ece_after")
 NUMBERS = {
     "temperature": (0, 1e6),

@@ -37,9 +37,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -50, 50)))  # NaN stays NaN
 
 
-def survival(logits_RG: np.ndarray, temperatures_G: Sequence[float] | np.ndarray) -> np.ndarray:
-    """prod_{i<=k} sigmoid(z_i / T_i): the estimated chance that the first k tokens stand [R, G]."""
-    return np.cumprod(sigmoid(logits_RG / np.asarray(temperatures_G)), axis=1)
+def survival(logits_RG: np.ndarray, temperatures_G: Sequence[float] | np.ndarray, biases_G: Sequence[float] | float = 0.0) -> np.ndarray:
+    """prod_{i<=k} sigmoid(z_i / T_i + b_i): the estimated chance that the first k tokens stand [R, G]."""
+    return np.cumprod(sigmoid(logits_RG / np.asarray(temperatures_G) + np.asarray(biases_G)), axis=1)
 
 
 def ece(estimates_R: np.ndarray, happened_R: np.ndarray) -> float:
@@ -98,6 +98,19 @@ def fit_temperatures(rounds: Rounds) -> list[float]:
     return temperatures
 
 
+def fit_curves(rounds: Rounds) -> tuple[list[float], list[float]]:
+    """Temperatures and biases by position: the logistic curve of least log loss through the tokens judged there.
+
+    Where nearly all logits are near 0 a temperature alone changes nothing, and cannot put right what is off by a bias."""
+    temperatures, biases = [], []
+    for k, logits_R in enumerate(rounds.logits_RG.T):
+        judged_R = ~np.isnan(logits_R) & (rounds.num_accepted_R >= k)
+        slope, offset = fit_logistic(logits_R[judged_R], rounds.num_accepted_R[judged_R] > k, prior=(1.0, 0.0))
+        temperatures.append(float(1 / np.clip(slope, 1 / COARSE[-1], 1 / COARSE[0])))
+        biases.append(float(offset))
+    return temperatures, biases
+
+
 def least(error: Callable[[float], float], candidates: np.ndarray) -> float:
     """The candidate of the least error, the one nearest to 1 of equals."""
     return min(sorted(candidates, key=lambda T: abs(np.log(T))), key=error)
@@ -123,11 +136,12 @@ def margin_survival(fitted: Rounds, held_out: Rounds) -> np.ndarray:
     return np.cumprod(confidences_RG, axis=1)
 
 
-def fit_logistic(x: np.ndarray, happened: np.ndarray, ridge: float = 1.0) -> np.ndarray:
-    """(slope, offset) of the logistic curve of least log loss, by Newton's method; the ridge keeps separable data finite."""
-    rows, weights = np.stack([x, np.ones_like(x)]), np.zeros(2)
+def fit_logistic(x: np.ndarray, happened: np.ndarray, prior: tuple[float, float] = (0.0, 0.0), ridge: float = 1.0) -> np.ndarray:
+    """(slope, offset) of the logistic curve of least log loss, by Newton's method. The ridge, which draws both towards
+    `prior`, keeps them finite where the data are few or can be told apart."""
+    rows, weights = np.stack([x, np.ones_like(x)]), np.array(prior)
     for _ in range(30):
         p = sigmoid(weights @ rows)
-        gradient = rows @ (p - happened) + ridge * weights
+        gradient = rows @ (p - happened) + ridge * (weights - prior)
         weights = weights - np.linalg.solve((rows * (p * (1 - p))) @ rows.T + ridge * np.eye(2), gradient)
     return weights
