@@ -15,7 +15,7 @@ from dspark.generation import generate
 from dspark.head.folder import find_head, load_head, save_head
 from dspark.head.head import Head
 from dspark.target.target import Target
-from tiny import tiny_head, tiny_model
+from tiny import tiny_calibration, tiny_head, tiny_model
 
 GOLDEN_IDS = list(range(3, 40))
 KINDS = {"vanilla": ("vanilla", 8), "gated": ("gated", 8), "rnn": ("rnn", 8), "dflash": ("vanilla", 0)}
@@ -412,9 +412,12 @@ class Killed(BaseException):
     """A kill, as far as one process can play it to itself."""
 
 
-@pytest.mark.parametrize("num_done", range(15))
+@pytest.mark.parametrize("num_done", range(17))
 def test_a_save_that_was_killed_leaves_the_old_head_or_the_new_one(num_done, folder, target, tmp_path, monkeypatch):
-    """Five files move away, five move in, five old ones are deleted; the kill comes after any of these."""
+    """Six files move away, a calibration among them, five move in, six old ones are deleted; the kill comes after any of these."""
+    calibrated = tiny_head(target)
+    calibrated.calibration = tiny_calibration(calibrated, target)
+    save(calibrated, target, folder)
     save(tiny_head(target, seed=1), target, tmp_path / "new")
     before, after, calls = contents(folder), contents(tmp_path / "new"), []
 
@@ -433,7 +436,7 @@ def test_a_save_that_was_killed_leaves_the_old_head_or_the_new_one(num_done, fol
         with pytest.raises(Killed):
             save(tiny_head(target, seed=1), target, folder)
     load_head(folder, target)
-    assert {name: data for name, data in contents(folder).items() if name in before} == (before if num_done < 10 else after)
+    assert {name: data for name, data in contents(folder).items() if name in before} == (before if num_done < 11 else after)
     save(tiny_head(target, seed=1), target, folder)
     assert contents(folder) == after
 

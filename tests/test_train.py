@@ -286,6 +286,19 @@ def test_a_finished_run_is_not_measured_again(tmp_path, monkeypatch):
         train(target, tmp_path / "head", config, WITH_BYTES, resume=True)
 
 
+def test_training_ends_with_a_calibration_on_held_out_prompts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dspark.train.run.CALIBRATION_TOKENS", 30)
+    monkeypatch.setattr("dspark.measure.calibrate.LEAST_ROUNDS", 40)
+    target = load_target(save_tiny_target(tmp_path / "target"))
+    train(target, tmp_path / "head", replace(CONFIG, num_prompts=12, held_out=4, steps=2), WITH_BYTES)
+    fits = load_head(tmp_path / "head", target).calibration.fits
+    assert [(fit.temperature, fit.prompts, len(fit.temperatures)) for fit in fits] == [(0.0, 4, 3), (1.0, 4, 3)]
+    assert (tmp_path / "head" / "README.md").read_text().count("expected calibration error") == 2
+    monkeypatch.setattr("dspark.train.run.CALIBRATION_TOKENS", 4)  # too few rounds make no calibration, but a head
+    train(target, tmp_path / "more", replace(CONFIG, num_prompts=6, steps=2), {}, start_from=tmp_path / "head")
+    assert "not calibrated" in capsys.readouterr().err and load_head(tmp_path / "more", target).calibration is None
+
+
 @pytest.mark.parametrize("name", ["settings.json", "checkpoint.pt", "curve.jsonl", "prompts.jsonl", "answers.jsonl"])
 def test_a_damaged_progress_file_is_named_and_made_again_once_deleted(tmp_path, name):
     target = load_target(save_tiny_target(tmp_path / "target"))

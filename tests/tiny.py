@@ -5,6 +5,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from dspark.config import HeadConfig
+from dspark.core.calibration import Calibration, Fit
+from dspark.head.calibration import head_digest
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -102,3 +104,12 @@ def tiny_head(
             if parameter.dim() > 1:
                 parameter.normal_(0.0, SPREAD)
     return head
+
+
+# for a block of 4
+TINY_FIT = Fit(0.0, 0, 1.0, (2.0, 3.0, 4.0, 5.0), (0.0, 0.5, 0.0, -1.0), (0.5,) * 4, (0.1,) * 4, (0.01, 0.02, 0.03, None), 400, 200, 20)
+
+
+def tiny_calibration(head: Head, target: Target, *fits: Fit) -> Calibration:
+    """A calibration that belongs to this pair."""
+    return Calibration(target.name, target.precision, target.digest(), head_digest(head), fits or (TINY_FIT,))

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say
+from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say, say_calibration
 from dspark.errors import HeadError, SettingError
 
 
@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     own = open_head(options, target) if wants_head else None
     heads = {"dspark": own, "auto": own, "dflash": load_head(options.dflash_head, target) if "dflash" in kinds else None}
     modes = [Mode(name, heads.get(name.partition("@")[0])) for name in names]
+    for head in {id(head): head for head in heads.values() if head is not None}.values():
+        say_calibration(head, options.temperature)
     ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     from tqdm import tqdm
 

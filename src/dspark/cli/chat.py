@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from dspark.cli.generate import write
-from dspark.cli.options import add_head, add_plan, add_sampling, add_target, open_head, open_target, sampling_options, say
+from dspark.cli.options import add_head, add_plan, add_sampling, add_target, open_head, open_target, sampling_options, say, say_calibration
 from dspark.errors import PromptError
 
 
@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
         raise PromptError("the input is closed", "chat reads its turns from stdin")
     target = open_target(options)
     head = open_head(options, target)
+    say_calibration(head, options.temperature)
     from dspark.generation import generate, make_drafter, make_planner
 
     if target.tokenizer is None or target.tokenizer.chat_template is None:

@@ -4,7 +4,18 @@ import argparse
 import json
 import sys
 
-from dspark.cli.options import add_head, add_plan, add_sampling, add_target, open_head, open_prompts, open_target, sampling_options, say
+from dspark.cli.options import (
+    add_head,
+    add_plan,
+    add_sampling,
+    add_target,
+    open_head,
+    open_prompts,
+    open_target,
+    sampling_options,
+    say,
+    say_calibration,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = open_prompts(options.prompt, options.prompts)
     target = open_target(options)
     head = open_head(options, target)
+    say_calibration(head, options.temperature)
     from dspark.generation import generate, make_drafter, make_planner
 
     drafter = make_drafter(options.drafter, target, head)

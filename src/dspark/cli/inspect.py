@@ -3,8 +3,10 @@
 import argparse
 import json
 import re
+from dataclasses import asdict
 
 from dspark.errors import HeadError
+from dspark.head.calibration import read_calibration, summary
 from dspark.head.folder import named_head, read_config
 from dspark.prompts import read_json
 
@@ -19,16 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     folder = named_head(options.head)
     config, section = read_config(folder)
+    calibration = read_calibration(folder, config.block_size)
     hint = "restore the file; the head itself works without it"
     if options.json:
         record = folder / "provenance.json"
         provenance = read_json(record, HeadError, hint) if record.exists() else None
-        print(json.dumps({"folder": str(folder), "config": config.__dict__, "dspark": section, "provenance": provenance}))
+        print(json.dumps({"folder": str(folder), "config": config.__dict__, "dspark": section, "provenance": provenance,
+                          "calibration": calibration and asdict(calibration)}))  # fmt: skip
         return 0
     card = folder / "README.md"
     text = f"{folder}: no card; target {section.get('target')}, block size {config.block_size}"
     try:
         print(FRONT_MATTER.sub("", card.read_text(encoding="utf-8")) if card.exists() else text)
+        if calibration is not None:
+            print(f"calibration.json, fitted with {calibration.precision} weights:\n{summary(calibration)}")
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise HeadError(f"cannot read {card}: {error}", hint) from error
     return 0

@@ -13,6 +13,7 @@ VERBS = {
     "generate": "continue prompts, speculating losslessly",
     "chat": "talk to the target",
     "train": "train a head for a target from the target's own words",
+    "calibrate": "fit a head's confidences to what is accepted",
     "bench": "measure speed and tau against plain decoding",
     "profile": "measure what a round costs on this machine, by rows",
     "verify": "prove that output is unchanged for this target and head, here",

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from typing import Any
 
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
@@ -12,8 +13,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def add_target(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
-    parser.add_argument("target", metavar="TARGET", help="folder, hub id, or smollm2-135m (the demo target)")
+def add_target(parser: argparse.ArgumentParser, dtype: str = "float32", name: str = "target") -> None:
+    required: dict[str, Any] = {"required": True} if name.startswith("-") else {}
+    parser.add_argument(name, metavar="TARGET", help="folder, hub id, or smollm2-135m (the demo target)", **required)
     parser.add_argument("--dtype", default=dtype, help=f"precision of the target: float32, bfloat16 or int8 weights (default {dtype})")
     parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
     parser.add_argument("--runtime", default="auto", help="auto, native or eager (default auto: native where it runs the model)")
@@ -78,6 +80,14 @@ def open_head(options: argparse.Namespace, target):
         say(f"no head is known for {target.name}: decoding plainly (train one: `dspark train {target.name} --out DIR`)")
         return None
     return load_head(folder, target)
+
+
+def say_calibration(head, temperature: float) -> None:
+    """A word when the confidences of a calibrated head were fitted under no law of this temperature."""
+    fitted = [f"{fit.temperature:g}" for fit in head.calibration.fits] if head is not None and head.calibration is not None else []
+    if fitted and f"{temperature:g}" not in fitted:
+        nearest = head.calibration.nearest(temperature).temperature
+        say(f"calibrated for {' and '.join(f'T={T}' for T in fitted)}; T={temperature:g} uses the fit for T={nearest:g}")
 
 
 def open_prompts(texts: list[str], file: str | None) -> list[Prompt]:

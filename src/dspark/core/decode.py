@@ -48,13 +48,14 @@ class Drafter(Protocol):
 class Round:
     """What one round did. `tokens` are its new tokens: accepted ones, then the target's own.
 
-    `confidences` are the draft's, one a drafted token; None where the drafter has no opinion."""
+    `confidences` and `margins` are the draft's, one a drafted token; None where the drafter has no opinion."""
 
     tokens: list[int]
     num_drafted: int
     num_planned: int
     num_accepted: int
     confidences: list[float] | None = None
+    margins: list[float] | None = None
 
 
 # (law, ids, draft, num_planned, scored, streams) -> what stands, and the token after it
@@ -130,7 +131,7 @@ def decode(
             finished = stop(ids[num_prompt:])
             if finished:
                 break
-        yield Round(new, len(draft.tokens), num_planned, verdict.num_accepted, draft.confidences)
+        yield Round(new, len(draft.tokens), num_planned, verdict.num_accepted, draft.confidences, draft.margins)
 
 
 def row_laws(law: Law, ids: list[int], drafted: list[int], logits_TV: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Target and drafts go through `probs`; temperature zero is a one-hot law from the same function.
 Shapes: T rows, V vocabulary."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,12 @@ class Law:
     processors: tuple[Processor, ...] = ()
     warpers: tuple[Processor, ...] = ()
     greedy: bool = False
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that the law samples at, 0 when greedy: what its warpers (`temperature`, as transformers names
+        it) multiply to. Read to choose a calibration only."""
+        return 0.0 if self.greedy else math.prod(getattr(p, "temperature", 1.0) for p in (*self.processors, *self.warpers))
 
 
 GREEDY = Law(greedy=True)

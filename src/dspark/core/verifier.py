@@ -46,11 +46,14 @@ class FewTokens:
 @dataclass(frozen=True)
 class Draft:
     """Proposed tokens with the law each was drawn from, `probs_KV` (rows [V]), and its estimated chance of
-    acceptance given that all before it were accepted (None: the drafter has no opinion)."""
+    acceptance given that all before it were accepted (None: the drafter has no opinion).
+
+    `margins` (best draft logit of each row minus the second) are noted for calibration only."""
 
     tokens: list[int]
     probs_KV: Rows
     confidences: list[float] | None = None
+    margins: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from dspark.target.target import Target
 
 
 class DSparkDrafter:
-    """Draws a block from the head and its context of one request."""
+    """Draws a block from the head and its context of one request.
 
-    def __init__(self, head: Head, target: Target):
-        self.head, self.target = head, target
+    `recording` is for calibration: confidences are then the head's own, uncalibrated, and margins are noted."""
+
+    def __init__(self, head: Head, target: Target, recording: bool = False):
+        self.head, self.target, self.recording = head, target, recording
         self.block_size = head.config.block_size
         self.context = make_context(head, target)
         self.start()
@@ -82,10 +84,16 @@ class DSparkDrafter:
         confidences = None
         if head.confidence_head is not None:
             w_KR = torch.cat(states[:num]) if states else None
-            confidences = head.confidence_head(h_GD[:num], w_KR).float().sigmoid().tolist()
+            logits_K = head.confidence_head(h_GD[:num], w_KR).float()
+            if head.calibration is not None and not self.recording:
+                fit = head.calibration.nearest(law.temperature)
+                logits_K = logits_K / logits_K.new_tensor(fit.temperatures[:num]) + logits_K.new_tensor(fit.biases[:num])
+            confidences = logits_K.sigmoid().tolist()
+        # logits_KC has the biases in it by now
+        margins = (-logits_KC[:num].topk(2).values.diff()[:, 0]).tolist() if self.recording else None
         if one_hot:
-            return Draft(tokens, FewTokens.certain(tokens, head.config.vocab_size, ids_KC.device), confidences)
-        return Draft(tokens, FewTokens(ids_KC[:num], torch.stack(laws), head.config.vocab_size), confidences)
+            return Draft(tokens, FewTokens.certain(tokens, head.config.vocab_size, ids_KC.device), confidences, margins)
+        return Draft(tokens, FewTokens(ids_KC[:num], torch.stack(laws), head.config.vocab_size), confidences, margins)
 
 
 def law_of_choices(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, vocab_size: int) -> torch.Tensor | None:

@@ -5,6 +5,7 @@
     golden.safetensors   token ids, features, draft logits: replayed at every load
     provenance.json      command, versions, data, time, measured figures
     README.md            the card
+    calibration.json     temperatures of the confidences, once fitted
 
 Files are written beside their places and renamed when all are whole: a full disk or a kill
 never leaves half a head where a good one was."""
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from dspark.config import SEQUENTIAL_HEADS, HeadConfig
 from dspark.errors import HeadError
+from dspark.head import calibration
 from dspark.head.head import Head
 from dspark.prompts import read_json
 from dspark.target import demo, hub
@@ -31,7 +33,8 @@ from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
 IN_SECTION = ("draft_vocab_size", "shortlist")  # DeepSpec has no such keys
-FILES = ("model.safetensors", "golden.safetensors", "config.json", "provenance.json", "README.md")
+# The calibration comes last: not every head has one, so no failure can leave a new one with an old head.
+FILES = ("model.safetensors", "golden.safetensors", "config.json", "provenance.json", "README.md", calibration.NAME)
 # Sizes beyond these come from a damaged file; their products still are numbers that torch can hold.
 MOST = {"block_size": MAX_ROWS, "num_hidden_layers": 256}
 MOST_OF_A_SIZE = 2**20
@@ -95,14 +98,19 @@ def save_head(head: Head, target: Target, folder: Path, golden_ids: list[int], p
         "provenance.json": json.dumps(provenance, indent=2) + "\n",
         "README.md": card,
     }
+    if head.calibration is not None:
+        texts[calibration.NAME] = calibration.as_text(head.calibration)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         undo_interrupted_save(folder)  # its files would pass for those of this save
+        stale = folder / f"{calibration.NAME}.partial"
+        if stale.exists():  # of a killed save; this one may have none to write over it
+            stale.unlink()
         for name, tensors in (("model.safetensors", weights), ("golden.safetensors", golden)):
             save_file(tensors, folder / f"{name}.partial", metadata={"format": "pt"})
         for name, text in texts.items():
             (folder / f"{name}.partial").write_text(text, encoding="utf-8")
-        replace_all(folder, FILES)
+        replace_all(folder, [name for name in FILES if name in texts or name.endswith(".safetensors")])
     except (OSError, SafetensorError) as error:
         for leftover in folder.glob("*.partial"):
             leftover.unlink(missing_ok=True)
@@ -110,8 +118,8 @@ def save_head(head: Head, target: Target, folder: Path, golden_ids: list[int], p
 
 
 def replace_all(folder: Path, names: Sequence[str]) -> None:
-    """Put every NAME.partial in the place of NAME, or none of them: a failed rename brings the old files back."""
-    kept = [name for name in names if (folder / name).exists()]
+    """Put every NAME.partial in the place of the old files, or none of them: a failed rename brings those back."""
+    kept = [name for name in FILES if (folder / name).exists()]
     try:
         for name in kept:
             os.replace(folder / name, folder / f"{name}.old")
@@ -207,12 +215,12 @@ def refuse_senseless(values: dict, folder: Path) -> None:
         )
 
 
-def load_head(folder: str | Path, target: Target) -> Head:
+def load_head(folder: str | Path, target: Target, calibrated: bool = True) -> Head:
     """Load a head for this target and prove that it is the head, and the target, it was trained as.
 
     `folder` may also be a hub id or the name of a shipped head. Raises `HeadError` where there is none, for
-    missing, extra or misshaped tensors, another target, another vocabulary, or golden vectors that do not come
-    out again. Taps the target's layers."""
+    missing, extra or misshaped tensors, another target, another vocabulary, golden vectors that do not come
+    out again, or a calibration of another pair (which `calibrated=False` leaves unread). Taps the target's layers."""
     folder = named_head(folder)
     config, section = read_config(folder)
     refuse_other_target(config, section, target)
@@ -232,6 +240,9 @@ def load_head(folder: str | Path, target: Target) -> Head:
     target.tap(config.target_layer_ids)
     if section or (folder / "golden.safetensors").exists():  # heads of other projects come without
         replay_golden(head, target, read_tensors(folder / "golden.safetensors"), folder)
+    head.calibration = calibration.read_calibration(folder, config.block_size) if calibrated else None
+    if head.calibration is not None:
+        calibration.refuse_other_pair(head.calibration, head, target, folder)
     return head.to(device=target.device, dtype=target.model.dtype).eval()
 
 

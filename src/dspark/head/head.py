@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dspark.config import HeadConfig
+from dspark.core.calibration import Calibration
 from dspark.head.backbone import Layer, RMSNorm, Rotary
 from dspark.head.sequential import KINDS, Confidence
 
@@ -24,6 +25,7 @@ class Head(nn.Module):
     draft_ids: torch.Tensor
     output_rows: torch.Tensor
     mask_embedding: torch.Tensor
+    calibration: Calibration | None = None  # of its confidences, once fitted
 
     def __init__(self, config: HeadConfig, draft_ids: torch.Tensor, output_rows: torch.Tensor, mask_embedding: torch.Tensor):
         super().__init__()

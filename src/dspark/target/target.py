@@ -16,7 +16,7 @@ from dspark.core.decode import Scored
 from dspark.errors import LogitsError, PromptError, RuntimeUnavailable, TargetError
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.native.stack import Cache as NativeCache
-from dspark.target.quantize import rows_of
+from dspark.target.quantize import is_int8, rows_of
 from dspark.target.rollback import new_cache, refuse_unless_exact, rollback
 from dspark.target.taps import Tap
 
@@ -88,8 +88,16 @@ class Target:
     def fingerprint(self) -> list:
         """What tells these weights from others: name, precision, shape, and a hash of the first output rows' bytes."""
         weights = self.model.get_output_embeddings().weight
-        digest = hashlib.sha256(self.output_rows(torch.arange(64)).cpu().numpy().tobytes()).hexdigest()
-        return [self.name, str(weights.dtype), list(weights.shape), digest]
+        return [self.name, str(weights.dtype), list(weights.shape), self.digest()]
+
+    def digest(self) -> str:
+        """A hash of the first output rows, which differ with the precision too."""
+        return hashlib.sha256(self.output_rows(torch.arange(64)).cpu().numpy().tobytes()).hexdigest()
+
+    @property
+    def precision(self) -> str:
+        """int8, or the name of the weights' dtype."""
+        return "int8" if is_int8(self.model.get_output_embeddings().weight) else str(self.model.dtype).removeprefix("torch.")
 
     def output_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the LM head in float32 [., D]."""

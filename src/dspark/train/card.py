@@ -1,5 +1,6 @@
 """The card of a head, in the hub's form: what it is, how it was made, what it was measured to do."""
 
+from dspark.head.calibration import summary
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -16,6 +17,10 @@ def write_card(head: Head, target: Target, provenance: dict, rounds: dict | None
         f"\nTokens per round by real decoding on {rounds['prompts']} held-out prompts, {rounds['max_new_tokens']} tokens each: "
         f"**{rounds['tau_t0']}** at T = 0, **{rounds['tau_t1']}** at T = 1.\n"
     )  # fmt: skip
+    if head.calibration is not None:
+        measured += (
+            f"\nIts confidences, calibrated (mean over positions):\n\n- {summary(head.calibration).replace(chr(10), chr(10) + '- ')}\n"
+        )
     teacher = provenance["held_out_teacher_forced"]
     rows = "".join(
         f"| {name} | {' | '.join(f'{a:.2f}' for a in teacher[f'acceptance_{name}'])} |\n"

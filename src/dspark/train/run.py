@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from dspark.config import HeadConfig, TrainConfig
+from dspark.core.calibration import Calibration
 from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
 from dspark.head.folder import load_head, save_head
 from dspark.head.head import Head
+from dspark.measure.calibrate import LAWS, calibrate
 from dspark.prompts import Prompt, read_json
 from dspark.target.native.stack import MAX_ROWS
 from dspark.target.target import Target
@@ -30,6 +32,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.trainer import measure, train_steps
 from dspark.train.warmstart import new_head, widened
 
+CALIBRATION_TOKENS = 128  # decoded after each held-out prompt, at each temperature
 MOST_BATCHES = 50_000  # of prompts; the seeds of the answers' batches begin this far behind theirs
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
 
@@ -92,7 +95,7 @@ def train(
             f"{len(prompts or ()) + config.num_prompts} prompts leave nothing to train on beside {config.held_out} held out",
             "ask for more prompts, or lower --held-out",
         )
-    given = load_head(start_from, target) if start_from else None
+    given = load_head(start_from, target, calibrated=False) if start_from else None
     start = None if given is None else [digest(parameter) for parameter in given.parameters()]
     if given is not None and shape.get("markov_rank") is not None:
         given = widened(given, target, shape["markov_rank"])
@@ -146,10 +149,22 @@ def train(
     }
     golden_ids = (records[0]["prompt_ids"] + records[0]["answer_ids"])[:64]
     save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, None))
-    rounds = held_out_rounds(target, load_head(out, target), records[: config.held_out], bar)
+    served = load_head(out, target)
+    rounds = held_out_rounds(target, served, records[: config.held_out], bar)
     provenance["held_out_rounds"] = rounds
+    head.calibration = held_out_calibration(target, served, records[: config.held_out], bar)
     save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, rounds))
     return provenance
+
+
+def held_out_calibration(target: Target, head: Head, records: Sequence[dict], bar: Bar) -> Calibration | None:
+    """The confidences of the saved head, calibrated on held-out prompts; None, with a word, where that cannot be done."""
+    prompts = [(r["prompt_ids"], r["kind"]) for r in records if len(r["prompt_ids"]) + CALIBRATION_TOKENS <= target.max_context]
+    try:
+        return calibrate(target, head, prompts, LAWS, CALIBRATION_TOKENS, bar)[0]
+    except SettingError as error:
+        say(f"not calibrated: {error}")
+        return None
 
 
 def usable(records: Sequence[dict], config: TrainConfig) -> list[dict]:

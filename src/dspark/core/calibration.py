@@ -1,0 +1,91 @@
+"""What makes confidences probabilities: fitted temperatures, by sampling law, and a bounded shift learned on the way.
+
+This module imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What makes confidence logits z chances, sigmoid(z / T + b), fitted under one sampling law (paper, Sequential
+    Temperature Scaling, where b is 0).
+
+    Tuples go by drafted position. `temperature` is the law's own, 0 for greedy. `acceptance` is the share of judged tokens
+    that were accepted, given that all before them were. The errors (ECE, 20 bins) are those of `held_out_rounds` rounds,
+    of prompts that were not fitted on; None where no such round drafted that far."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    temperatures: tuple[float, ...]
+    biases: tuple[float, ...]
+    acceptance: tuple[float, ...]
+    ece_before: tuple[float | None, ...]
+    ece_after: tuple[float | None, ...]
+    rounds: int
+    held_out_rounds: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The fits of one head, and what they were measured on: the target's name and precision, and digests that tell the
+    target's weights at that precision, and the head's, from others."""
+
+    target: str
+    precision: str
+    target_sha256: str
+    head_sha256: str
+    fits: tuple[Fit, ...]
+
+    def nearest(self, temperature: float) -> Fit:
+        """The fit whose law has the nearest temperature; the higher of two that are equally near."""
+        return min(self.fits, key=lambda fit: (abs(fit.temperature - temperature), -fit.temperature))
+
+
+class Judged(Protocol):
+    """As much of a round (core.decode.Round) as learning from it takes."""
+
+    @property
+    def confidences(self) -> Sequence[float] | None: ...
+    @property
+    def num_planned(self) -> int: ...
+    @property
+    def num_accepted(self) -> int: ...
+
+
+STEP = 0.05  # of a shift, times how far an estimate was off: a drift of 1 takes about a hundred judged tokens
+MOST_SHIFT = 2.0  # odds change 7-fold at most: what a wrong turn can do stays bounded
+NEAREST_TO_CERTAIN = 1e-6
+
+
+class OnlineCalibration:
+    """A shift of each position's confidence logit, learned from what was accepted; starts at none.
+
+    It is a stochastic gradient step on the log loss of the judged tokens. It learns from finished rounds only, so a
+    plan that reads its estimates decides nothing by a token that is still to be judged."""
+
+    def __init__(self, block_size: int, step: float = STEP):
+        self.shifts, self.step = [0.0] * block_size, step
+
+    def adjust(self, confidences: Sequence[float]) -> list[float]:
+        """The drafter's confidences with each position's shift applied."""
+        return [shifted(c, b) for c, b in zip(confidences, self.shifts, strict=False)]
+
+    def learn(self, done: Judged) -> None:
+        """Take up one round; its confidences are those of the drafter, not adjusted ones."""
+        if done.confidences is None:
+            return
+        num_judged = min(done.num_accepted + 1, done.num_planned)  # the first rejection ends what is known
+        for k, estimate in enumerate(self.adjust(done.confidences[:num_judged])):
+            moved = self.shifts[k] + self.step * ((k < done.num_accepted) - estimate)
+            self.shifts[k] = max(-MOST_SHIFT, min(MOST_SHIFT, moved))
+
+
+def shifted(confidence: float, shift: float) -> float:
+    """sigmoid(logit(confidence) + shift)."""
+    c = max(NEAREST_TO_CERTAIN, min(1 - NEAREST_TO_CERTAIN, confidence))
+    return 1 / (1 + (1 - c) / c * exp(-shift))
