@@ -1,5 +1,7 @@
 """The arbiter takes the drafter that gains more, lets the other's state follow, and changes no token."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,7 +10,9 @@ from dspark.core.planner import Always, Costs, CostTable
 from dspark.core.sampling import Law, Streams
 from dspark.core.verifier import Draft, FewTokens
 from dspark.drafters import Arbiter, PromptLookup
+from dspark.errors import SettingError
 from dspark.generation import generate, make_drafter, make_planner
+from dspark.profiling import planning_costs
 from dspark.target.load import use_runtime
 from dspark.target.target import Target
 from tiny import NATIVE_SHAPE, tiny_head, tiny_model
@@ -127,3 +131,38 @@ def test_a_seed_replays_under_the_default_plan(tmp_path, monkeypatch):
         return generate(target, head, [3, 4, 3, 4], 50, temperature=1.0, seed=seed, drafter="auto", plan="auto").token_ids
 
     assert sample(1) == sample(1) != sample(2)
+
+
+def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    target = Target(tiny_model("llama"))
+    head = tiny_head(target)
+    said = []
+    table = planning_costs(target, head, 6, said.append)
+    assert table.contexts == (249,) and len(table.costs[0].rows) == 6 and table.costs[0].draft > 0
+    assert planning_costs(target, head, 6, said.append) == table and len(said) == 1
+    (file,) = (tmp_path / "profiles").glob("*.json")
+    whole = file.read_text()
+    assert planning_costs(target, None, 6, said.append).costs[0].draft == 0 and len(said) == 2  # another drafter, another file
+    for damaged in (
+        "{",
+        whole.replace('"draft"', '"raft"'),
+        whole.replace(str(table.costs[0].rows[2]), "-1.0"),
+        whole.replace(target.fingerprint()[3], "0"),
+    ):
+        file.write_text(damaged)
+        planning_costs(target, head, 6, said.append)
+    assert len(said) == 6
+    assert json.loads(file.read_text())["depends_on"]["threads"] == torch.get_num_threads()
+    kept = planning_costs(target, head, 6, said.append)
+    assert planning_costs(target, head, 6, said.append, again=True) != kept and len(said) == 7
+    monkeypatch.setenv("DSPARK_CACHE", "/proc/nowhere")  # a cache that cannot be written is measured anew, without a word more
+    planning_costs(target, head, 6, said.append)
+    assert len(said) == 8
+
+
+@pytest.mark.parametrize("plan", ["length:", "length:-1", "length:x", "length:99", "threshold:2", "threshold", "always", "auto:3", ""])
+def test_a_plan_without_meaning_is_refused(plan):
+    target = Target(tiny_model("llama"))
+    with pytest.raises(SettingError, match="plan"):
+        make_planner(plan, target, make_drafter("dspark", target, tiny_head(target)))

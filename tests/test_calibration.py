@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from dspark.cli.main import main
 from dspark.core.calibration import MOST_SHIFT, OnlineCalibration
-from dspark.core.planner import threshold
+from dspark.core.planner import Always, threshold
 from dspark.drafters import DSparkDrafter
 from dspark.errors import HeadError, PromptError, SettingError
 from dspark.generation import generate, make_law, split_law
@@ -219,7 +219,7 @@ def test_no_token_depends_on_a_confidence(T, target):
     assert [r.confidences for r in calibrated.rounds_log] != [r.confidences for r in plain.rounds_log]
     assert [replace(r, confidences=None) for r in calibrated.rounds_log] == [replace(r, confidences=None) for r in plain.rounds_log]
     if T == 0:  # a plan may read them: other rounds, the same text
-        assert generate(target, head, ids, 40, plan=threshold(0.5)).token_ids == plain.token_ids
+        assert generate(target, head, ids, 40, plan=Always(threshold(0.5))).token_ids == plain.token_ids
 
 
 def edited(path, change) -> None:

@@ -101,7 +101,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["generate", "{target}", "hi", "--runtime", "warp"], "unknown runtime 'warp'"),
         (["generate", "{target}", "hi", "--head", "{prompts}"], "is a file"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain,warp", "--head", "none"], "unknown mode 'warp'"),
-        (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "mode dspark needs a head"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "modes dspark and auto need a head"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain, plain"], "named twice"),
         (["bench", "{target}", "--prompts", "{long}", "--compare", "hf"], "prompt 1 (set p): prompt of"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--seed", "-1"], "seed is -1"),

@@ -33,7 +33,6 @@ MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming 
 DRAFTERS = ("auto", "dspark", "dflash", "lookup", "none")
 PLANS = ("auto", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
 DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
-USUAL_ACCEPTANCE, USUAL_TRUST = 0.5, 8.0  # of a drafter nobody has measured yet, and what that is worth in rounds
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,16 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
     if name != "auto":
         return drafter
     lookup = PromptLookup(target.vocab_size, LOOKUP_TOKENS, target.device)
-    return Arbiter(drafter, lookup, [USUAL_ACCEPTANCE] * drafter.block_size, USUAL_TRUST)
+    return Arbiter(drafter, lookup, *usual_acceptance(drafter))
+
+
+def usual_acceptance(drafter: Drafter) -> tuple[Sequence[float], float]:
+    """The chance of each drafted token, given those before it, to start planning with, and for how many rounds that counts: the
+    greedy one of a calibrated head, else a guess."""
+    calibration = drafter.head.calibration if isinstance(drafter, DSparkDrafter) else None
+    if calibration is None:
+        return [0.5] * drafter.block_size, 8.0
+    return calibration.nearest(0.0).acceptance, 16.0
 
 
 def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callable[[str], None] = lambda text: None) -> Planner:
@@ -164,7 +172,7 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)
     if isinstance(drafter, Arbiter):
         return drafter.plan_with(table, lengths)
-    return lengths or Adaptive(table, [USUAL_ACCEPTANCE] * drafter.block_size, USUAL_TRUST)
+    return lengths or Adaptive(table, *usual_acceptance(drafter))
 
 
 def number(spec: str, value: str, kind: type) -> Any:

@@ -17,24 +17,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     head = open_head(options, target)
-    from dspark.generation import generate
+    from dspark.generation import generate, make_drafter, make_planner
     from dspark.measure.bench import Mode, aggregate, bench, identical_to_plain, machine, table
 
     prompts = read_prompts(str(files("dspark") / "demo_prompts.jsonl"))
     ids = [target.prompt_ids(p.content) for p in prompts]
+    drafter = make_drafter(None, target, head)
+    plan = make_planner(None, target, drafter, say)
     say(f"> {prompts[0].content}")
-    result = generate(target, head, ids[0], max_new_tokens=128, on_text=write)
+    result = generate(target, head, ids[0], max_new_tokens=128, drafter=drafter, plan=plan, on_text=write)
     print(flush=True)
-    say("measuring plain decoding and the head on the same prompts, taking turns ...")
-    runs = bench(
-        target, [Mode("plain"), Mode("dspark", head)], [(i, p.extra["set"]) for i, p in zip(ids, prompts, strict=True)], max_new_tokens=64
-    )
+    say("measuring plain decoding, the head, and the head with prompt lookup on the same prompts, taking turns ...")
+    modes = [Mode("plain"), Mode("dspark", head), Mode("auto", head)]
+    runs = bench(target, modes, [(i, p.extra["set"]) for i, p in zip(ids, prompts, strict=True)], max_new_tokens=64)
     report = aggregate(runs)
     say(table(report))
-    ours, same = report["dspark"], identical_to_plain(runs)["dspark"]
+    ours, same = report["auto"], identical_to_plain(runs)
     print(
         f"\ntau {ours['tau']:.2f} tokens per round; {ours['ratio_to_plain']['median']:.2f} times the speed of plain decoding "
-        f"({ours['tokens_per_second']:.1f} against {report['plain']['tokens_per_second']:.1f} tokens/s; {machine()['threads']} threads, {options.dtype}); "
-        f"{same} of {len(ids)} greedy texts identical"
+        f"({ours['tokens_per_second']:.1f} against {report['plain']['tokens_per_second']:.1f} tokens/s; {machine()['threads']} threads, {options.dtype}; "
+        f"the head alone: tau {report['dspark']['tau']:.2f}, {report['dspark']['ratio_to_plain']['median']:.2f} times); "
+        f"{same['auto']} and {same['dspark']} of {len(ids)} greedy texts identical"
     )
     return 0 if result.num_tokens else 1

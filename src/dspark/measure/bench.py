@@ -18,6 +18,7 @@ from dspark.head.head import Head
 from dspark.target.target import Target
 
 MODES = ("plain", "auto", "dspark", "dflash", "lookup", "hf", "hf-lookup")
+SHOWN_POSITIONS = 7  # of lookup's fifteen
 DRAFTER_OF = {"plain": "none", "auto": "auto", "dspark": "dspark", "dflash": "dflash", "lookup": "lookup"}
 
 
@@ -204,7 +205,7 @@ def table(report: dict) -> str:
             ratio = f.get("ratio_to_plain")
             spread = "{:.2f} - {:.2f}".format(*ratio["quartiles"]) if ratio and ratio["quartiles"] else "-"
             middle = f"{ratio['median']:>6.2f}  {spread:<12}" if ratio else " " * 20
-            accepted = " ".join("  - " if a is None else f"{a:.2f}" for a in f["acceptance_by_position"])
+            accepted = " ".join("  - " if a is None else f"{a:.2f}" for a in f["acceptance_by_position"][:SHOWN_POSITIONS])
             lines.append(f"{mode:<10} {name:<12} {f['prompts']:>7} {f['tokens_per_second']:>9.1f} {f['tau']:>6.2f} {middle}  {accepted}")
     return "\n".join(lines)
 

@@ -80,7 +80,7 @@ def record(target: Target, head: Head, prompts: Sequence[tuple[list[int], str]],
     drafter = DSparkDrafter(head, target, recording=True)
     rows, size = [], head.config.block_size
     for index, (ids, _) in enumerate(prompts):
-        result = generate(target, head, ids, max_new_tokens, **asdict(law), seed=index, drafter=drafter)
+        result = generate(target, head, ids, max_new_tokens, **asdict(law), seed=index, drafter=drafter, plan="fixed")
         rows += [(r.confidences, r.margins, r.num_accepted, index) for r in result.rounds_log if r.num_drafted]
         progress(f"rounds at T={law.temperature:g}", index + 1, len(prompts))
     if len(rows) < LEAST_ROUNDS:

@@ -412,7 +412,7 @@ def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Ba
             room = min(ROUNDS_TOKENS, target.max_context - len(record["prompt_ids"]))
             if room < 1:
                 continue
-            result = generate(target, head, record["prompt_ids"], room, temperature=temperature, seed=i, plan="fixed")
+            result = generate(target, head, record["prompt_ids"], room, temperature=temperature, seed=i, drafter="dspark", plan="fixed")
             tokens, rounds = tokens + result.num_tokens, rounds + result.rounds
             bar(f"held-out rounds, T={temperature:.0f}", i + 1, len(chosen))
         report[f"tau_t{temperature:.0f}"] = round(tokens / max(1, rounds), 3)
