@@ -131,10 +131,14 @@ def planning_costs(
     say("measuring what a round costs on this machine (once, a few seconds)")
     longest = target.max_context - most_rows - 1
     contexts = sorted({max(1, min(context, longest)) for context in PLANNING_CONTEXTS})
-    found = [
-        profile(target, head, context, range(1, most_rows + 1), seconds=PLANNING_SECONDS, with_bandwidth=False) for context in contexts
-    ]
-    table = CostTable(tuple(contexts), tuple(Costs(each.draft or 0.0, ascending(list(each.rows.values()))) for each in found))
+    found: dict[int, Costs] = {}
+    started = time.perf_counter()
+    for context in contexts:
+        if found and time.perf_counter() - started > PLANNING_SECONDS / 2:
+            break  # a large model: the prompt alone would take long; the first costs then hold for all lengths
+        measured = profile(target, head, context, range(1, most_rows + 1), seconds=PLANNING_SECONDS, with_bandwidth=False)
+        found[context] = Costs(measured.draft or 0.0, ascending(list(measured.rows.values())))
+    table = CostTable(tuple(found), tuple(found.values()))
     store(path, {"depends_on": described, **asdict(table)})
     return table
 

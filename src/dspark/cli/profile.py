@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     from dspark.measure.bench import machine
-    from dspark.profiling import REPEATS, ROWS, profile
+    from dspark.drafters.arbiter import LOOKUP_TOKENS
+    from dspark.profiling import REPEATS, ROWS, planning_costs, profile
 
     if not 1 <= options.context <= target.max_context - max(ROWS) - 1:
         raise SettingError(f"--context is {options.context}", f"use 1 to {target.max_context - max(ROWS) - 1} for this target")
@@ -27,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
 
     with tqdm(desc="measuring", total=REPEATS + 1, mininterval=1.0) as bar:
         found = profile(target, head, options.context, progress=lambda done: bar.update(done - bar.n))
+    for most_rows in () if head is None else (1 + head.config.block_size, 1 + LOOKUP_TOKENS):
+        planning_costs(target, head, most_rows, again=True)  # kept for the planner of the head alone, and of head and lookup
     if options.json:
         derived = {"share_of_bandwidth": found.share_of_bandwidth, "break_even": found.break_even}
         print(json.dumps({"machine": machine(), "dtype": options.dtype, "runtime": target.runtime_name, **asdict(found), **derived}))
