@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     target = open_target(options)
-    from dspark.measure.bench import machine
     from dspark.drafters.arbiter import LOOKUP_TOKENS
+    from dspark.measure.bench import machine
     from dspark.profiling import REPEATS, ROWS, planning_costs, profile
 
     if not 1 <= options.context <= target.max_context - max(ROWS) - 1:
