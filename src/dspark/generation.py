@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from dspark.core.decode import Drafter, Round, decode
-from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, threshold
+from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, always
 from dspark.core.sampling import Law, Streams
 from dspark.drafters import DSparkDrafter, NoDrafter, PromptLookup
 from dspark.errors import PromptError, SettingError
@@ -30,7 +30,6 @@ MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming 
 DRAFTERS = ("dspark", "dflash", "lookup", "none")
 PLANS = ("auto", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
 DEFAULT_PLAN = "auto"
-USUAL_ACCEPTANCE = 0.5  # of a drafter nobody has measured yet, and worth a few rounds only
 
 
 @dataclass(frozen=True)
@@ -139,23 +138,16 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
     a name to start each call alike, which is what lets a seed replay at a temperature above 0."""
     spec = DEFAULT_PLAN if spec is None else spec
-    name, _, value = spec.partition(":")
-    if drafter.block_size == 0 or spec == "fixed":
-        return Always()
-    if name in ("length", "threshold") and value:
-        try:
-            number = int(value) if name == "length" else float(value)
-        except ValueError:
-            number = -1
-        if number >= 0 and (name == "length" or number <= 1):
-            return Always(length=int(number)) if name == "length" else Always(threshold(number))
+    simple = Always() if drafter.block_size == 0 else always(spec)
+    if simple is not None:
+        return simple
     if spec not in ("auto", "early-stop", "lagged"):
         raise SettingError(
             f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
         )
     table = planning_costs(target, drafter.head if isinstance(drafter, DSparkDrafter) else None, say)
     if spec == "auto":
-        return Adaptive(table, [USUAL_ACCEPTANCE] * drafter.block_size, trust=8)
+        return Adaptive.untaught(table, drafter.block_size)
     return Lagged(table) if spec == "lagged" else EarlyStop(table)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say
 from dspark.errors import HeadError, SettingError
 
+RECORDED = "dspark@fixed"  # the mode whose rounds a trace holds
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
@@ -29,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=int, default=1, metavar="N", help="times each prompt is decoded in each mode (default %(default)s)"
     )
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="prompts of each set, the first ones (default: all)")
+    parser.add_argument(
+        "--trace", default=None, metavar="FILE", help=f"write the rounds of {RECORDED}, a mode of its own, for `dspark replay`"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON document on the last line")
 
 
@@ -42,10 +47,15 @@ def run(options: argparse.Namespace) -> int:
     from dspark.generation import make_law
     from dspark.head.folder import load_head, named_head
     from dspark.measure.bench import Mode, aggregate, bench, machine, table
+    from dspark.measure.trace import Trace, as_request, write_trace
+    from dspark.profiling import planning_costs
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
     if not names:
         raise SettingError("--compare names no mode", "give some of plain, dspark, dflash, lookup, hf, hf-lookup")
+    if options.trace is not None:
+        check_folder("--trace", options.trace)
+        names += [RECORDED] if RECORDED not in names else []
     make_law(options.temperature)
     heads, kinds = {}, {name.partition("@")[0] for name in names}
     if "dspark" in kinds:
@@ -54,6 +64,10 @@ def run(options: argparse.Namespace) -> int:
             raise HeadError(
                 f"mode dspark needs a head, and none is known for {target.name}", "pass --head DIR, or leave dspark out of --compare"
             )
+        if options.trace is not None and heads["dspark"].confidence_head is None:
+            raise HeadError(
+                f"the head at {options.head} has no confidences to record", "leave --trace out, or train a head with confidences"
+            )
     if "dflash" in kinds:
         if options.dflash_head is None:
             raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
@@ -61,6 +75,12 @@ def run(options: argparse.Namespace) -> int:
     modes = [Mode(name, heads.get(name.partition("@")[0])) for name in names]
     ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     from tqdm import tqdm
+
+    requests = []
+
+    def watch(mode: str, index: int, result) -> None:
+        if mode == RECORDED:
+            requests.append(as_request(index, ids[index][1], len(ids[index][0]), result.rounds_log))
 
     with tqdm(total=len(ids), desc="prompts", mininterval=1.0) as bar:
         runs = bench(
@@ -72,7 +92,12 @@ def run(options: argparse.Namespace) -> int:
             options.seed,
             options.repeats,
             lambda done, total: bar.update(done - bar.n),
+            watch,
         )
+    made_by = {"machine": machine(), "arguments": {k: v for k, v in vars(options).items() if k not in ("run", "verb")}}
+    if options.trace:
+        costs = planning_costs(target, heads["dspark"], say)
+        write_trace(Trace(heads["dspark"].config.block_size, costs, tuple(requests), made_by), Path(options.trace))
     report = aggregate(runs)
     say(
         f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
@@ -84,10 +109,16 @@ def run(options: argparse.Namespace) -> int:
         report["plain"]["reading"] = {"weight_bytes": weight_bytes(target), "bandwidth": read_bandwidth()}
         print(reading(report["plain"]["tokens_per_second"], **report["plain"]["reading"]))
     if options.json:
-        arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}
-        document = {"machine": machine(), "arguments": arguments, "modes": report, "prompts": [asdict(r) for r in runs]}
+        document = {**made_by, "modes": report, "prompts": [asdict(r) for r in runs]}
         print(json.dumps(document))
     return 0
+
+
+def check_folder(name: str, file: str) -> None:
+    """That a file can be written there is seen before hours of decoding."""
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir():
+        raise SettingError(f"{name} is {file}", "name a file in a folder that exists")
 
 
 def reading(tokens_per_second: float, weight_bytes: int, bandwidth: float) -> str:

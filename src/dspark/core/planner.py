@@ -210,6 +210,19 @@ class Always:
         pass
 
 
+def always(spec: str) -> Always | None:
+    """The planner without memory or costs that `spec` names: fixed, length:N or threshold:P; None if it names no such."""
+    name, _, value = spec.partition(":")
+    try:
+        if name == "length" and int(value) >= 0:
+            return Always(length=int(value))
+        if name == "threshold" and 0 <= float(value) <= 1:
+            return Always(threshold(float(value)))
+    except ValueError:
+        return None
+    return Always() if spec == "fixed" else None
+
+
 class Costed:
     """Drafts in every round; `costs` are those of the text's present length."""
 
@@ -292,6 +305,11 @@ class Adaptive:
         self.lately, self.long = (Mean(newest, max(best, self.HOPE), trust) for newest in (self.LATELY, self.LONG))
         self.pause, self.wait = self.PAUSES[0], 0
 
+    @classmethod
+    def untaught(cls, table: CostTable, block_size: int) -> "Adaptive":
+        """For a drafter nobody has measured yet: a guess, worth a few rounds only."""
+        return cls(table, [0.5] * block_size, trust=8)
+
     def cost(self, num_planned: int) -> float:
         """Of a drafted round, in plain steps."""
         return (self.costs.draft + self.costs.score(num_planned)) / self.costs.plain
@@ -322,13 +340,22 @@ class Adaptive:
         if num_drafted == 0:
             self.wait -= 1
             return
-        gain = num_accepted + 1 - self.cost(num_planned)
-        for mean in (self.lately, self.long):
-            mean.add(gain)
+        self.judge(num_planned, num_accepted)
+        self.settle(num_accepted + 1 - self.cost(num_planned))
+
+    def judge(self, num_planned: int, num_accepted: int) -> None:
+        """Learn from what stood of a draft."""
         for k in range(min(num_planned, num_accepted + 1, len(self.usual))):
             self.usual[k].add(float(k < num_accepted))
+
+    def settle(self, gain: float, num_rounds: int = 1) -> None:
+        """Learn from what so many drafted rounds gained on average, in plain steps: park or not, and how long until the
+        next probe."""
+        for mean in (self.lately, self.long):
+            for _ in range(num_rounds):
+                mean.add(gain)
         if gain > 0:
             self.pause, self.wait = self.PAUSES[0], 0
         else:
             self.wait = self.pause
-            self.pause = min(2 * self.pause, self.PAUSES[1]) if self.parked else self.PAUSES[0]
+            self.pause = min(2**num_rounds * self.pause, self.PAUSES[1]) if self.parked else self.PAUSES[0]
