@@ -103,6 +103,15 @@ def test_the_default_planner_is_never_below_plain_or_fixed(chance, costs, num_re
     assert rate("auto") > 0.985 * max(rate("plain"), rate("fixed"))
 
 
+def test_requests_that_parked_on_a_stair_find_out_that_it_pays():
+    """One token more than the stair never pays, so Algorithm 1 verifies nothing and all park; then budgets reach past it."""
+    plain, trapped, auto = (
+        replay(make_trace(0.75, 60), plan, 16, lambda num_tokens: COSTS["stairs"]).figures() for plan in ("plain", "early-stop", "auto")
+    )
+    assert trapped["budget"] == 0 and trapped["tokens_per_second"] < plain["tokens_per_second"]
+    assert auto["tokens_per_second"] > 1.1 * plain["tokens_per_second"]
+
+
 def test_the_budget_falls_as_requests_share_a_step(monkeypatch):
     monkeypatch.setattr("dspark.measure.replay.PLACE_TOKENS", 200)
     budgets = [replay(make_trace(0.6), "lagged", n, lambda num_tokens: COSTS["example"]).figures()["budget"] for n in (1, 64, 256)]

@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", default=None, metavar="FILE", help=f"write the rounds of {RECORDED}, a mode of its own, for `dspark replay`"
     )
+    parser.add_argument(
+        "--report",
+        default=None,
+        metavar="DIR",
+        help="write a page of plots there, and its data as JSON (pip install 'dspark[report]'); records a trace as --trace does",
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON document on the last line")
 
 
@@ -47,14 +53,19 @@ def run(options: argparse.Namespace) -> int:
     from dspark.generation import make_law
     from dspark.head.folder import load_head, named_head
     from dspark.measure.bench import Mode, aggregate, bench, machine, table
+    from dspark.measure.report import figures, write_report
     from dspark.measure.trace import Trace, as_request, write_trace
     from dspark.profiling import planning_costs
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
     if not names:
         raise SettingError("--compare names no mode", "give some of plain, dspark, dflash, lookup, hf, hf-lookup")
+    recorded = options.trace is not None or options.report is not None
     if options.trace is not None:
         check_folder("--trace", options.trace)
+    if options.report is not None:
+        check_report(options.report, names)
+    if recorded:
         names += [RECORDED] if RECORDED not in names else []
     make_law(options.temperature)
     heads, kinds = {}, {name.partition("@")[0] for name in names}
@@ -64,9 +75,10 @@ def run(options: argparse.Namespace) -> int:
             raise HeadError(
                 f"mode dspark needs a head, and none is known for {target.name}", "pass --head DIR, or leave dspark out of --compare"
             )
-        if options.trace is not None and heads["dspark"].confidence_head is None:
+        if recorded and heads["dspark"].confidence_head is None:
             raise HeadError(
-                f"the head at {options.head} has no confidences to record", "leave --trace out, or train a head with confidences"
+                f"the head at {options.head} has no confidences to record",
+                "leave --trace and --report out, or train a head with confidences",
             )
     if "dflash" in kinds:
         if options.dflash_head is None:
@@ -95,10 +107,14 @@ def run(options: argparse.Namespace) -> int:
             watch,
         )
     made_by = {"machine": machine(), "arguments": {k: v for k, v in vars(options).items() if k not in ("run", "verb")}}
-    if options.trace:
-        costs = planning_costs(target, heads["dspark"], say)
-        write_trace(Trace(heads["dspark"].config.block_size, costs, tuple(requests), made_by), Path(options.trace))
     report = aggregate(runs)
+    if recorded:
+        costs = planning_costs(target, heads["dspark"], say)
+        trace = Trace(heads["dspark"].config.block_size, costs, tuple(requests), made_by)
+    if options.trace is not None:
+        write_trace(trace, Path(options.trace))
+    if options.report is not None:
+        write_report(figures(report, trace, made_by), table(report), Path(options.report))
     say(
         f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
     )
@@ -119,6 +135,17 @@ def check_folder(name: str, file: str) -> None:
     path = Path(file)
     if path.is_dir() or not path.parent.is_dir():
         raise SettingError(f"{name} is {file}", "name a file in a folder that exists")
+
+
+def check_report(folder: str, names: list[str]) -> None:
+    from dspark.measure.plots import need_matplotlib
+
+    need_matplotlib()
+    if "plain" not in names:
+        raise SettingError(f"--report compares with plain, and --compare is {','.join(names)}", "add plain to --compare")
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise SettingError(f"--report is {folder}, a file", "name a folder")
 
 
 def reading(tokens_per_second: float, weight_bytes: int, bandwidth: float) -> str:

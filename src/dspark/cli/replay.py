@@ -31,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
     from dspark.measure.trace import read_trace
 
     plans = [name.strip() for name in options.plans.split(",") if name.strip()]
+    if not plans:
+        raise SettingError("--plans names no plan", "give some of plain, fixed, length:N, threshold:P, early-stop, lagged, auto")
     requests = as_counts(options.requests)
     trace = read_trace(Path(options.trace))
     about, costs_at = (

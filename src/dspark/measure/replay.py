@@ -284,8 +284,8 @@ def replay(trace: Trace, plan: str, num_requests: int = 1, costs_at: CostsAt | N
     are those of the trace's machine."""
     costs_at = measured(trace.costs) if costs_at is None else costs_at
     planner = make_step_planner(plan, trace.block_size, costs_at(0), num_requests)
-    needed = PLACE_TOKENS * num_requests / fmean(request.num_tokens for request in trace.requests)
-    queue = islice(cycle(trace.requests), max(len(trace.requests), num_requests, ceil(needed)))
+    needed = num_requests * max(1, PLACE_TOKENS / fmean(request.num_tokens for request in trace.requests))
+    queue = islice(cycle(trace.requests), len(trace.requests) * ceil(needed / len(trace.requests)))  # whole passes
     texts = [Text(request).begin_at(place, num_requests) for place, request in enumerate(islice(queue, num_requests))]
     outcome = Outcome(plan, num_requests)
     while True:
@@ -304,7 +304,7 @@ def step(texts: Sequence[Text], planner: StepPlanner, block_size: int, costs_at:
     costs = costs_at(context)
     asked = planner.ask(block_size, costs, len(texts), context)
     drafts = [text.draft() for text in texts] if asked else []
-    planned = planner.plan([draft.confidences[:asked] for draft in drafts])
+    planned = planner.plan([draft.confidences[:asked] for draft in drafts]) if drafts else []
     accepted = [min(n, draft.num_accepted) for n, draft in zip(planned, drafts, strict=True)]
     planner.learn(planned, accepted)
     outcome.milliseconds += costs.step(len(texts) + sum(planned), len(drafts))
