@@ -106,6 +106,11 @@ def test_streamed_text_is_the_text(place, capsys):
         (["bench", "{target}", "--prompts", "{long}", "--compare", "hf"], "prompt 1 (set p): prompt of"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--seed", "-1"], "seed is -1"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--max-new-tokens", "600"], "600 new ones exceeds"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--head", "{head}", "--trace", "/nowhere/t"], "--trace is /nowhere/t"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--report", "out"], "add plain to --compare"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain", "--head", "none", "--trace", "t"], "needs a head"),
+        (["replay", "/nowhere.jsonl"], "cannot read trace /nowhere.jsonl"),
+        (["replay", "{prompts}"], "is not a trace"),
         (["generate", "{target}", "\udcff", "--raw"], "tokenizer cannot take this"),
         (["generate", "{target}", "hi", "--device", "meta"], "--device is meta"),
         (["generate", "{target}", "hi", "--threads", "4096"], "--threads is 4096"),
@@ -171,6 +176,36 @@ def test_bench_checks_its_modes_before_it_loads_anything(capsys, tmp_path):
     for more in (["--compare", "plain,warp"], ["--compare", "dspark", "--head", "none"], ["--compare", "dflash"]):
         code, _, err = run(capsys, "bench", "/nowhere", "--prompts", tmp_path / "p.jsonl", *more)
         assert code == 2 and "mode" in err and "no folder" not in err
+
+
+def test_a_recorded_bench_run_is_reported_and_replayed(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
+    monkeypatch.setattr("dspark.profiling.PLANNING_SECONDS", 0.1)
+    monkeypatch.setattr("dspark.measure.replay.PLACE_TOKENS", 1)
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+    file, trace = tmp_path / "p.jsonl", tmp_path / "t.jsonl"
+    file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
+    code, out, _ = run(
+        capsys, "bench", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 12, "--compare", "plain,lookup",
+        "--trace", trace, "--report", tmp_path / "page", "--json"
+    )  # fmt: skip
+    document = json.loads(out.splitlines()[-1])
+    assert code == 0 and document["modes"].keys() == {"plain", "lookup", "dspark@fixed"}
+    report = json.loads((tmp_path / "page" / "report.json").read_text())
+    assert report["modes"].keys() == document["modes"].keys() and "<svg" in (tmp_path / "page" / "index.html").read_text()
+    code, out, err = run(capsys, "replay", trace, "--requests", "1,3", "--plans", "plain,fixed,auto", "--json")
+    replays = json.loads(out.splitlines()[-1])["replays"]
+    assert code == 0 and [(f["requests"], f["plan"]) for f in replays[:4]] == [(1, "plain"), (1, "fixed"), (1, "auto"), (3, "plain")]
+    assert replays[1]["tau"] == pytest.approx(document["modes"]["dspark@fixed"]["tau"], abs=1e-3) and "not measured" in err
+    assert "example made of a formula" in run(capsys, "replay", trace, "--costs", "example", "--requests", "2")[2]
+    for arguments, says in [
+        (["--requests", "0"], "--requests is '0'"),
+        (["--plans", "auto,magic"], "unknown plan 'magic'"),
+        (["--plans", ","], "--plans names no plan"),
+        (["--costs", tmp_path / "none.json"], "cannot read"),
+    ]:
+        code, out, err = run(capsys, "replay", trace, *arguments)
+        assert code == 2 and out == "" and says in err
 
 
 def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeypatch):

@@ -32,7 +32,7 @@ WITHIN_A_LAYER = {
     ("server", "cli"),
     ("cli", "server"),
 }
-CORE_MAY_LOAD = {"torch", "dspark", "collections", "dataclasses", "typing", "math"}
+CORE_MAY_LOAD = {"torch", "dspark", "collections", "dataclasses", "typing", "math", "itertools", "operator"}
 
 
 def imports(file: str) -> set[str]:

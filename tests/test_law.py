@@ -3,7 +3,7 @@
 Shapes: K verified tokens, V vocabulary. A joint law over L tokens is a tensor of L axes of size V."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise, product
 from math import nextafter, prod
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.core.decode import Scored, judge_by_law, judge_fast
-from dspark.core.planner import Costs, early_stop, fixed, threshold, worth
+from dspark.core.planner import Costs, admit, budget, cut, early_stop, fixed, survivals_of, threshold, worth
 from dspark.core.sampling import Law, Streams, draw, probs
 from dspark.core.verifier import Draft, FewTokens, Verdict, acceptance, residual, verify
 from dspark.errors import LogitsError
@@ -134,21 +134,22 @@ def confidences_of(case: Case, block: Tokens) -> list[float]:
     return [case.confidence(case.prompt + block[:k]) for k in range(len(block))]
 
 
-def round_joint(case: Case, plan, block_size: int, acceptance=acceptance, residual=residual) -> torch.Tensor:
-    """The joint law of the next `block_size + 1` tokens when one round says the first and the target the rest."""
-    joint = torch.zeros((len(case.p(case.prompt)),) * (block_size + 1), dtype=torch.float64)
+def block_law(case: Case, block_size: int, acceptance=acceptance, residual=residual) -> Callable[[Tokens, int], torch.Tensor]:
+    """(drafted block, tokens to verify) -> the joint law of the next `block_size + 1` tokens, of which this round says the
+    first and the target the rest."""
     judged = cache(lambda tokens, x: acceptance(case.p(tokens), case.q(tokens), x))
     recovered = cache(lambda tokens: residual(case.p(tokens), case.q(tokens)))
     finished = cache(lambda said: target_joint(case.p, case.prompt + said, block_size + 1 - len(said)))
 
-    def commit(accepted: Tokens, next_V: torch.Tensor, chance: float) -> None:
-        for x, p in enumerate(next_V.tolist()):
-            if chance * p != 0:
-                joint[(*accepted, x)] += chance * p * finished((*accepted, x))
+    def law(block: Tokens, num_planned: int) -> torch.Tensor:
+        joint = torch.zeros((len(case.p(case.prompt)),) * (block_size + 1), dtype=torch.float64)
 
-    for block, drafted in blocks(case, block_size):
-        standing = drafted
-        num_planned = plan(confidences_of(case, block), block_size)
+        def commit(accepted: Tokens, next_V: torch.Tensor, chance: float) -> None:
+            for x, p in enumerate(next_V.tolist()):
+                if chance * p != 0:
+                    joint[(*accepted, x)] += chance * p * finished((*accepted, x))
+
+        standing = 1.0
         for k in range(num_planned):
             tokens = case.prompt + block[:k]
             kept = judged(tokens, block[k])
@@ -156,7 +157,18 @@ def round_joint(case: Case, plan, block_size: int, acceptance=acceptance, residu
                 commit(block[:k], recovered(tokens), standing * (1 - kept))
             standing *= kept
         commit(block[:num_planned], case.p(case.prompt + block[:num_planned]), standing)
-    return joint
+        return joint
+
+    return law
+
+
+def round_joint(case: Case, plan, block_size: int, **mutant) -> torch.Tensor:
+    """The joint law of the next `block_size + 1` tokens when one round says the first and the target the rest."""
+    law = block_law(case, block_size, **mutant)
+    return sum(
+        (chance * law(block, plan(confidences_of(case, block), block_size)) for block, chance in blocks(case, block_size)),
+        start=torch.zeros((), dtype=torch.float64),
+    )
 
 
 def bias(case: Case, plan, block_size: int, **mutant) -> float:
@@ -334,6 +346,60 @@ def test_stopping_at_once_keeps_the_law(steps_per_second):
     plan = early_stop(Costs(0.0, tuple(1 / speed for speed in steps_per_second)))
     assert first_token(round_joint(appendix_case(), plan, 2)) == pytest.approx([0.7, 0.3], abs=1e-12)
     assert bias(appendix_case(), plan, 2) < 1e-12
+
+
+# Two requests planned together ------------------------------------------------------------
+
+
+def joint_of_two(cases: Sequence[Case], plan, block_size: int) -> torch.Tensor:
+    """The joint law of the next tokens of both requests, first those of one, then those of the other."""
+    laws = [cache(block_law(case, block_size)) for case in cases]
+    joint = torch.zeros((), dtype=torch.float64)
+    for drawn in product(*(blocks(case, block_size) for case in cases)):
+        survivals = [survivals_of(confidences_of(case, block)) for case, (block, _) in zip(cases, drawn, strict=True)]
+        planned = plan(survivals)
+        first, second = (laws[r](drawn[r][0], planned[r]) for r in (0, 1))
+        joint = joint + drawn[0][1] * drawn[1][1] * torch.tensordot(first, second, 0)
+    return joint
+
+
+def bias_of_two(cases: Sequence[Case], plan, block_size: int) -> float:
+    """Largest difference from two requests that know nothing of each other."""
+    first, second = (target_joint(case.p, case.prompt, block_size + 1) for case in cases)
+    return (joint_of_two(cases, plan, block_size) - torch.tensordot(first, second, 0)).abs().max().item()
+
+
+def best_together(steps_per_second):
+    """The best total chosen after looking at every survival of this step: `budget` without its delay."""
+    return lambda survivals: cut(survivals, budget(survivals, steps_per_second))
+
+
+def speed_of(times: Sequence[float]):
+    return lambda num_rows: 1 / times[num_rows]
+
+
+PLANS_OF_TWO = {
+    "Algorithm 1": lambda survivals: admit(survivals, speed_of([0, 0, 1.0, 1.25, 1.5, 1.7, 2.0])),
+    "lagged budget": lambda survivals: cut(survivals, 3),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS_OF_TWO)
+@pytest.mark.parametrize("draft", ["random", "equal"])
+def test_two_requests_planned_together_keep_the_law_of_both(plan, draft):
+    cases = [make_case(LAWS["T=1"], draft, seed=3), make_case(LAWS["top-k"], draft, seed=4)]
+    survivals = [[survivals_of(confidences_of(case, block)) for block, _ in blocks(case, 2)] for case in cases]
+    # what one request drew decides about the other
+    assert any(len({PLANS_OF_TWO[plan]([mine, other])[0] for other in survivals[1]}) > 1 for mine in survivals[0])
+    assert bias_of_two(cases, PLANS_OF_TWO[plan], 2) < 1e-12
+
+
+def test_looking_ahead_over_two_requests_changes_their_law():
+    """The speeds make one token a loss and two a gain, as appendix A does for one request."""
+    cases = [appendix_case(), replace(appendix_case(), confidence=lambda tokens: 0.0)]
+    steps_per_second = speed_of([0, 0, 1.0, 1.45, 1.5, 2.5, 2.6])
+    assert bias_of_two(cases, best_together(steps_per_second), 2) > 1e-2
+    assert bias_of_two(cases, lambda survivals: admit(survivals, steps_per_second), 2) < 1e-12
 
 
 MUTANTS = {

@@ -1,13 +1,13 @@
 """Planners choose what gains time, and lose little where nothing does. Simulated: no model, no clock."""
 
 import random
-from itertools import pairwise
+from itertools import accumulate, pairwise, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark.core.planner import Adaptive, Always, Costs, CostTable, EarlyStop, Lagged, early_stop, worth
+from dspark.core.planner import Adaptive, Always, Costs, CostTable, EarlyStop, Lagged, admit, budget, cut, early_stop, survivals_of, worth
 from dspark.profiling import ascending
 
 FLAT = Costs(0.2, (1.0, 1.03, 1.06, 1.09, 1.12, 1.15))
@@ -129,6 +129,51 @@ def test_early_stop_takes_the_costs_of_the_texts_length():
         planner.ask(GAMMA, num_tokens)
         lengths.append(planner.plan([0.6] * GAMMA, GAMMA))
     assert lengths[0] == 5 > lengths[1]
+
+
+confidences_of_requests = st.lists(st.lists(st.floats(0.0, 1.0), max_size=3), min_size=1, max_size=4)
+
+
+def theta_of(survivals, counts, milliseconds) -> float:
+    tau = len(survivals) + sum(sum(chances[:n]) for chances, n in zip(survivals, counts, strict=True))
+    return tau / milliseconds[len(survivals) + sum(counts)]
+
+
+def best_theta(survivals, milliseconds) -> float:
+    every_choice = product(*(range(len(chances) + 1) for chances in survivals))
+    return max(theta_of(survivals, counts, milliseconds) for counts in every_choice)
+
+
+@settings(max_examples=200, deadline=None)
+@given(confidences_of_requests, st.lists(st.floats(0.0, 1.0), min_size=16, max_size=16))
+def test_algorithm_1_finds_the_best_choice_where_theta_has_one_peak(confidences, slopes):
+    """Costs that rise ever faster give one: a concave sum over a convex one."""
+    milliseconds = [1.0, *accumulate(sorted(slopes), initial=1.0)]
+    survivals = [survivals_of(each) for each in confidences]
+    counts = admit(survivals, lambda rows: 1 / milliseconds[rows])
+    assert theta_of(survivals, counts, milliseconds) == pytest.approx(best_theta(survivals, milliseconds))
+
+
+@settings(max_examples=200, deadline=None)
+@given(confidences_of_requests, st.lists(st.floats(0.5, 5.0), min_size=17, max_size=17))
+def test_the_budget_finds_the_best_choice_under_any_costs(confidences, milliseconds):
+    survivals = [survivals_of(each) for each in confidences]
+    counts = cut(survivals, budget(survivals, lambda rows: 1 / milliseconds[rows]))
+    assert theta_of(survivals, counts, milliseconds) == pytest.approx(best_theta(survivals, milliseconds))
+
+
+def test_algorithm_1_over_one_request_is_early_stop():
+    rng = random.Random(0)
+    for costs in (FLAT, STEEP, STAIRS):
+        for _ in range(50):
+            confidences = [rng.random() for _ in range(GAMMA)]
+            alone = admit([survivals_of(confidences)], lambda rows, c=costs: 1 / (c.draft + c.score(rows - 1)))
+            assert alone == [early_stop(costs)(confidences, GAMMA)]
+
+
+def test_equal_candidates_are_taken_in_the_order_of_requests():
+    survivals = [[0.5, 0.5], [0.9, 0.5], []]
+    assert [cut(survivals, n) for n in range(6)] == [[0, 0, 0], [0, 1, 0], [1, 1, 0], [2, 1, 0], [2, 2, 0], [2, 2, 0]]
 
 
 def test_costs_between_measured_contexts_are_linear():

@@ -25,6 +25,10 @@ class PromptError(UserError):
     """A prompt or a prompts file cannot be used."""
 
 
+class TraceError(UserError):
+    """A trace, or a file of costs, cannot be replayed."""
+
+
 class SettingError(UserError):
     """A setting has a value that cannot take effect."""
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import (
     LogitsProcessorList,
@@ -15,14 +14,13 @@ from transformers import (
 )
 
 from dspark.core.decode import Drafter, Round, decode
-from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, threshold
+from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, always
 from dspark.core.sampling import Law, Streams
 from dspark.drafters import Arbiter, DSparkDrafter, NoDrafter, PromptLookup
 from dspark.drafters.arbiter import LOOKUP_TOKENS, NOMINAL
 from dspark.errors import PromptError, SettingError
 from dspark.head.head import Head
 from dspark.profiling import planning_costs
-from dspark.target.native.stack import MAX_ROWS
 from dspark.target.target import Target
 
 # transformers' processors that read the logits alone; all others also get the tokens before the row.
@@ -158,12 +156,11 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     spec = DEFAULT_PLAN if spec is None else spec
     if drafter.block_size == 0:
         return Always()
-    name, _, value = spec.partition(":")
-    lengths: Planner | None = Always() if spec == "fixed" else None
-    if name in ("length", "threshold"):
-        lengths = Always(length=number(spec, value, int)) if name == "length" else Always(threshold(number(spec, value, float)))
-    elif spec not in ("auto", "fixed", "early-stop", "lagged"):
-        raise SettingError(f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}")
+    lengths: Planner | None = always(spec)
+    if lengths is None and spec not in ("auto", "early-stop", "lagged"):
+        raise SettingError(
+            f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
+        )
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
     head = drafter.head.head if isinstance(drafter, Arbiter) else drafter.head if isinstance(drafter, DSparkDrafter) else None
@@ -173,17 +170,6 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     if isinstance(drafter, Arbiter):
         return drafter.plan_with(table, lengths)
     return lengths or Adaptive(table, *usual_acceptance(drafter))
-
-
-def number(spec: str, value: str, kind: type) -> Any:
-    """The number behind a plan's colon. Raises `SettingError` for what is none, or out of range."""
-    try:
-        found = kind(value)
-    except ValueError:
-        found = -1
-    if not 0 <= found <= (1 if kind is float else MAX_ROWS):
-        raise SettingError(f"plan {spec!r} has no such number", f"length takes 0 to {MAX_ROWS} tokens, threshold a chance from 0 to 1")
-    return found
 
 
 def stream(

@@ -8,6 +8,8 @@ from pathlib import Path
 from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say, say_calibration
 from dspark.errors import HeadError, SettingError
 
+RECORDED = "dspark@fixed"  # the mode whose rounds a trace holds
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
@@ -29,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=int, default=1, metavar="N", help="times each prompt is decoded in each mode (default %(default)s)"
     )
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="prompts of each set, the first ones (default: all)")
+    parser.add_argument(
+        "--trace", default=None, metavar="FILE", help=f"write the rounds of {RECORDED}, a mode of its own, for `dspark replay`"
+    )
+    parser.add_argument(
+        "--report",
+        default=None,
+        metavar="DIR",
+        help="write a page of plots there, and its data as JSON (pip install 'dspark[report]'); records a trace as --trace does",
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON document on the last line")
 
 
@@ -41,9 +52,19 @@ def run(options: argparse.Namespace) -> int:
     from dspark.generation import make_law
     from dspark.head.folder import find_head, load_head
     from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
+    from dspark.measure.report import figures, write_report
+    from dspark.measure.trace import Trace, as_request, write_trace
+    from dspark.profiling import planning_costs
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
     check_modes(names)
+    recorded = options.trace is not None or options.report is not None
+    if options.trace is not None:
+        check_folder("--trace", options.trace)
+    if options.report is not None:
+        check_report(options.report, names)
+    if recorded:
+        names += [RECORDED] if RECORDED not in names else []
     make_law(options.temperature)
     kinds = {name.partition("@")[0] for name in names}
     wants_head = bool(kinds & {"dspark", "auto"})
@@ -55,12 +76,22 @@ def run(options: argparse.Namespace) -> int:
         raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
     target = open_target(options)
     own = open_head(options, target) if wants_head else None
+    if recorded and own is not None and own.confidence_head is None:
+        raise HeadError(
+            f"the head of {options.target} has no confidences to record", "leave --trace and --report out, or train one with them"
+        )
     heads = {"dspark": own, "auto": own, "dflash": load_head(options.dflash_head, target) if "dflash" in kinds else None}
     modes = [Mode(name, heads.get(name.partition("@")[0])) for name in names]
     for head in {id(head): head for head in heads.values() if head is not None}.values():
         say_calibration(head, options.temperature)
     ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     from tqdm import tqdm
+
+    requests = []
+
+    def watch(mode: str, index: int, result) -> None:
+        if mode == RECORDED:
+            requests.append(as_request(index, ids[index][1], len(ids[index][0]), result.rounds_log))
 
     with tqdm(total=len(ids), desc="prompts", mininterval=1.0) as bar:
         runs = bench(
@@ -72,8 +103,18 @@ def run(options: argparse.Namespace) -> int:
             options.seed,
             options.repeats,
             lambda done, total: bar.update(done - bar.n),
+            watch,
         )
+    made_by = {"machine": machine(), "arguments": {k: v for k, v in vars(options).items() if k not in ("run", "verb")}}
     report = aggregate(runs)
+    if recorded:
+        assert own is not None  # the recorded mode wants it
+        costs = planning_costs(target, own, 1 + own.config.block_size, say)
+        trace = Trace(own.config.block_size, costs, tuple(requests), made_by)
+    if options.trace is not None:
+        write_trace(trace, Path(options.trace))
+    if options.report is not None:
+        write_report(figures(report, trace, made_by), table(report), Path(options.report))
     say(
         f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
     )
@@ -90,10 +131,27 @@ def run(options: argparse.Namespace) -> int:
         if same:
             print(f"texts identical to plain's: {', '.join(f'{name} {count} of {len(ids)}' for name, count in same.items())}")
     if options.json:
-        arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}
-        document = {"machine": machine(), "arguments": arguments, "modes": report, "prompts": [asdict(r) for r in runs]}
+        document = {**made_by, "modes": report, "prompts": [asdict(r) for r in runs]}
         print(json.dumps(document))
     return 0
+
+
+def check_folder(name: str, file: str) -> None:
+    """That a file can be written there is seen before hours of decoding."""
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir():
+        raise SettingError(f"{name} is {file}", "name a file in a folder that exists")
+
+
+def check_report(folder: str, names: list[str]) -> None:
+    from dspark.measure.plots import need_matplotlib
+
+    need_matplotlib()
+    if "plain" not in names:
+        raise SettingError(f"--report compares with plain, and --compare is {','.join(names)}", "add plain to --compare")
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise SettingError(f"--report is {folder}, a file", "name a folder")
 
 
 def reading(tokens_per_second: float, weight_bytes: int, bandwidth: float) -> str:

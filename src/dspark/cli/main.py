@@ -15,6 +15,7 @@ VERBS = {
     "train": "train a head for a target from the target's own words",
     "calibrate": "fit a head's confidences to what is accepted",
     "bench": "measure speed and tau against plain decoding",
+    "replay": "try planners and cost curves on recorded rounds",
     "profile": "measure what a round costs on this machine, by rows",
     "verify": "prove that output is unchanged for this target and head, here",
     "inspect": "show what a head is and how it was made",

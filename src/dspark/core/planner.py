@@ -7,8 +7,11 @@ then cuts is not: its bias is the failing control of our tests (paper, appendix 
 what earlier rounds gave, may enter anywhere: no token of this block decides them.
 This module imports no torch."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, takewhile
+from operator import mul
 from typing import Protocol
 
 # (confidences, limit) -> number of tokens to verify, 0..limit
@@ -137,6 +140,56 @@ def worth(costs: Costs, rate: float, later: Sequence[float]) -> Plan:
     return plan
 
 
+# Plans of many requests that share a target pass --------------------------------------------
+#
+# `survivals[r][k]` is the chance that the first k+1 drafted tokens of request r all stand, a product of confidences, so it
+# never rises along k. A decision about a token reads only candidates ranked before it: of its own request those are
+# earlier positions, and other requests' tokens are independent of it. So both plans keep the joint law of all outputs.
+
+
+def survivals_of(confidences: Sequence[float]) -> list[float]:
+    """The chance that the first 1, 2, ... tokens all stand."""
+    return list(accumulate(confidences, mul))
+
+
+# rows of the pass, each request's anchor among them -> steps a second
+Speed = Callable[[int], float]
+
+
+def ranked(survivals: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """(request, position) of every drafted token, the likeliest first; of equals the first request's, from its front."""
+    everything = [(r, k) for r, chances in enumerate(survivals) for k in range(len(chances))]
+    return sorted(everything, key=lambda candidate: -survivals[candidate[0]][candidate[1]])
+
+
+def throughputs(survivals: Sequence[Sequence[float]], steps_per_second: Speed) -> Iterator[float]:
+    """Expected tokens a second (the paper's Theta) when none, the best one, the best two, ... tokens are verified."""
+    tau, num_rows = float(len(survivals)), len(survivals)
+    yield tau * steps_per_second(num_rows)
+    for r, k in ranked(survivals):
+        tau, num_rows = tau + survivals[r][k], num_rows + 1
+        yield tau * steps_per_second(num_rows)
+
+
+def admit(survivals: Sequence[Sequence[float]], steps_per_second: Speed) -> list[int]:
+    """Tokens to verify by request: the paper's Algorithm 1, which stops at the first token that does not raise Theta."""
+    rising = takewhile(lambda pair: pair[1] > pair[0], pairwise(throughputs(survivals, steps_per_second)))
+    return cut(survivals, sum(1 for _ in rising))
+
+
+def budget(survivals: Sequence[Sequence[float]], steps_per_second: Speed) -> int:
+    """How many tokens to verify in all for the highest Theta, the least of equals. It looks at every survival, so they must
+    be those of steps that are over (paper, section 5.2: two steps old)."""
+    thetas = list(throughputs(survivals, steps_per_second))
+    return thetas.index(max(thetas))
+
+
+def cut(survivals: Sequence[Sequence[float]], num_tokens: int) -> list[int]:
+    """Tokens to verify by request: the likeliest `num_tokens` of all."""
+    chosen = Counter(r for r, _ in ranked(survivals)[:num_tokens])
+    return [chosen[r] for r in range(len(survivals))]
+
+
 # Planners --------------------------------------------------------------------------------
 
 
@@ -155,6 +208,19 @@ class Always:
 
     def learn(self, num_drafted: int, num_planned: int, num_accepted: int) -> None:
         pass
+
+
+def always(spec: str) -> Always | None:
+    """The planner without memory or costs that `spec` names: fixed, length:N or threshold:P; None if it names no such."""
+    name, _, value = spec.partition(":")
+    try:
+        if name == "length" and int(value) >= 0:
+            return Always(length=int(value))
+        if name == "threshold" and 0 <= float(value) <= 1:
+            return Always(threshold(float(value)))
+    except ValueError:
+        return None
+    return Always() if spec == "fixed" else None
 
 
 class Costed:
@@ -193,16 +259,10 @@ class Lagged(Costed):
     def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
         old = self.seen[0] if len(self.seen) == self.DELAY else None
         self.seen = [*self.seen, [1.0] * limit if confidences is None else confidences][-self.DELAY :]
-        return limit if old is None else min(limit, self.budget(old))
+        return limit if old is None else min(limit, budget([survivals_of(old)], self.steps_per_second))
 
-    def budget(self, confidences: Sequence[float]) -> int:
-        survival, tau = 1.0, 1.0
-        rates = [1 / (self.costs.draft + self.costs.score(0))]
-        for k, confidence in enumerate(confidences):
-            survival *= confidence
-            tau += survival
-            rates.append(tau / (self.costs.draft + self.costs.score(k + 1)))
-        return rates.index(max(rates))
+    def steps_per_second(self, num_rows: int) -> float:
+        return 1e3 / (self.costs.draft + self.costs.score(num_rows - 1))
 
 
 @dataclass
@@ -260,6 +320,11 @@ class Adaptive:
         self.lately, self.long = (Mean(newest, max(best, self.HOPE), trust) for newest in (self.LATELY, self.LONG))
         self.pause, self.wait = self.PAUSES[0], 0
 
+    @classmethod
+    def untaught(cls, table: CostTable, block_size: int) -> "Adaptive":
+        """For a drafter nobody has measured yet: a guess, worth a few rounds only."""
+        return cls(table, [0.5] * block_size, trust=8)
+
     def cost(self, num_planned: int) -> float:
         """Of a drafted round, in plain steps."""
         return (self.costs.draft + self.costs.score(num_planned)) / self.costs.plain
@@ -291,14 +356,23 @@ class Adaptive:
             self.pace.add(1, 1.0)
             return
         cost = self.cost(num_planned)
-        gain = num_accepted + 1 - cost
         self.pace.add(num_accepted + 1, cost)
-        for mean in (self.lately, self.long):
-            mean.add(gain)
+        self.judge(num_planned, num_accepted)
+        self.settle(num_accepted + 1 - cost)
+
+    def judge(self, num_planned: int, num_accepted: int) -> None:
+        """Learn from what stood of a draft."""
         for k in range(min(num_planned, num_accepted + 1, len(self.usual))):
             self.usual[k].add(float(k < num_accepted))
+
+    def settle(self, gain: float, num_rounds: int = 1) -> None:
+        """Learn from what so many drafted rounds gained on average, in plain steps: park or not, and how long until the
+        next probe."""
+        for mean in (self.lately, self.long):
+            for _ in range(num_rounds):
+                mean.add(gain)
         if gain > 0:
             self.pause, self.wait = self.PAUSES[0], 0
         else:
             self.wait = self.pause
-            self.pause = min(2 * self.pause, self.PAUSES[1]) if self.parked else self.PAUSES[0]
+            self.pause = min(2**num_rounds * self.pause, self.PAUSES[1]) if self.parked else self.PAUSES[0]

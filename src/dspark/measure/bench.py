@@ -63,8 +63,9 @@ def bench(
     seed: int = 0,
     repeats: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    watch: Callable[[str, int, Result], None] = lambda mode, index, result: None,
 ) -> list[Run]:
-    """Decode every prompt (ids, set name) in every mode.
+    """Decode every prompt (ids, set name) in every mode. `watch` sees each mode's first answer to each prompt.
 
     Raises `SettingError` for an unknown mode or one named twice, and the `UserError` family for a request that no
     mode could serve, before anything is measured."""
@@ -84,6 +85,8 @@ def bench(
             shift = (index + repeat) % len(modes)
             for mode in [*modes[shift:], *modes[:shift]]:
                 results[mode.name].append(ways[mode.name].decode(ids, max_new_tokens, seed + index))
+        for mode in modes:
+            watch(mode.name, index, results[mode.name][0])
         runs += [as_run(mode.name, index, name, results[mode.name]) for mode in modes]
         progress(index + 1, len(prompts))
     return runs

@@ -1,0 +1,145 @@
+"""Traces are read strictly; a replay of the recorded plan is the recording, and the default planner never loses."""
+
+import json
+import random
+
+import pytest
+
+from dspark.core.decode import Round
+from dspark.core.planner import Costs, CostTable
+from dspark.errors import SettingError, TraceError
+from dspark.measure.replay import EXAMPLE_COSTS, StepCosts, between, make_step_planner, read_costs, replay
+from dspark.measure.trace import Drafted, Request, Trace, as_request, read_trace, write_trace
+
+GAMMA = 5
+MACHINE = CostTable((0, 500), (Costs(0.25, (1.0, 1.02, 1.04, 1.06, 1.1, 1.15)), Costs(0.3, (1.2, 1.25, 1.3, 1.35, 1.4, 1.5))))
+
+
+def make_trace(chance: float, num_requests: int = 12, seed: int = 0) -> Trace:
+    """Rounds whose confidences, spread around `chance`, are true."""
+    rng, requests = random.Random(seed), []
+    for prompt in range(num_requests):
+        rounds: list[Drafted] = []
+        while sum(r.num_accepted + 1 for r in rounds) < 100:
+            confidences = tuple(rng.betavariate(4 * chance, 4 * (1 - chance)) for _ in range(GAMMA))
+            rounds.append(Drafted(confidences, next((k for k, c in enumerate(confidences) if rng.random() >= c), GAMMA)))
+        requests.append(Request(prompt, "ab"[prompt % 2], 40, 100, tuple(rounds)))
+    return Trace(GAMMA, MACHINE, tuple(requests), {"machine": "none"})
+
+
+def test_a_trace_is_read_as_it_was_written(tmp_path):
+    rounds = [Round([1, 2, 3], 3, 3, 2, [0.9, 0.8, 0.1]), Round([4], 1, 1, 0, [0.5]), Round([5], 0, 0, 0)]
+    request = as_request(0, "s", 7, rounds)
+    assert request.num_tokens == 5 and request.rounds[2] == Drafted((), 0)
+    for trace in (make_trace(0.6), Trace(3, MACHINE, (request,), {})):
+        write_trace(trace, tmp_path / "t.jsonl")
+        assert read_trace(tmp_path / "t.jsonl") == trace
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "says"),
+    [
+        (0, {"format": "other"}, "not a trace"),
+        (0, {"block_size": 0}, "line 1: 0 where a whole number"),
+        (0, {"costs": {"contexts": [1], "costs": []}}, "line 1: costs need"),
+        (1, {"num_tokens": 10**6}, "line 2: 1000000 where"),
+        (1, {"rounds": [{"confidences": [1.5], "num_accepted": 0}]}, "line 2: 1.5 where"),
+        (2, {"rounds": [{"confidences": [0.5], "num_accepted": 2}], "num_tokens": 2}, "line 3: 2 where a whole number from 0 to 1"),
+        (2, {"rounds": None}, "line 3: 'NoneType'"),
+        (2, {"set": 3}, "line 3: set 3 is no text"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, change, says):
+    file = tmp_path / "t.jsonl"
+    write_trace(make_trace(0.5, 3), file)
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    lines[line] |= change
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(TraceError, match=says):
+        read_trace(file)
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(TraceError, match="not JSON"):
+        read_trace(file)
+
+
+def test_replaying_the_recorded_plan_is_the_recording():
+    trace = make_trace(0.6, 40)
+    outcome, rounds = replay(trace, "fixed"), [r for request in trace.requests for r in request.rounds]
+    assert outcome.num_steps == outcome.num_drafted == len(rounds) and outcome.num_tokens == 4000
+    assert outcome.num_accepted == sum(r.num_accepted for r in rounds)
+    lengths = [sum(r.num_accepted + 1 for r in request.rounds[:n]) for request in trace.requests for n in range(len(request.rounds))]
+    expected = sum(MACHINE.at(40 + n).draft + MACHINE.at(40 + n).score(GAMMA) for n in lengths)
+    assert outcome.milliseconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("plan", ["plain", "length:1", "length:3", "threshold:0.3"])
+def test_other_plans_draw_rounds_without_favour(plan):
+    """The first token's acceptance is that of all rounds, whatever the plan skips or cuts."""
+    trace = make_trace(0.6, 300)
+    figures = replay(trace, plan).figures()
+    first = [r.num_accepted > 0 for request in trace.requests for r in request.rounds]
+    if plan == "plain":
+        assert figures["tau"] == 1 and figures["budget"] == 0 and figures["acceptance"] is None
+    elif plan == "length:1":
+        assert figures["tau"] == pytest.approx(1 + sum(first) / len(first), abs=0.02)
+    else:
+        assert 1.5 < figures["tau"] < replay(trace, "fixed").figures()["tau"]
+
+
+COSTS = {
+    "example": read_costs(EXAMPLE_COSTS)[1],
+    "steep": StepCosts(((1, 10.0), (2, 14.0), (9, 42.0)), ((1, 2.0),)),
+    "stairs": StepCosts(tuple((n, 10.0 + 5.0 * ((n - 1) // 16)) for n in range(1, 200)), ((1, 1.0), (200, 1.0))),
+}
+
+
+@pytest.mark.parametrize("chance", [0.05, 0.5, 0.75])
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("num_requests", [1, 16])
+def test_the_default_planner_is_never_below_plain_or_fixed(chance, costs, num_requests):
+    def rate(plan):
+        return replay(make_trace(chance, 60), plan, num_requests, lambda num_tokens: COSTS[costs]).figures()["tokens_per_second"]
+
+    assert rate("auto") > 0.985 * max(rate("plain"), rate("fixed"))
+
+
+def test_requests_that_parked_on_a_stair_find_out_that_it_pays():
+    """One token more than the stair never pays, so Algorithm 1 verifies nothing and all park; then budgets reach past it."""
+    plain, trapped, auto = (
+        replay(make_trace(0.75, 60), plan, 16, lambda num_tokens: COSTS["stairs"]).figures() for plan in ("plain", "early-stop", "auto")
+    )
+    assert trapped["budget"] == 0 and trapped["tokens_per_second"] < plain["tokens_per_second"]
+    assert auto["tokens_per_second"] > 1.1 * plain["tokens_per_second"]
+
+
+def test_the_budget_falls_as_requests_share_a_step(monkeypatch):
+    monkeypatch.setattr("dspark.measure.replay.PLACE_TOKENS", 200)
+    budgets = [replay(make_trace(0.6), "lagged", n, lambda num_tokens: COSTS["example"]).figures()["budget"] for n in (1, 64, 256)]
+    assert budgets[0] > 4.5 > budgets[1] > 1.5 > budgets[2]
+
+
+def test_costs_are_linear_between_points_and_in_proportion_past_the_last():
+    points = ((2, 10.0), (4, 20.0))
+    assert [between(points, n) for n in (1, 2, 3, 4, 8)] == [10.0, 10.0, 15.0, 20.0, 40.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[", "not JSON"),
+        ("{}", "no 'about'"),
+        ('{"about": "x", "rows": [[2, 1], [1, 1]], "drafts": [[1, 1]]}', "ascending"),
+        ('{"about": "x", "rows": [[1, 0]], "drafts": [[1, 1]]}', "0 where a number"),
+        ('{"about": "x", "rows": [], "drafts": [[1, 1]]}', "ascending"),
+    ],
+)
+def test_bad_costs_are_named(tmp_path, text, says):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(TraceError, match=says):
+        read_costs(tmp_path / "c.json")
+
+
+def test_unknown_plans_are_refused():
+    for name in ("magic", "length:-1", "threshold:2", "length:x"):
+        with pytest.raises(SettingError, match="unknown plan"):
+            make_step_planner(name, GAMMA, COSTS["example"], 1)
