@@ -8,7 +8,7 @@ import pytest
 from dspark.core.decode import Round
 from dspark.core.planner import Costs, CostTable
 from dspark.errors import SettingError, TraceError
-from dspark.measure.replay import EXAMPLE_COSTS, StepCosts, between, make_step_planner, read_costs, replay
+from dspark.measure.replay import EXAMPLE_COSTS, StepCosts, between, make_step_planner, measured, read_costs, replay
 from dspark.measure.trace import Drafted, Request, Trace, as_request, read_trace, write_trace
 
 GAMMA = 5
@@ -88,6 +88,8 @@ def test_other_plans_draw_rounds_without_favour(plan):
 
 COSTS = {
     "example": read_costs(EXAMPLE_COSTS)[1],
+    "machine": measured(MACHINE)(0),
+    "drafts that cost more than they bring": StepCosts(((1, 10.0), (4, 40.0)), ((1, 15.0),)),
     "steep": StepCosts(((1, 10.0), (2, 14.0), (9, 42.0)), ((1, 2.0),)),
     "stairs": StepCosts(tuple((n, 10.0 + 5.0 * ((n - 1) // 16)) for n in range(1, 200)), ((1, 1.0), (200, 1.0))),
 }
@@ -100,7 +102,8 @@ def test_the_default_planner_is_never_below_plain_or_fixed(chance, costs, num_re
     def rate(plan):
         return replay(make_trace(chance, 60), plan, num_requests, lambda num_tokens: COSTS[costs]).figures()["tokens_per_second"]
 
-    assert rate("auto") > 0.985 * max(rate("plain"), rate("fixed"))
+    # alone, a head that falls just short of paying costs more: a lucky probe is followed by another draft
+    assert rate("auto") >= (0.985 if num_requests == 1 else 0.99) * max(rate("plain"), rate("fixed"))
 
 
 def test_requests_that_parked_on_a_stair_find_out_that_it_pays():

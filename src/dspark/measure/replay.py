@@ -172,7 +172,9 @@ class Alone:
 
 class Together:
     """`Budgeted` where it gains time. Requests that share steps park and probe together, by `Adaptive`'s rule; what a step
-    gained is told it as so many rounds as there are requests."""
+    gained is told it as so many rounds as there are requests. A probe that lost much is not soon followed by another."""
+
+    PROBING = 0.005  # of the time at most is lost by probing
 
     def __init__(self, limit: int, costs: StepCosts, num_requests: int):
         self.gate, self.budgeted = Adaptive.untaught(share(costs, num_requests, limit), limit), Budgeted()
@@ -191,7 +193,10 @@ class Together:
             self.gate.wait -= 1
             return
         cost = self.costs.step(num_requests + sum(planned), num_requests) / self.costs.step(num_requests, 0)
-        self.gate.settle(fmean(accepted) + 1 - cost, num_requests)
+        gain = fmean(accepted) + 1 - cost
+        self.gate.settle(gain, num_requests)
+        if self.gate.parked and gain < 0:
+            self.gate.wait = max(self.gate.wait, ceil(-gain / self.PROBING))
 
 
 def share(costs: StepCosts, num_requests: int, limit: int) -> CostTable:
