@@ -1,6 +1,6 @@
 """Speed of dspark beside its peers: same weights, prompts, threads and token counts, taking turns in one run.
 
-    python bench/peers/compare.py --peers dspark,dspark-plain,llama.cpp,llama.cpp:q8_0 --prompts FILE.jsonl --threads 2 --out OUT.json
+    python bench/peers/compare.py --peers dspark,dspark-plain,llama.cpp,llama.cpp:q8_0 --prompts FILE.jsonl --threads 2 --json OUT.json
 
 A peer is KIND[:PRECISION][+METHOD][@N]: METHOD speculates, @N gives it only the first N prompts of each set. Each is a
 process of its own, stopped while another one works. Greedy, one request at a time. bench/peers/README.md has the rest."""
@@ -47,13 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for a start or a reply (default %(default)s)")
     parser.add_argument("--home", type=Path, default=default_home(), help="where setup.sh installed the peers (default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="OUT.json", help="every run, versions and the machine")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="every run, versions and the machine")
     options = parser.parse_args(arguments)
     try:
         compare(options)
     except UserError as error:
         say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
     return 0
 
 
@@ -68,6 +71,25 @@ def compare(options: argparse.Namespace) -> None:
     longest = max(len(ids) for ids, _ in prompts) + options.max_new_tokens + DRAFT_ROOM
     context = -(-longest // CONTEXT_STEP) * CONTEXT_STEP
     commands = [command(peer, options.home.absolute(), target, options.threads, context, eos) for peer in peers]
+    settings = {
+        "target": NAME, "prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "repeats": options.repeats,
+        "threads": options.threads, "cores": sorted(os.sched_getaffinity(0)), "processor": processor(),
+        "load_before": os.getloadavg()[0], "python": platform.python_version(),
+    }  # fmt: skip
+    runs, abouts = measure(peers, commands, prompts, options)
+    rows = summarise(peers, runs)
+    if options.json:
+        document = {"settings": settings, "peers": abouts, "table": rows, "runs": [asdict(run) for run in runs]}
+        options.json.write_text(json.dumps(document) + "\n")
+    print("{target}, {processor}, {threads} threads, {prompts} prompts, {max_new_tokens} new tokens, greedy, batch 1;".format(**settings))
+    print("medians over prompts (quartiles); a ratio above 1: faster than dspark\n")
+    print(table(rows))
+
+
+def measure(
+    peers: Sequence[Peer], commands: Sequence[list[str]], prompts: Sequence[tuple[list[int], str]], options: argparse.Namespace
+) -> tuple[list[Run], dict[str, dict]]:
+    """All runs, and what each worker says of itself. The workers have ended when this returns or raises."""
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
     with contextlib.ExitStack() as stack:
         workers = {}
@@ -76,21 +98,7 @@ def compare(options: argparse.Namespace) -> None:
             workers[str(peer)] = Worker(str(peer), line, options.timeout, environment)
             stack.callback(workers[str(peer)].close)
         runs = take_turns(peers, workers, prompts, options.max_new_tokens, options.repeats, say)
-        versions = {name: worker.about for name, worker in workers.items()}
-    rows = summarise(peers, runs)
-    settings = {
-        "target": NAME, "threads": options.threads, "cores": sorted(os.sched_getaffinity(0)), "max_new_tokens": options.max_new_tokens,
-        "repeats": options.repeats, "prompts": len(prompts), "processor": processor(), "python": platform.python_version(),
-    }  # fmt: skip
-    if options.out:
-        options.out.write_text(
-            json.dumps({"settings": settings, "peers": versions, "table": rows, "runs": [asdict(run) for run in runs]}) + "\n"
-        )
-    print(
-        f"{NAME}, {settings['processor']}, {options.threads} threads, {len(prompts)} prompts, {options.max_new_tokens} new tokens, greedy, batch 1:"
-    )
-    print("median over prompts (quartiles); ratios above 1 are faster than dspark\n")
-    print(table(rows))
+        return runs, {name: worker.about for name, worker in workers.items()}
 
 
 def check(options: argparse.Namespace) -> None:
@@ -102,8 +110,8 @@ def check(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     if options.threads > cores:
         raise SettingError(f"--threads is {options.threads}, and this process may use {cores} cores", f"use at most {cores}")
-    if options.out and not options.out.absolute().parent.is_dir():
-        raise SettingError(f"--out is {options.out}, in no folder", "make the folder first")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise SettingError(f"--json is {options.json}, in no folder", "make the folder first")
 
 
 def check_weights(peers: Sequence[Peer], target: Path) -> None:
@@ -156,10 +164,7 @@ def take_turns(
         for repeat in range(repeats):
             for peer in rotate(present, index + repeat):
                 reply = workers[str(peer)].ask(ids, max_new_tokens)
-                try:
-                    runs.append(Run(peer=str(peer), index=index, set=name, **reply))
-                except TypeError as error:
-                    raise PeerError(f"peer {peer} sent another reply than workers/serve.py promises: {error}") from error
+                runs.append(Run(peer=str(peer), index=index, set=name, **reply))
         progress(f"{index + 1} of {len(prompts)} prompts")
     return runs
 

@@ -97,8 +97,8 @@ def table(rows: Sequence[dict]) -> str:
         "tokens/s, decoding",
         *ratios,
         "drafts accepted",
-        "texts of dspark-plain",
-        "texts of its plain",
+        "tokens of dspark-plain",
+        "tokens of its plain",
     ]
     lines = [head, ["---"] * len(head)]
     for row in rows:
