@@ -39,7 +39,9 @@ ARGUMENTS = ["--model", "m", "--precision", "bf16", "--method", "none", "--threa
 
 
 def fake(name: str = "fake") -> Worker:
-    return Worker(name, [sys.executable, "-c", FAKE, *ARGUMENTS], 20)
+    one = Worker(name, [sys.executable, "-c", FAKE, *ARGUMENTS], 20)
+    one.await_ready()
+    return one
 
 
 @pytest.fixture
@@ -88,8 +90,10 @@ def test_a_worker_that_is_late_or_talks_nonsense_is_named():
     with pytest.raises(PeerError, match=r"peer slow did not answer within 0\.2 s"):
         slow.ask([60], 1)
     slow.close()
+    chatty = Worker("chatty", [sys.executable, "-c", "print('hello')"], 20)
     with pytest.raises(PeerError, match="peer chatty answered what is no JSON object: b'hello"):
-        Worker("chatty", [sys.executable, "-c", "print('hello')"], 20)
+        chatty.await_ready()
+    chatty.close()
 
 
 def test_stopped_workers_end_when_the_driver_is_killed():
@@ -97,7 +101,9 @@ def test_stopped_workers_end_when_the_driver_is_killed():
 import os, signal, sys
 sys.path.insert(0, {str(PEERS)!r})
 from worker import Worker
-print(Worker("fake", [sys.executable, "-c", {FAKE!r}, *{ARGUMENTS!r}], 20).process.pid, flush=True)
+one = Worker("fake", [sys.executable, "-c", {FAKE!r}, *{ARGUMENTS!r}], 20)
+one.await_ready()
+print(one.process.pid, flush=True)
 signal.pause()
 """
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -94,9 +94,11 @@ def measure(
     with contextlib.ExitStack() as stack:
         workers = {}
         for peer, line in zip(peers, commands, strict=True):
-            say(f"starting {peer}")
             workers[str(peer)] = Worker(str(peer), line, options.timeout, environment)
             stack.callback(workers[str(peer)].close)
+        for name, worker in workers.items():
+            worker.await_ready()
+            say(f"{name} is ready")
         runs = take_turns(peers, workers, prompts, options.max_new_tokens, options.repeats, say)
         return runs, {name: worker.about for name, worker in workers.items()}
 

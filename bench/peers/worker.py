@@ -17,7 +17,7 @@ STDERR_LINES = 15
 
 
 class Worker:
-    """Starts `command` and reads its first line into `about`, within `timeout_s`; then the worker is stopped until `ask`.
+    """Starts `command`; `await_ready` reads its first line into `about`, and stops it until `ask`. Each waits `timeout_s` at most.
 
     Raises `PeerError` with the name and the last lines of stderr when the process ends, is late, or talks nonsense."""
 
@@ -28,12 +28,10 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, env=environment, process_group=0
         )  # fmt: skip
-        try:
-            self.about = self.read()
-            self.signal(signal.SIGSTOP)
-        except BaseException:
-            self.close()
-            raise
+
+    def await_ready(self) -> None:
+        self.about = self.read()
+        self.signal(signal.SIGSTOP)
 
     def ask(self, ids: list[int], n: int) -> dict:
         """One reply, with `total_s`: seconds from the request to the reply as the driver's clock has them."""
