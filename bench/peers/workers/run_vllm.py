@@ -5,8 +5,11 @@ import os
 
 from serve import Answer, serve, timed
 
-# Read by vLLM when it is imported.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+# Read by vLLM when it is imported. This build fails to load what it compiled ahead of time and would compile at every start.
+os.environ |= {
+    "VLLM_USE_AOT_COMPILE": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+}  # fmt: skip
 
 # Told the longest n-gram only, it looks for no shorter ones; dspark's own prompt lookup takes 2 to 4 tokens too.
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
