@@ -6,7 +6,7 @@ import torch
 from serve import Answer, serve, timed
 
 import dspark
-from dspark.generation import make_law, stream
+from dspark.generation import make_drafter, make_law, make_planner, stream
 from dspark.head.folder import find_head, load_head
 from dspark.target.demo import NAME
 
@@ -17,13 +17,14 @@ def load(options: argparse.Namespace) -> tuple[Answer, dict]:
     torch.set_num_threads(options.threads)
     target = dspark.load_target(NAME, dtype=DTYPE[options.precision])
     head = load_head(find_head(None, NAME), target) if options.method == "head" else None
-    drafter = "lookup" if options.method == "lookup" else None
+    drafter = make_drafter("lookup" if options.method == "lookup" else None, target, head)
+    plan = make_planner(None, target, drafter)  # learns from prompt to prompt, as in `dspark generate`
 
     def answer(ids: list[int], n: int) -> dict:
         done = []
 
         def rounds():
-            for one in stream(target, head, ids, max_new_tokens=n, law=make_law(), drafter=drafter):
+            for one in stream(target, head, ids, max_new_tokens=n, law=make_law(), drafter=drafter, plan=plan):
                 done.append(one)
                 yield one.tokens
 
