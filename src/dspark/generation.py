@@ -154,13 +154,13 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
     a name to start each call alike, which is what lets a seed replay at a temperature above 0."""
     spec = DEFAULT_PLAN if spec is None else spec
-    if drafter.block_size == 0:
-        return Always()
     lengths: Planner | None = always(spec)
     if lengths is None and spec not in ("auto", "early-stop", "lagged"):
         raise SettingError(
             f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
         )
+    if drafter.block_size == 0:
+        return Always()
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
     head = drafter.head.head if isinstance(drafter, Arbiter) else drafter.head if isinstance(drafter, DSparkDrafter) else None

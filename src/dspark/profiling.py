@@ -81,6 +81,7 @@ def profile(
     if drafter is not None:
         drafter.start()
         drafter.commit(features)
+        drafter.flush()
     times: dict[int, list[float]] = {n: [] for n in (0, *rows)}
     bandwidths = []
     started = time.perf_counter()
@@ -96,6 +97,7 @@ def profile(
             elif drafter is not None:
                 drafter.draft(ids, drafter.block_size, Law(greedy=True), generator)
                 drafter.commit(features[-2:])
+                drafter.flush()
                 drafter.context.num_tokens = context  # takes them back: what lies past the last token is overwritten
             if repeat:
                 taken.append(1e3 * (time.perf_counter() - begin))

@@ -27,15 +27,23 @@ class DSparkDrafter:
     def start(self) -> None:
         self._tap()
         self.context.start()
+        self.pending: list[torch.Tensor] = []
 
     def _tap(self) -> None:
         """Another drafter may have tapped other layers since this one's last round."""
         if self.target.layer_ids != self.head.config.target_layer_ids:
             self.target.tap(self.head.config.target_layer_ids)
 
-    @torch.inference_mode()
     def commit(self, features_TMD: torch.Tensor) -> None:
-        self.context.commit(features_TMD)
+        """Kept until the next draft: while others draft, or nobody does, the head costs nothing."""
+        self.pending.append(features_TMD)
+
+    @torch.inference_mode()
+    def flush(self) -> None:
+        """Turn what was committed into context keys and values."""
+        if self.pending:
+            self.context.commit(torch.cat(self.pending))
+            self.pending = []
 
     @torch.inference_mode()
     def draft(self, ids: Sequence[int], limit: int, law: Law, generator: torch.Generator) -> Draft:
@@ -46,6 +54,7 @@ class DSparkDrafter:
         num = min(limit, self.block_size)
         if num == 0:
             return Draft([], torch.empty(0, 0))
+        self.flush()
         head, markov = self.head, self.head.markov_head
         h_GD, logits_KC = self.context.block(self.target.embed(torch.tensor([ids[-1]], device=head.fc.weight.device))[0])
         shortlist_KC = None
