@@ -27,12 +27,13 @@ PROMPT = (4, 0, 1, 4, 0)  # the lookup proposes 1, which this target says about 
 RARE = 8  # cells expected less often than this are merged
 LAWS = {"T=1": make_law(1.0), "top-p": make_law(0.8, top_p=0.9), "lagged": make_law(1.0), "adaptive": make_law(1.0)}
 # A round that costs about what it brings, so that the adaptive planner parks and starts again many times.
-TABLE = CostTable((0, 8), (Costs(0.1, (1.0, 1.05, 1.1, 1.3, 1.35)), Costs(0.2, (1.1, 1.2, 1.2, 1.4, 1.5))))
+TABLE = CostTable((0, 8), (Costs(0.1, (1.0, 1.3, 1.5, 1.9, 2.0)), Costs(0.2, (1.1, 1.4, 1.5, 1.9, 2.0))))
 PLANNERS = {
     "T=1": Always,
     # With the vanilla head's confidences this cuts x_2 or keeps it, by what x_1 is.
     "top-p": lambda: Always(threshold(0.0082)),
-    "lagged": lambda: Lagged(TABLE),
+    # The confidences of this head are small: rows that cost less make it verify in about a quarter of the rounds.
+    "lagged": lambda: Lagged(CostTable((0,), (Costs(0.1, (1.0, 1.08, 1.18, 1.38, 1.58)),))),
     "adaptive": lambda: Adaptive(TABLE, [0.3] * 4, trust=2),
 }
 DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "lookup", "none")
@@ -122,7 +123,7 @@ def sample(drafter: str, law: str, num_samples: int, seed: int = 0) -> tuple[Cou
     for _ in range(num_samples):
         rounds = list(decode(target, chosen, PROMPT, LAWS[law], streams, NUM_NEW, planner=planner))
         said[tuple(token for done in rounds for token in done.tokens)] += 1
-        accepted[rounds[0].num_accepted if rounds[0].num_drafted else "parked"] += 1
+        accepted[rounds[0].num_accepted if rounds[0].num_planned else "parked"] += 1
     return said, accepted
 
 
@@ -169,7 +170,8 @@ def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
 def test_continuations_have_the_law_of_the_target_under_planners_that_remember(drafter, planner, num_samples):
     said, accepted = sample(drafter, planner, num_samples)
     assert p_value(said, planner) > 1e-4
-    assert len(accepted) > 2 and (planner == "lagged" or num_samples / 100 < accepted["parked"] < num_samples * 0.99)
+    # Rounds with and without verified tokens, rejections and acceptances all took part.
+    assert min(accepted["parked"], accepted[0], accepted[1]) > num_samples / 100
 
 
 WRONG_RULES = {

@@ -108,7 +108,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--max-new-tokens", "600"], "600 new ones exceeds"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "{head}", "--trace", "/nowhere/t"], "--trace is /nowhere/t"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--report", "out"], "add plain to --compare"),
-        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain", "--head", "none", "--trace", "t"], "needs a head"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain", "--head", "none", "--trace", "t"], "need a head"),
         (["replay", "/nowhere.jsonl"], "cannot read trace /nowhere.jsonl"),
         (["replay", "{prompts}"], "is not a trace"),
         (["generate", "{target}", "\udcff", "--raw"], "tokenizer cannot take this"),
