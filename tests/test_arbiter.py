@@ -1,6 +1,7 @@
 """The arbiter takes the drafter that gains more, lets the other's state follow, and changes no token."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dspark.core.sampling import Law, Streams
 from dspark.core.verifier import Draft, FewTokens
 from dspark.drafters import Arbiter, PromptLookup
 from dspark.errors import SettingError
-from dspark.generation import generate, make_drafter, make_planner
+from dspark.generation import generate, make_drafter, make_law, make_planner, stream
 from dspark.profiling import planning_costs
 from dspark.target.load import use_runtime
 from dspark.target.target import Target
@@ -51,6 +52,9 @@ class Head:
     """Proposes the true next tokens, or wrong ones, and notes what it was handed."""
 
     block_size = 4
+
+    def tap(self):
+        pass
 
     def __init__(self, text, right):
         self.text, self.right = text, right
@@ -166,3 +170,28 @@ def test_a_plan_without_meaning_is_refused(plan):
     target = Target(tiny_model("llama"))
     with pytest.raises(SettingError, match="plan"):
         make_planner(plan, target, make_drafter("dspark", target, tiny_head(target)))
+
+
+def test_forgetting_forgets_everything():
+    """A planner made anew decides as the first time: that is what lets a seed replay on a grafted model."""
+    text = torch.randint(50, (30,), generator=torch.Generator().manual_seed(3)).tolist()
+    arbiter = Arbiter(Head(text, True), PromptLookup(50, 15), [0.5] * 4, trust=8)
+
+    def rounds():
+        arbiter.plan_with(FREE)
+        return list(decode(Table(text), arbiter, text[:3], GREEDY, Streams(0), 300, planner=arbiter))
+
+    assert rounds() == rounds() == rounds()
+
+
+def test_another_head_on_the_target_in_turns_does_not_disturb():
+    target = Target(tiny_model("llama"))
+    ours, other = tiny_head(target), tiny_head(target, seed=1)
+    other.config = replace(other.config, target_layer_ids=(0,))
+    prompt, law = [5, 6, 7, 5, 6, 8, 5, 6], make_law()
+    alone = [done.tokens for done in stream(target, ours, prompt, max_new_tokens=40, law=law, drafter="auto", plan="fixed")]
+    together = []
+    for done in stream(target, ours, prompt, max_new_tokens=40, law=law, drafter="auto", plan="fixed"):
+        together.append(done.tokens)
+        target.tap(other.config.target_layer_ids)  # as another head's stream does
+    assert together == alone

@@ -35,9 +35,8 @@ LEAST_REPEATS = 3
 
 @dataclass(frozen=True)
 class Profile:
-    """Milliseconds of one pass by number of rows after `context` tokens; of one draft with
-    its commit; and what bounds both:
-    bytes of weights a pass reads, and the machine's read bandwidth in bytes a second."""
+    """Milliseconds of one pass by number of rows after `context` tokens; of one draft with its commit; and what
+    bounds both: bytes of weights a pass reads, and the machine's read bandwidth in bytes a second."""
 
     context: int
     rows: dict[int, float]

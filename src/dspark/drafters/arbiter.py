@@ -31,7 +31,6 @@ class Arbiter:
     def __init__(self, head: DSparkDrafter, lookup: PromptLookup, expected: Sequence[float], trust: float):
         self.head, self.lookup, self.expected, self.trust = head, lookup, expected, trust
         self.block_size = max(head.block_size, lookup.block_size)
-        self.num_choices = 0
         self.plan_with(NOMINAL)
 
     def plan_with(self, table: CostTable, lengths: Planner | None = None) -> "Arbiter":
@@ -43,6 +42,7 @@ class Arbiter:
             size: Adaptive(free, [FOUND_AGAIN[size]] * self.lookup.block_size, trust=4, pace=self.pace) for size in SIZES
         }
         self.chosen: Adaptive | None = None
+        self.num_choices = 0
         return self
 
     # As a drafter
@@ -55,6 +55,7 @@ class Arbiter:
         self.head.commit(features_TMD)
 
     def draft(self, ids: Sequence[int], limit: int, law: Law, generator: torch.Generator) -> Draft:
+        self.head.tap()  # its context follows every round, whoever drafts
         tokens, size = self.lookup.follow(ids, min(limit, self.lookup.block_size))
         choices = [self.head_planner, *([self.found_planners[size]] if tokens else [])] if limit else []
         self.chosen = self.choose(choices, limit, len(ids))

@@ -25,11 +25,11 @@ class DSparkDrafter:
         self.start()
 
     def start(self) -> None:
-        self._tap()
+        self.tap()
         self.context.start()
         self.pending: list[torch.Tensor] = []
 
-    def _tap(self) -> None:
+    def tap(self) -> None:
         """Another drafter may have tapped other layers since this one's last round."""
         if self.target.layer_ids != self.head.config.target_layer_ids:
             self.target.tap(self.head.config.target_layer_ids)
@@ -50,7 +50,7 @@ class DSparkDrafter:
         """Draw up to `limit` tokens, each by the law of its row over the draft vocabulary, or over the best tokens of the
         row before its bias where the bias of all would be dear: drafts may be cheap in any way as long as the law
         they were drawn from is known exactly (it is the one returned)."""
-        self._tap()
+        self.tap()
         num = min(limit, self.block_size)
         if num == 0:
             return Draft([], torch.empty(0, 0))

@@ -98,14 +98,14 @@ def check_modes(names: Sequence[str]) -> None:
         raise SettingError("no mode is named", f"give some of {', '.join(MODES)}")
     for name in names:
         kind, _, plan = name.partition("@")
-        if kind not in MODES or (plan and kind not in DRAFTER_OF):
+        if kind not in MODES or (plan and (kind == "plain" or kind not in DRAFTER_OF)):
             raise SettingError(f"unknown mode {name!r}", f"choose from {', '.join(MODES)}, with @PLAN behind one that drafts")
     if len(set(names)) < len(names):
         raise SettingError(f"a mode is named twice in {', '.join(names)}", "name each mode once")
 
 
 class Way:
-    """A mode at work. Its planner learns from prompt to prompt, as in `dspark generate`."""
+    """A mode at work. Its planner learns from prompt to prompt, at any temperature: a seed replays a whole run, not a prompt of it."""
 
     def __init__(self, target: Target, mode: Mode, temperature: float):
         self.target, self.mode, self.temperature = target, mode, temperature
