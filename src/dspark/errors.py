@@ -39,3 +39,7 @@ class LogitsError(UserError):
 
 class RuntimeUnavailable(UserError):
     """A faster runtime cannot run this model on this machine; eager decoding can."""
+
+
+class Busy(UserError):
+    """The engine takes no request now: its queue is full, or it is closing."""
