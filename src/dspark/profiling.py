@@ -87,7 +87,7 @@ def profile(
     for repeat in range(repeats + 1):  # the first one warms up
         if repeat > LEAST_REPEATS and time.perf_counter() - started > seconds:
             break
-        bandwidths.append(read_bandwidth(1) if with_bandwidth else 0.0)
+        bandwidths.append(read_bandwidth(1, str(target.device)) if with_bandwidth else 0.0)
         for n, taken in times.items():
             begin = time.perf_counter()
             if n:
@@ -98,6 +98,8 @@ def profile(
                 drafter.commit(features[-2:])
                 drafter.flush()
                 drafter.context.num_tokens = context  # takes them back: what lies past the last token is overwritten
+            if target.device.type == "cuda":
+                torch.cuda.synchronize(target.device)  # what was committed may still be on its way
             if repeat:
                 taken.append(1e3 * (time.perf_counter() - begin))
         progress(repeat + 1)
@@ -119,7 +121,7 @@ def planning_costs(
     """The planner's costs of this pair on this machine, up to `most_rows` rows: from the cache, or measured now (`again`: in
     any case). Without a head the draft costs nothing, as prompt lookup's does."""
     depends_on = {
-        "version": dspark.__version__, "torch": torch.__version__, "processor": processor_name(), "cores": os.cpu_count(),
+        "version": dspark.__version__, "torch": torch.__version__, "processor": device_name(target.device), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "device": str(target.device), "runtime": target.runtime_name,
         "target": target.fingerprint(), "head": None if head is None else asdict(head.config), "rows": most_rows,
     }  # fmt: skip
@@ -182,6 +184,11 @@ def store(path: Path, document: dict) -> None:
         partial.unlink(missing_ok=True)
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
 def processor_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
@@ -197,17 +204,17 @@ def weight_bytes(target: Target) -> int:
     return total if embedding is output else total - num_bytes(embedding)
 
 
-def read_bandwidth(repeats: int = 5) -> float:
-    """Bytes a second that torch's threads read from memory, one stream each, while adding up: the best of several tries."""
-    block = read_block(BANDWIDTH_BYTES)
+def read_bandwidth(repeats: int = 5, device: str = "cpu") -> float:
+    """Bytes a second that torch's threads, or the GPU, read from memory while adding up: the best of several tries."""
+    block = read_block(BANDWIDTH_BYTES, device)
     best = 0.0
     for _ in range(repeats):
         begin = time.perf_counter()
-        block.sum()
+        block.sum().item()
         best = max(best, BANDWIDTH_BYTES / (time.perf_counter() - begin))
     return best
 
 
 @functools.cache
-def read_block(num_bytes: int) -> torch.Tensor:
-    return torch.ones(num_bytes // 4)
+def read_block(num_bytes: int, device: str) -> torch.Tensor:
+    return torch.ones(num_bytes // 4, device=device)

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
     from dspark.measure.report import figures, write_report
     from dspark.measure.trace import Trace, as_request, write_trace
-    from dspark.profiling import planning_costs
+    from dspark.profiling import device_name, planning_costs, read_bandwidth, weight_bytes
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
     check_modes(names)
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
             lambda done, total: bar.update(done - bar.n),
             watch,
         )
-    made_by = {"machine": machine(), "arguments": {k: v for k, v in vars(options).items() if k not in ("run", "verb")}}
+    made_by = {"machine": machine(target.device), "arguments": {k: v for k, v in vars(options).items() if k not in ("run", "verb")}}
     report = aggregate(runs)
     if recorded:
         assert own is not None  # the recorded mode wants it
@@ -116,13 +116,11 @@ def run(options: argparse.Namespace) -> int:
     if options.report is not None:
         write_report(figures(report, trace, made_by), table(report), Path(options.report))
     say(
-        f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
+        f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
     )
     print(table(report))
-    if "plain" in report and target.device.type == "cpu":
-        from dspark.profiling import read_bandwidth, weight_bytes
-
-        report["plain"]["reading"] = {"weight_bytes": weight_bytes(target), "bandwidth": read_bandwidth()}
+    if "plain" in report:
+        report["plain"]["reading"] = {"weight_bytes": weight_bytes(target), "bandwidth": read_bandwidth(device=str(target.device))}
         print(reading(report["plain"]["tokens_per_second"], **report["plain"]["reading"]))
     if options.temperature == 0:
         same = identical_to_plain(runs)

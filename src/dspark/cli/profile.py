@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     from dspark.drafters.arbiter import LOOKUP_TOKENS
     from dspark.measure.bench import machine
-    from dspark.profiling import REPEATS, ROWS, planning_costs, profile
+    from dspark.profiling import REPEATS, ROWS, device_name, planning_costs, profile
 
     if not 1 <= options.context <= target.max_context - max(ROWS) - 1:
         raise SettingError(f"--context is {options.context}", f"use 1 to {target.max_context - max(ROWS) - 1} for this target")
@@ -32,10 +32,10 @@ def run(options: argparse.Namespace) -> int:
         planning_costs(target, head, most_rows, again=True)  # kept for the planner of the head alone, and of head and lookup
     if options.json:
         derived = {"share_of_bandwidth": found.share_of_bandwidth, "break_even": found.break_even}
-        print(json.dumps({"machine": machine(), "dtype": options.dtype, "runtime": target.runtime_name, **asdict(found), **derived}))
+        print(json.dumps({"machine": machine(target.device), "dtype": options.dtype, "runtime": target.runtime_name, **asdict(found), **derived}))
         return 0
     say(
-        f"{machine()['processor']}, {machine()['threads']} threads, {options.dtype}, {target.runtime_name}, {found.context} tokens of context"
+        f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, {target.runtime_name}, {found.context} tokens of context"
     )
     print(f"{'rows':>4} {'ms':>7} {'times one row':>14}")
     for n, milliseconds in found.rows.items():

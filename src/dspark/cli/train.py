@@ -20,7 +20,7 @@ SHAPE = {
 CONFIG = TrainConfig()
 # What decides what a run computes: option -> what holds where it is not given. argparse leaves None there.
 DEFAULTS: dict[str, Any] = {
-    "dtype": "bfloat16", "prompts": None, "num_prompts": CONFIG.num_prompts, "kinds": "", "answers": [],
+    "dtype": "bfloat16", "device": "cpu", "prompts": None, "num_prompts": CONFIG.num_prompts, "kinds": "", "answers": [],
     "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes, "start_from": None,
     **{option: default for option, (_, default) in SHAPE.items()},
     "steps": CONFIG.steps, "sequences": CONFIG.sequences_per_step, "anchors": CONFIG.anchors_per_sequence, "optimizer": CONFIG.optimizer,
@@ -74,9 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"peak learning rate of Muon (default {DEFAULTS['muon_lr']})",
     )
     steps.add_argument("--loss", choices=LOSSES, help=LOSS_HELP)
-    steps.add_argument("--seed", type=int, metavar="S", help="the same seed and threads give the same head (default 0)")
+    steps.add_argument("--seed", type=int, metavar="S", help="the same seed and threads give the same head on a CPU (default 0)")
     parser.add_argument("--json", action="store_true", help="print the provenance record as JSON at the end")
-    parser.set_defaults(dtype=None)  # as with the others: what was given can be told from what was not
+    parser.set_defaults(dtype=None, device=None)  # as with the others: what was given can be told from what was not
 
 
 LOSSES = ("paper", "distil")
@@ -101,8 +101,6 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError("--rank, --draft-vocab and --num-prompts cannot be negative")
     if not 0 <= options.seed < 2**32:
         raise SettingError(f"--seed is {options.seed}", "seeds of a training run are whole numbers from 0 to 2**32 - 1")
-    if options.device != "cpu":
-        raise SettingError(f"--device is {options.device}", "training runs on the CPU; the trained head serves on any device")
     shape = head_shape(options)
     kinds = tuple(kind.strip() for kind in options.kinds.split(",") if kind.strip())
     unknown = [kind for kind in kinds if kind not in OPENERS]

@@ -30,7 +30,9 @@ class Rotary:
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of shape [..., 1, T, E], ready to meet [..., heads, T, E]."""
-        angles = positions[..., None].float() * self.inverse.to(positions.device)
+        if self.inverse.device != positions.device:  # moved once, not in every pass
+            self.inverse = self.inverse.to(positions.device)
+        angles = positions[..., None].float() * self.inverse
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(-3)
         return angles.cos(), angles.sin()
 

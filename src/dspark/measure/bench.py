@@ -213,8 +213,8 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict:
-    """What a figure needs beside it to mean anything."""
+def machine(device: torch.device | None = None) -> dict:
+    """What a figure needs beside it to mean anything; `device` is where the target runs."""
     import transformers
 
     processor = platform.processor() or platform.machine()
@@ -229,4 +229,4 @@ def machine() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-    }
+    } | ({"gpu": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {})

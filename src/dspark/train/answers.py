@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dspark.errors import HeadError, PromptError
 from dspark.prompts import parse_json
 from dspark.target.target import Target
 from dspark.train.openers import all_openers
 from dspark.train.sample import sample_batch
 
-BATCH = 128  # rows a batch: matrix products are near their peak rate here, the cache still fits
+BATCH = 128  # rows a batch on a CPU: matrix products are near their peak rate here, the cache still fits
+MOST_ROWS = 4096  # on a GPU, where the time of a step hardly depends on them: fewer steps
+GPU_SHARE = 0.35  # of the GPU's memory that a batch may take
+OPENER_TOKENS = 20  # about; of the start that an instruction is invented from
 INVENT_TOKENS = 80  # an instruction longer than this is cut; it is still an instruction
 EMPTY_START = "\n"  # what an empty opener becomes where the tokenizer has no token to begin a text with
 INVENT_TEMPERATURE = 0.8  # at 1 a small model's instructions wander off
@@ -41,7 +46,8 @@ def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: 
         ]
         return [{"prompt": text or "Hello", "kind": kind} for (kind, _), text in zip(batch, texts, strict=True)]
 
-    return resumable(jobs, run, seed, path, lambda done: progress("inventing instructions", done, count), ("prompt", "kind"))
+    size = batch_size(target, INVENT_TOKENS + OPENER_TOKENS)
+    return resumable(jobs, run, seed, path, lambda done: progress("inventing instructions", done, count), ("prompt", "kind"), size)
 
 
 def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int, seed: int, path: Path, progress: Progress) -> list[dict]:
@@ -53,7 +59,8 @@ def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int,
         ids = target.prompt_ids(record.get("prompt") or record["messages"])
         if len(ids) + max_new_tokens <= target.max_context:
             jobs.append((ids, TEMPERATURES[index % len(TEMPERATURES)], str(record.get("kind") or record.get("set") or "user")))
-    window = 8 * BATCH
+    size = batch_size(target, max((len(ids) for ids, _, _ in jobs), default=0) + max_new_tokens)
+    window = 8 * size
     jobs = [job for start in range(0, len(jobs), window) for job in sorted(jobs[start : start + window], key=lambda j: len(j[0]))]
 
     def run(batch: Sequence[tuple[list[int], float, str]], batch_seed: int) -> list[dict]:
@@ -64,7 +71,19 @@ def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int,
         ]
 
     keys = ("prompt_ids", "answer_ids", "temperature", "kind")
-    return resumable(jobs, run, seed, path, lambda done: progress("sampling answers", done, len(jobs)), keys)
+    return resumable(jobs, run, seed, path, lambda done: progress("sampling answers", done, len(jobs)), keys, size)
+
+
+def batch_size(target: Target, num_tokens: int) -> int:
+    """Rows to sample at once, for texts of up to so many tokens: on a GPU what its memory holds, a power of two."""
+    if target.device.type != "cuda":
+        return BATCH
+    text, itemsize = target.text_config, target.model.dtype.itemsize
+    head_dim = getattr(text, "head_dim", None) or target.hidden_size // text.num_attention_heads
+    cached = target.num_layers * 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim * itemsize
+    row = num_tokens * cached + 6 * 4 * target.vocab_size  # logits, their law and its sums in float32
+    fitting = int(GPU_SHARE * torch.cuda.get_device_properties(target.device).total_memory / row)
+    return min(MOST_ROWS, 2 ** max(0, fitting.bit_length() - 1))
 
 
 def turn_template(target: Target) -> tuple[str, str]:
@@ -77,17 +96,18 @@ def turn_template(target: Target) -> tuple[str, str]:
     return before, after
 
 
-def resumable(jobs: Sequence, run: Callable, seed: int, path: Path, progress: Callable[[int], None], keys: Sequence[str]) -> list[dict]:
-    """Run `jobs` batch by batch, appending each batch's records (with these keys) to `path`; start where the file ends."""
+def resumable(
+    jobs: Sequence, run: Callable, seed: int, path: Path, progress: Callable[[int], None], keys: Sequence[str], size: int
+) -> list[dict]:
+    """Run `jobs` in batches of `size`, appending each batch's records (with these keys) to `path`; start where the file ends."""
     records = read_records(path, keys)
-    done_batches = len(records) // BATCH
     if len(records) < len(jobs):
-        records = records[: done_batches * BATCH]
+        records = records[: len(records) // size * size]
         write_records(path, records)  # drops a batch that was being written when the run was killed
     with path.open("a", encoding="utf-8") as file:
-        for start in range(len(records), len(jobs), BATCH):
+        for start in range(len(records), len(jobs), size):
             progress(start)
-            new = run(jobs[start : start + BATCH], seed + start // BATCH)
+            new = run(jobs[start : start + size], seed + start // size)
             file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
             file.flush()
             records += new

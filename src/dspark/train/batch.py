@@ -3,11 +3,13 @@
 Shapes: N sequences, A anchors, G block size, S context tokens, M layers, D hidden, P teacher tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
-from dspark.train.features import Sample
+from dspark.train.features import FeatureStore, Sample
+
+WIDTH = 64  # contexts of resident batches are padded to a multiple of it: few shapes, so that freed memory fits again
 
 
 @dataclass(frozen=True)
@@ -21,33 +23,78 @@ class Batch:
     teacher_probs_NAGP: torch.Tensor
     visible_NAS: torch.Tensor  # the context a block may look at: what lies strictly before its anchor
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def draw_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int, block_size: int, generator: torch.Generator) -> Batch:
+    """A batch of these records on the target's device; the same anchors wherever the samples lie."""
+    if store.resident:
+        return resident_batch(store, chosen, num_anchors, block_size, generator)
+    return make_batch([store[i] for i in chosen], num_anchors, block_size, generator).to(store.target.device)
+
+
+def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int, block_size: int, generator: torch.Generator) -> Batch:
+    """What `make_batch` makes of these records, gathered on the GPU in a few operations instead of some for each record."""
+    A, G = num_anchors, block_size
+    store.fill(chosen)
+    lengths = [store.lengths[i] for i in chosen]
+    starts = [len(store.records[i]["prompt_ids"]) - 1 for i in chosen]
+    drawn_NA = torch.zeros(len(chosen), A, dtype=torch.long)
+    used_NA = torch.zeros(len(chosen), A, dtype=torch.bool)
+    for n, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        order = torch.randperm(length - start, generator=generator)[:A]
+        drawn_NA[n, : len(order)], used_NA[n, : len(order)] = order, True
+    # offset is a record's first row; each record before it has one more token than rows
+    columns = torch.tensor([[store.offsets[i] for i in chosen], lengths, starts, list(chosen)])
+    # one copy to the GPU for all of it
+    device, packed = store.target.device, torch.cat([columns.T, drawn_NA, used_NA], dim=1)
+    packed = packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed
+    offset, length, start, index = (packed[:, k : k + 1] for k in range(4))
+    drawn_NA, used_NA = packed[:, 4 : 4 + A], packed[:, 4 + A :].bool()
+    width = -(-max(lengths) // WIDTH) * WIDTH
+    context_NS = torch.minimum(torch.arange(width, device=device), length - 1) + offset
+    anchors_NA = torch.where(used_NA, start + drawn_NA, 0)
+    steps_G1 = torch.arange(G + 1, device=device)
+    rows_NAG = drawn_NA[:, :, None] + steps_G1[:-1]
+    known_N11 = (length - start)[:, :, None]
+    valid_NAG = (rows_NAG < known_N11) & used_NA[:, :, None]
+    teacher_NAG = (offset + start)[:, :, None] + torch.minimum(rows_NAG, known_N11 - 1)
+    # past the end a token is 0, as in `make_batch`
+    position_NAG = anchors_NA[:, :, None] + steps_G1
+    within_NAG = position_NAG <= length[:, :, None]
+    tokens = store.ids[((offset + index)[:, :, None] + torch.minimum(position_NAG, length[:, :, None]))].long() * within_NAG
+    visible_NAS = torch.arange(width, device=device) < anchors_NA[:, :, None]
+    teacher_ids, teacher_probs = store.teacher_ids[teacher_NAG].long(), store.teacher_probs[teacher_NAG].float()
+    return Batch(store.features[context_NS], anchors_NA, tokens[..., :-1], tokens[..., 1:], valid_NAG, teacher_ids, teacher_probs, visible_NAS)
+
 
 def make_batch(samples: Sequence[Sample], num_anchors: int, block_size: int, generator: torch.Generator | None) -> Batch:
     """Draw `num_anchors` anchors in each sample; None as generator takes the first ones, for measuring."""
-    N, A, G = len(samples), num_anchors, block_size
+    N, A, G, device = len(samples), num_anchors, block_size, samples[0].features_SMD.device
     longest = max(len(s.ids_S) for s in samples)
-    features = torch.zeros(N, longest - 1, *samples[0].features_SMD.shape[1:], dtype=samples[0].features_SMD.dtype)
-    ids = torch.zeros(N, longest + G + 1, dtype=torch.long)
+    features = samples[0].features_SMD.new_zeros(N, longest - 1, *samples[0].features_SMD.shape[1:])
+    ids = torch.zeros(N, longest + G + 1, dtype=torch.long, device=device)
     P = samples[0].teacher_ids_nP.shape[1]
     anchors, rows, valid = (
-        torch.zeros(N, A, dtype=torch.long),
-        torch.zeros(N, A, G, dtype=torch.long),
-        torch.zeros(N, A, G, dtype=torch.bool),
+        torch.zeros(N, A, dtype=torch.long, device=device),
+        torch.zeros(N, A, G, dtype=torch.long, device=device),
+        torch.zeros(N, A, G, dtype=torch.bool, device=device),
     )
-    teacher_ids, teacher_probs = torch.zeros(N, A, G, P, dtype=torch.long), torch.zeros(N, A, G, P)
+    teacher_ids, teacher_probs = torch.zeros(N, A, G, P, dtype=torch.long, device=device), torch.zeros(N, A, G, P, device=device)
     for n, sample in enumerate(samples):
         S, rows_known = len(sample.ids_S), len(sample.teacher_ids_nP)
         features[n, : S - 1] = sample.features_SMD
         ids[n, :S] = sample.ids_S
         order = torch.randperm(rows_known, generator=generator) if generator else torch.arange(rows_known)
-        chosen = order[:A]
+        chosen = order[:A].to(device)
         anchors[n, : len(chosen)] = sample.start + chosen
-        rows = chosen[:, None] + torch.arange(G)
+        rows = chosen[:, None] + torch.arange(G, device=device)
         valid[n, : len(chosen)] = rows < rows_known
         rows = rows.clamp_max(rows_known - 1)
         teacher_ids[n, : len(chosen)] = sample.teacher_ids_nP[rows].long()
         teacher_probs[n, : len(chosen)] = sample.teacher_probs_nP[rows].float()
-    positions = anchors[:, :, None] + torch.arange(G + 1)
+    positions = anchors[:, :, None] + torch.arange(G + 1, device=device)
     tokens = ids.gather(1, positions.view(N, -1)).view(N, A, G + 1)
-    visible = torch.arange(longest - 1) < anchors[:, :, None]
+    visible = torch.arange(longest - 1, device=device) < anchors[:, :, None]
     return Batch(features, anchors, tokens[..., :-1], tokens[..., 1:], valid, teacher_ids, teacher_probs, visible)

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from dspark.config import TrainConfig
+from dspark.profiling import device_name
 from dspark.prompts import Prompt
 from dspark.target.target import Target
-from dspark.train.answers import INVENT_TOKENS
+from dspark.train.answers import INVENT_TOKENS, OPENER_TOKENS
+from dspark.train.features import fits_gpu
 
 # What is measured while training: points of the curve and answers each; prompts and tokens of real rounds, at T = 0 and 1.
 CURVE_POINTS, CURVE_ANSWERS = 10, 48
@@ -17,20 +19,23 @@ ROUNDS_PROMPTS, ROUNDS_TOKENS = 16, 64
 # Sustained rate of one Zen 4 core in the batched stages, measured: bfloat16 matrix products with all
 # that surrounds them. Other machines scale the time, not the text.
 FLOPS_PER_THREAD = {torch.bfloat16: 6.5e10, torch.float32: 3.5e10}
-# Bytes of weights a second that decoding one token after another reads on two of those cores (bench/results).
-BYTES_PER_SECOND = {"native": 2.9e10, "eager": 6e9}
+# The same of a large GPU in bfloat16: passes and steps, and sampling, where each token's pass reads all keys again.
+GPU_FLOPS, GPU_SAMPLING_FLOPS = 2e14, 2e13
+# Bytes of weights a second that decoding one token after another reads on two of those cores (bench/results), or on the GPU.
+BYTES_PER_SECOND = {"native": 2.9e10, "eager": 6e9, "cuda": 2e10}
 PROMPT_TOKENS = 80  # of an instruction with its template
-OPENER_TOKENS = 20  # of the start that an instruction is invented from
 
 
 def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path]) -> str:
     """One paragraph: time, memory and disk, rough to a factor of two."""
     weights = sum(p.numel() for p in target.model.parameters())
-    rate = FLOPS_PER_THREAD.get(target.model.dtype, 3.5e10) * torch.get_num_threads()
-    inventing = 0 if answers else config.num_prompts * (INVENT_TOKENS + OPENER_TOKENS) * 2 * weights / rate
+    on_gpu = target.device.type == "cuda"
+    rate = GPU_FLOPS if on_gpu else FLOPS_PER_THREAD.get(target.model.dtype, 3.5e10) * torch.get_num_threads()
+    sampling_rate = GPU_SAMPLING_FLOPS if on_gpu else rate
+    inventing = 0 if answers else config.num_prompts * (INVENT_TOKENS + OPENER_TOKENS) * 2 * weights / sampling_rate
     num_answers = sum(Path(a).read_bytes().count(b"\n") for a in answers) if answers else config.num_prompts + len(prompts or ())
     tokens = num_answers * (config.max_answer_tokens + PROMPT_TOKENS)
-    sampling = 0 if answers else tokens * 2 * weights / rate
+    sampling = 0 if answers else tokens * 2 * weights / sampling_rate
     visits = config.steps * config.sequences_per_step
     passes = min(visits + config.held_out, num_answers) * (config.max_answer_tokens + PROMPT_TOKENS)
     features = passes * 2 * weights / rate
@@ -43,16 +48,21 @@ def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence
     steps = visits * config.anchors_per_sequence * block * 3 * block_row  # forth and back
     looks = CURVE_POINTS * min(CURVE_ANSWERS, config.held_out) + config.held_out  # at held-out answers, an anchor a token
     rounds = 2 * min(ROUNDS_PROMPTS, config.held_out) * ROUNDS_TOKENS * weights * target.model.dtype.itemsize
-    measuring = looks * config.max_answer_tokens * block * block_row + rounds / BYTES_PER_SECOND[target.runtime_name]
+    measuring = looks * config.max_answer_tokens * block * block_row + rounds / BYTES_PER_SECOND["cuda" if on_gpu else target.runtime_name]
     rows_memory = config.sequences_per_step * config.anchors_per_sequence * block * draft_vocabulary * 4 * 5
     memory = weights * target.model.dtype.itemsize + rows_memory + 1e9
-    disk = min(config.cache_gigabytes * 1e9, passes * (5 * D * 2 + 6 * config.teacher_tokens)) + 1e9
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    samples = passes * (5 * D * 2 + 6 * config.teacher_tokens)
+    if fits_gpu(target.device, samples):
+        memory, disk = memory + samples, 1e9
+    else:
+        disk = min(config.cache_gigabytes * 1e9, samples) + 1e9
+    free = torch.cuda.mem_get_info(target.device)[0] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    where = device_name(target.device) if on_gpu else f"{torch.get_num_threads()} threads"
     stages = {"to invent instructions": inventing, "to sample answers": sampling, "for features": features,
               f"for {config.steps} steps": steps, "for measuring on held-out answers": measuring}  # fmt: skip
     return (
         f"about {', '.join(f'{minutes(seconds)} {what}' for what, seconds in stages.items() if seconds)} "
-        f"on {torch.get_num_threads()} threads; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {disk / 1e9:.1f} GB of disk"
+        f"on {where}; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {disk / 1e9:.1f} GB of disk"
     )
 
 

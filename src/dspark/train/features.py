@@ -2,12 +2,15 @@
 
 Features are computed by the same pass that serving uses and kept in memory-mapped files up to
 a bound; what does not fit is computed again when it is needed. 38 TB are not required
-(DeepSpec#21): five layers of SmolLM2-135M take 6 kB a token.
+(DeepSpec#21): five layers of SmolLM2-135M take 6 kB a token. With the target on a GPU they stay in its memory
+if they fit, and are computed many sequences at once.
 
-Shapes: S tokens of one sequence, n rows with a known next token, M tapped layers, D hidden, P teacher tokens."""
+Shapes: B sequences of one pass, S tokens of one sequence, R rows of the store, n rows with a known next token, M tapped layers,
+D hidden, P teacher tokens."""
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -16,8 +19,13 @@ from pathlib import Path
 
 import torch
 
-from dspark.errors import SettingError
+from dspark.errors import LogitsError, SettingError
 from dspark.target.target import Target
+
+GPU_SHARE = 0.75  # of the GPU's free memory that samples may take; the rest is for the steps
+PASS_TOKENS = 2**15  # of one pass over many sequences
+PASS_BYTES = 4e9  # of its logits, in the target's precision
+TEACHER_ROWS = 4096  # whose laws are formed at once
 
 
 @dataclass(frozen=True)
@@ -32,13 +40,17 @@ class Sample:
 
 
 class FeatureStore:
-    """`store[i]` is the sample of record i; bounded by `gigabytes` of disk."""
+    """`store[i]` is the sample of record i; bounded by `gigabytes` of disk, or `resident` in the GPU's memory."""
 
     def __init__(self, target: Target, records: Sequence[dict], directory: Path, num_teacher: int, gigabytes: float):
         self.target, self.records, self.num_teacher = target, records, num_teacher
         M, D = len(target.layer_ids), target.hidden_size
         self.lengths = [len(r["prompt_ids"]) + len(r["answer_ids"]) - 1 for r in records]
         per_token = M * D * 2 + num_teacher * (4 + 2)
+        self.resident = fits_gpu(target.device, sum(self.lengths) * per_token)
+        if self.resident:
+            self._make_resident(M, D)
+            return
         self.offsets, used = [], 0
         for length in self.lengths:
             fits = (used + length) * per_token <= gigabytes * 1e9
@@ -55,6 +67,53 @@ class FeatureStore:
         self.features, self.teacher_ids, self.teacher_probs, self.filled = (
             mapped(directory / name, shape, dtype) for name, (shape, dtype) in files.items()
         )
+
+    def _make_resident(self, M: int, D: int) -> None:
+        """Tensors on the target's device instead of files, and what a batch needs to find its rows there."""
+        device, rows = self.target.device, sum(self.lengths)
+        self.offsets = [0, *itertools.accumulate(self.lengths)][:-1]
+        self.features = torch.empty(rows, M, D, dtype=torch.bfloat16, device=device)
+        self.teacher_ids = torch.zeros(rows, self.num_teacher, dtype=torch.int32, device=device)
+        self.teacher_probs = torch.zeros(rows, self.num_teacher, dtype=torch.float16, device=device)
+        self.filled = torch.zeros(len(self.records), dtype=torch.uint8)
+        # A record's last token has no row, so the ids need a table of their own.
+        self.ids = torch.tensor([t for r in self.records for t in (*r["prompt_ids"], *r["answer_ids"])], dtype=torch.int32, device=device)
+
+    def fill(self, indices: Sequence[int]) -> None:
+        """Compute what is missing of these records in few large passes; for a resident store."""
+        missing = sorted((i for i in set(indices) if not self.filled[i]), key=lambda i: self.lengths[i])
+        vocabulary_bytes = self.target.vocab_size * self.target.model.dtype.itemsize
+        most = max(1, min(PASS_TOKENS, int(PASS_BYTES / vocabulary_bytes)))
+        while missing:
+            group = missing[: max(1, most // self.lengths[missing[0]])]
+            while len(group) * self.lengths[group[-1]] > max(most, self.lengths[group[0]]):
+                group.pop()
+            self._fill(group)
+            self.filled[group] = 1
+            missing = missing[len(group) :]
+
+    @torch.inference_mode()
+    def _fill(self, group: Sequence[int]) -> None:
+        """One pass over these records, padded at the end: causal rows do not see what follows them."""
+        device, longest = self.target.device, max(self.lengths[i] for i in group)
+        starts = [len(self.records[i]["prompt_ids"]) - 1 for i in group]
+        tokens = [[*self.records[i]["prompt_ids"], *self.records[i]["answer_ids"]][: self.lengths[i]] for i in group]
+        ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
+        output = self.target.model(input_ids=ids_BS, use_cache=False, logits_to_keep=longest - min(starts))
+        offsets, lengths, first = (
+            torch.tensor(values, device=device)[:, None] for values in ([self.offsets[i] for i in group], [self.lengths[i] for i in group], starts)
+        )
+        column = torch.arange(longest, device=device)
+        rows_BS = offsets + column
+        real_BS = column < lengths
+        self.features[rows_BS[real_BS]] = self.target.captured()[real_BS].bfloat16()
+        answers_BS = (real_BS & (column >= first))[:, min(starts) :]
+        rows_R = rows_BS[:, min(starts) :][answers_BS]
+        logits_RV = output.logits[answers_BS]
+        for rows, logits in zip(rows_R.split(TEACHER_ROWS), logits_RV.split(TEACHER_ROWS), strict=True):
+            self.teacher_ids[rows], self.teacher_probs[rows] = teacher(logits.float(), self.num_teacher)
+        if bool(torch.isnan(self.teacher_probs[rows_R]).any()):
+            raise LogitsError(f"{self.target.name or type(self.target.model).__name__} produced NaN logits", "the weights may be damaged")
 
     def _forget_if_foreign(self, directory: Path, sizes: dict[str, int]) -> None:
         """A cache of other records, layers or weights, or with a file that was cut, is deleted, not trusted."""
@@ -75,23 +134,33 @@ class FeatureStore:
 
     def __getitem__(self, index: int) -> Sample:
         record, offset = self.records[index], self.offsets[index]
-        ids = torch.tensor(record["prompt_ids"] + record["answer_ids"])
+        if self.resident:
+            self.fill([index])
+        ids = torch.tensor(record["prompt_ids"] + record["answer_ids"], device=self.features.device)
         start, S = len(record["prompt_ids"]) - 1, self.lengths[index]
         if offset is None:
-            return Sample(ids, start, *self._compute(ids[:-1], S - start))
+            return Sample(ids, start, *(tensor.to(ids.device) for tensor in self._compute(ids[:-1], S - start)))
         rows = slice(offset, offset + S)
         answer_rows = slice(offset + start, offset + S)
         if not self.filled[index]:
-            computed = self._compute(ids[:-1], S - start)
+            computed = self._compute(ids[:-1], S - start)  # copied from the target's device
             self.features[rows], self.teacher_ids[answer_rows], self.teacher_probs[answer_rows] = computed
             self.filled[index] = 1
         return Sample(ids, start, self.features[rows], self.teacher_ids[answer_rows], self.teacher_probs[answer_rows])
 
     def _compute(self, ids: torch.Tensor, num_answer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scored = self.target.score(self.target.start(), ids.tolist(), num_logits=num_answer)
-        top = scored.logits_TV.topk(self.num_teacher, dim=-1)
-        probs = (top.values - scored.logits_TV.logsumexp(-1, keepdim=True)).exp()
-        return scored.features_TMD.bfloat16(), top.indices.int(), probs.half()
+        return scored.features_TMD.bfloat16(), *teacher(scored.logits_TV, self.num_teacher)
+
+
+def teacher(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best `count` tokens of each row and their probabilities, as they are stored."""
+    top = logits_RV.topk(count, dim=-1)
+    return top.indices.int(), (top.values - logits_RV.logsumexp(-1, keepdim=True)).exp().half()
+
+
+def fits_gpu(device: torch.device, num_bytes: float) -> bool:
+    return device.type == "cuda" and num_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

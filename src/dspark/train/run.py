@@ -22,6 +22,7 @@ from dspark.generation import generate
 from dspark.head.folder import load_head, save_head
 from dspark.head.head import Head
 from dspark.measure.calibrate import LAWS, calibrate
+from dspark.profiling import device_name
 from dspark.prompts import Prompt, read_json
 from dspark.target.native.stack import MAX_ROWS
 from dspark.target.target import Target
@@ -29,7 +30,7 @@ from dspark.train.answers import BATCH, INVENT_TOKENS, answer_prompts, invent_pr
 from dspark.train.card import write_card
 from dspark.train.estimate import CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
 from dspark.train.features import FeatureStore
-from dspark.train.trainer import measure, train_steps
+from dspark.train.trainer import LOOK_EVERY, measure, train_steps
 from dspark.train.warmstart import new_head, widened
 
 CALIBRATION_TOKENS = 128  # decoded after each held-out prompt, at each temperature
@@ -139,6 +140,7 @@ def train(
             "transformers": __import__("transformers").__version__,
         },
         "threads": torch.get_num_threads(),
+        "device": device_name(target.device),
         "train": asdict(config),
         "answers": len(records),
         "answer_tokens": sum(len(r["answer_ids"]) for r in records),
@@ -381,7 +383,8 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
     """Train to the end, drawing the bar and keeping a curve of held-out figures every tenth of the way."""
     curve_file = work / "curve.jsonl"
     cpu_start, steps_at_start = time.process_time(), None
-    average: list[float] = []
+    average: torch.Tensor | None = None
+    show_every = 1 if target.device.type == "cpu" else LOOK_EVERY
 
     def on_step(step: int, result) -> None:
         nonlocal average, steps_at_start
@@ -389,9 +392,10 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
             steps_at_start = step - 1
             write_records(curve_file, [entry for entry in read_records(curve_file, ("step",)) if entry["step"] < step])
         now = result.overlap_NAG.sum((0, 1)) / result.valid_NAG.sum((0, 1)).clamp_min(1)
-        average = now.tolist() if not average else [0.9 * a + 0.1 * n for a, n in zip(average, now.tolist(), strict=True)]
-        accepted = " ".join(f"{a:.2f}" for a in average)
-        bar("training", step, config.steps, f"loss {result.total.item():.3f} acceptance {accepted}")
+        average = now if average is None else 0.9 * average + 0.1 * now
+        if step % show_every == 0 or step == config.steps:
+            accepted = " ".join(f"{a:.2f}" for a in average.tolist())
+            bar("training", step, config.steps, f"loss {result.total.item():.3f} acceptance {accepted}")
         if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
             entry = {"step": step, "anchors": step * config.sequences_per_step * config.anchors_per_sequence,
                      "cpu_seconds_this_start": round(time.process_time() - cpu_start), "steps_this_start": step - steps_at_start,

@@ -7,7 +7,8 @@ matrix product, which on a CPU takes a third of `scaled_dot_product_attention`'s
 
 Shapes: B rows, H query heads, K key heads, G = H/K, S cached columns, E head dim, V vocabulary."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -19,6 +20,8 @@ from transformers.masking_utils import sdpa_mask
 from dspark.target.target import Target
 
 FOLDED = "dspark_folded"
+# On a GPU: steps between looks at which rows have ended, since each look waits for the GPU, and most prompt tokens of one pass.
+LOOK_EVERY, PREFILL_TOKENS = 8, 2**18
 
 
 def folded_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -37,8 +40,14 @@ def folded_attention(module, query, key, value, attention_mask, scaling=None, dr
     return out.view(B, 1, H, E), None
 
 
+def padded_mask(*args, **kwargs):
+    """`sdpa_mask`; on a GPU rows of padding see everything: some of its kernels give NaN for a row that sees nothing."""
+    mask = sdpa_mask(*args, **kwargs)
+    return mask if mask is None or mask.device.type == "cpu" else mask | ~mask.any(-1, keepdim=True)
+
+
 AttentionInterface.register(FOLDED, folded_attention)
-AttentionMaskInterface.register(FOLDED, sdpa_mask)
+AttentionMaskInterface.register(FOLDED, padded_mask)
 
 
 class ColumnLayer(DynamicLayer):
@@ -74,9 +83,14 @@ def draw(logits_BV: torch.Tensor, temperature_B: torch.Tensor, generator: torch.
     greedy_B = logits_BV.argmax(-1)
     probs = (logits_BV / temperature_B.clamp_min(1e-3)[:, None]).softmax(-1)
     cdf = probs.cumsum(-1, dtype=torch.float32)
-    uniforms = torch.rand(len(probs), 1, generator=generator)
+    uniforms = torch.rand(len(probs), 1, generator=generator, device=generator.device)
     sampled_B = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0].clamp_max(logits_BV.shape[-1] - 1)
     return torch.where(temperature_B > 0, sampled_B, greedy_B)
+
+
+def pace(device: torch.device, num_rows: int) -> tuple[int, int]:
+    """Steps between looks at which rows have ended, and prompt columns of one pass."""
+    return (1, sys.maxsize) if device.type == "cpu" else (LOOK_EVERY, max(1, PREFILL_TOKENS // num_rows))
 
 
 @torch.inference_mode()
@@ -87,23 +101,24 @@ def sample_batch(
     max_new_tokens: int,
     seed: int,
     stop_ids: frozenset[int] | None = None,
-    on_step: Callable[[int], None] = lambda num_new: None,
 ) -> list[list[int]]:
     """Continue every prompt (token ids) at its temperature; the stop token is included.
 
-    Returns one list of new ids a prompt, in order. Same arguments and threads: same answers."""
-    stop = torch.tensor(sorted(target.eos_ids if stop_ids is None else stop_ids), dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
+    Returns one list of new ids a prompt, in order. Same arguments, threads and device: same answers."""
+    device = target.device
+    look_every, columns = pace(device, len(prompts))
+    stop = torch.tensor(sorted(target.eos_ids if stop_ids is None else stop_ids), dtype=torch.long, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=target.model.config)
     if all(type(layer) is DynamicLayer for layer in cache.layers):
         cache.layers = [ColumnLayer(width + max_new_tokens) for _ in cache.layers]
-    temperature_B = torch.tensor(temperatures, dtype=torch.float32)
-    alive = torch.arange(len(prompts))  # which prompt each batch row belongs to
-    running = torch.ones(len(prompts), dtype=torch.bool)
-    answers: list[list[int]] = [[] for _ in prompts]
+    temperature_B = torch.tensor(temperatures, dtype=torch.float32, device=device)
+    alive = torch.arange(len(prompts), device=device)  # which prompt each batch row belongs to
+    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    drawn = torch.full((len(prompts), max_new_tokens), -1, device=device)  # -1 behind an answer's end
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
 
     implementation = target.model.config._attn_implementation
@@ -111,17 +126,22 @@ def sample_batch(
     if folded:
         target.model.set_attn_implementation(FOLDED)
     try:
-        for _ in range(max_new_tokens):
-            output = target.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        for step in range(max_new_tokens):
+            seen = mask.shape[1] - ids.shape[1]
+            for ids_part, positions_part in zip(ids.split(columns, 1), positions.split(columns, 1), strict=True):
+                seen += ids_part.shape[1]
+                output = target.model(
+                    input_ids=ids_part, attention_mask=mask[:, :seen], position_ids=positions_part, past_key_values=cache, logits_to_keep=1
+                )
             token_B = draw(output.logits[:, -1].float(), temperature_B, generator)
-            for row in running.nonzero()[:, 0].tolist():
-                answers[alive[row]].append(int(token_B[row]))
-            on_step(int(running.sum()))
+            drawn[alive, step] = torch.where(running, token_B, -1)
             running &= ~torch.isin(token_B, stop)
-            if not running.any():
-                break
             ids, positions = token_B[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if (step + 1) % look_every:
+                continue
+            if not running.any():
+                break
             if running.float().mean() < 0.8 and all(hasattr(layer, "keep") for layer in cache.layers):
                 rows = running.nonzero()[:, 0]
                 for layer in cache.layers:
@@ -131,4 +151,4 @@ def sample_batch(
     finally:
         if folded:
             target.model.set_attn_implementation(implementation)
-    return answers
+    return [[token for token in row if token >= 0] for row in drawn.tolist()]

@@ -11,10 +11,12 @@ from dspark.config import TrainConfig
 from dspark.errors import HeadError, SettingError
 from dspark.head.head import Head
 from dspark.target.target import Target
-from dspark.train.batch import Batch, make_batch
+from dspark.train.batch import Batch, draw_batch, make_batch
 from dspark.train.features import FeatureStore
 from dspark.train.loss import Losses, greedy_agreement, losses
 from dspark.train.optimizer import make_optimizers, set_learning_rate
+
+LOOK_EVERY = 20  # on a GPU: steps between looks at the loss, since each look waits for the GPU
 
 
 def train_steps(
@@ -29,7 +31,8 @@ def train_steps(
 
     Which answers and anchors a step sees depends on (seed, step) alone, so a run resumed from
     its checkpoint continues as if it had never stopped. A kill loses at most
-    `config.checkpoint_seconds` of work."""
+    `config.checkpoint_seconds` of work. The head must be on the target's device."""
+    look_every = 1 if target.device.type == "cpu" else LOOK_EVERY
     optimizers = make_optimizers(head, config)
     index = draft_index(head)
     step = load_checkpoint(checkpoint, head, optimizers) if checkpoint else 0
@@ -41,7 +44,8 @@ def train_steps(
         result = losses(*forward(head, target, batch), batch, index, config)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        refuse_diverged("loss", step + 1, [result.total])
+        if step % look_every == 0:
+            refuse_diverged("loss", step + 1, [result.total])
         result.total.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip)
         for optimizer in optimizers:
@@ -68,8 +72,8 @@ def forward(head: Head, target: Target, batch: Batch) -> tuple[torch.Tensor, tor
     S = batch.features_NSMD.shape[1]
     with torch.no_grad():
         anchors = target.embed(batch.previous_NAG[:, :, 0]).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        context_kv = head.context_kv(batch.features_NSMD, torch.arange(S)[None])
+    with torch.autocast(anchors.device.type, torch.bfloat16):
+        context_kv = head.context_kv(batch.features_NSMD, torch.arange(S, device=anchors.device)[None])
         h = head.hidden(anchors, batch.anchors_NA, context_kv, batch.visible_NAS)
         return head(h, batch.previous_NAG)
 
@@ -86,7 +90,7 @@ def step_batch(store: FeatureStore, config: TrainConfig, step: int, block_size: 
             orders[epoch] = torch.randperm(train, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
         chosen.append(config.held_out + int(orders[epoch][position % train]))
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_000 + step)
-    return make_batch([store[i] for i in chosen], config.anchors_per_sequence, block_size, generator)
+    return draw_batch(store, chosen, config.anchors_per_sequence, block_size, generator)
 
 
 @torch.no_grad()
@@ -103,7 +107,7 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
         if temperature not in runs:
             continue
         sample = store[i]
-        batch = make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None)
+        batch = make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None).to(target.device)
         logits, confidence = forward(head, target, batch)
         if temperature == 0:
             accepted = greedy_agreement(logits, batch, index).float()
@@ -116,7 +120,7 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
     for temperature, parts in runs.items():
         if sum(len(part) for part in parts):
             survival = torch.cat(parts).mean(0)
-            before = torch.cat([torch.ones(1), survival[:-1]])
+            before = torch.cat([survival.new_ones(1), survival[:-1]])
             name = f"t{temperature:.0f}"
             report[f"tau_{name}"] = 1 + survival.sum().item()
             report[f"acceptance_{name}"] = [round(a, 3) for a in (survival / before.clamp_min(1e-9)).tolist()]
@@ -125,8 +129,8 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
 
 def draft_index(head: Head) -> torch.Tensor:
     """[V] target id -> row of the draft vocabulary, or -1."""
-    index = torch.full((head.config.vocab_size,), -1, dtype=torch.long)
-    index[head.draft_ids] = torch.arange(len(head.draft_ids))
+    index = head.draft_ids.new_full((head.config.vocab_size,), -1)
+    index[head.draft_ids] = torch.arange(len(head.draft_ids), device=index.device)
     return index
 
 
@@ -147,7 +151,7 @@ def load_checkpoint(path: Path, head: Head, optimizers: list) -> int:
     if not path.exists():
         return 0
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")  # each is copied to where its parameter is
         head.load_state_dict(state["head"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

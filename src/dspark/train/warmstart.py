@@ -19,8 +19,8 @@ def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: 
     components of the embedding: tokens that mean alike start with like biases; W2 starts at 0."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        mask = target.embed(torch.tensor(config.mask_token_id)).detach().float()
-        head = Head(config, draft_ids, target.output_rows(draft_ids), mask)
+        mask = target.embed(torch.tensor(config.mask_token_id, device=target.device)).detach().float().cpu()
+        head = Head(config, draft_ids, target.output_rows(draft_ids).cpu(), mask)
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -39,7 +39,7 @@ def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: 
         if head.confidence_head is not None:
             head.confidence_head.proj.weight.data.zero_()
             head.confidence_head.proj.bias.data.zero_()
-        return head
+        return head.to(target.device)
 
 
 def widened(head: Head, target: Target, rank: int) -> Head:
@@ -61,7 +61,7 @@ def widened(head: Head, target: Target, rank: int) -> Head:
             leading = leading_components(target, rank)
             parameter[:, : leading.shape[1]] = leading
         parameter[tuple(slice(size) for size in given[name].shape)] = given[name]
-    return wide
+    return wide.to(target.device)
 
 
 def leading_components(target: Target, rank: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def leading_components(target: Target, rank: int) -> torch.Tensor:
 
 def copy_layer(layer: nn.Module, source: nn.Module, config: HeadConfig) -> None:
     """Copy every tensor that has the same name and shape; widen grouped key heads by repetition."""
-    given = {name: p.detach().float() for name, p in source.named_parameters()}
+    given = {name: p.detach().float().cpu() for name, p in source.named_parameters()}
     for name, parameter in layer.named_parameters():
         weight = given.get(name)
         if weight is None:
