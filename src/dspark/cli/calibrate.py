@@ -66,7 +66,9 @@ def run(options: argparse.Namespace) -> int:
     print(table(reports))
     print(f"\nwritten to {folder / 'calibration.json'}")
     if options.json:
-        print(json.dumps({"machine": machine(target.device), "calibration": asdict(found), "reports": [asdict(report) for report in reports]}))
+        print(
+            json.dumps({"machine": machine(target.device), "calibration": asdict(found), "reports": [asdict(report) for report in reports]})
+        )
     return 0
 
 

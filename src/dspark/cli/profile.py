@@ -32,7 +32,11 @@ def run(options: argparse.Namespace) -> int:
         planning_costs(target, head, most_rows, again=True)  # kept for the planner of the head alone, and of head and lookup
     if options.json:
         derived = {"share_of_bandwidth": found.share_of_bandwidth, "break_even": found.break_even}
-        print(json.dumps({"machine": machine(target.device), "dtype": options.dtype, "runtime": target.runtime_name, **asdict(found), **derived}))
+        print(
+            json.dumps(
+                {"machine": machine(target.device), "dtype": options.dtype, "runtime": target.runtime_name, **asdict(found), **derived}
+            )
+        )
         return 0
     say(
         f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, {target.runtime_name}, {found.context} tokens of context"

@@ -88,8 +88,11 @@ def packed_attention(q, context_k, context_v, k, v, visible_NAS: torch.Tensor) -
     own_scores = q.view(blocks) @ k.view(blocks).transpose(-1, -2)
     scores = (q @ context_k.transpose(-1, -2)).view(*own_scores.shape[:-1], S)
     scores = scores.masked_fill(~visible_NAS[:, None, :, None], float("-inf"))
+    G = own_scores.shape[-1]
+    if q.device.type == "cuda":  # rows of 16 bytes and multiples of it: its matrix products are slow with others
+        own_scores = F.pad(own_scores, (0, -G % 8), value=float("-inf"))
     weights = torch.cat([scores, own_scores], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
-    return weights[..., :S].flatten(2, 3) @ context_v + (weights[..., S:] @ v.view(blocks)).flatten(2, 3)
+    return weights[..., :S].flatten(2, 3) @ context_v + (weights[..., S : S + G] @ v.view(blocks)).flatten(2, 3)
 
 
 class MLP(nn.Module):

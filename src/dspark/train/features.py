@@ -101,7 +101,8 @@ class FeatureStore:
         ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
         output = self.target.model(input_ids=ids_BS, use_cache=False, logits_to_keep=longest - min(starts))
         offsets, lengths, first = (
-            torch.tensor(values, device=device)[:, None] for values in ([self.offsets[i] for i in group], [self.lengths[i] for i in group], starts)
+            torch.tensor(values, device=device)[:, None]
+            for values in ([self.offsets[i] for i in group], [self.lengths[i] for i in group], starts)
         )
         column = torch.arange(longest, device=device)
         rows_BS = offsets + column

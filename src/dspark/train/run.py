@@ -130,7 +130,24 @@ def train(
     target.tap(head.config.target_layer_ids)
     store = FeatureStore(target, records, work / "cache", config.teacher_tokens, config.cache_gigabytes)
     curve = run_steps(head, target, store, config, work, bar)
-    provenance = {
+    provenance = origin(target, config, records, command) | {
+        "seconds_last_start": round(time.time() - started),
+        "curve": curve,
+        "held_out_teacher_forced": measure(head, target, store, config, config.held_out),
+    }
+    golden_ids = (records[0]["prompt_ids"] + records[0]["answer_ids"])[:64]
+    save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, None))
+    served = load_head(out, target)
+    rounds = held_out_rounds(target, served, records[: config.held_out], bar)
+    provenance["held_out_rounds"] = rounds
+    head.calibration = held_out_calibration(target, served, records[: config.held_out], bar)
+    save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, rounds))
+    return provenance
+
+
+def origin(target: Target, config: TrainConfig, records: Sequence[dict], command: str) -> dict:
+    """What a head's provenance says of the machine, the settings and the data."""
+    return {
         "command": command,
         "target": target.name,
         "target_dtype": str(target.model.dtype).removeprefix("torch."),
@@ -145,18 +162,7 @@ def train(
         "answers": len(records),
         "answer_tokens": sum(len(r["answer_ids"]) for r in records),
         "answers_by_kind": dict(Counter(r["kind"] for r in records)),
-        "seconds_last_start": round(time.time() - started),
-        "curve": curve,
-        "held_out_teacher_forced": measure(head, target, store, config, config.held_out),
     }
-    golden_ids = (records[0]["prompt_ids"] + records[0]["answer_ids"])[:64]
-    save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, None))
-    served = load_head(out, target)
-    rounds = held_out_rounds(target, served, records[: config.held_out], bar)
-    provenance["held_out_rounds"] = rounds
-    head.calibration = held_out_calibration(target, served, records[: config.held_out], bar)
-    save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, rounds))
-    return provenance
 
 
 def held_out_calibration(target: Target, head: Head, records: Sequence[dict], bar: Bar) -> Calibration | None:
