@@ -7,6 +7,7 @@ Nothing is downloaded. Sampling: `--rows` prompts of 80 tokens, 192 new ones eac
 draft tokens; the median of 20 steps after 5. Decoding: 48 tokens of one request, eagerly. `--quick` is a shape for trying it on a CPU."""
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -83,7 +84,7 @@ def steps(head: Head, store: FeatureStore, config: TrainConfig, trace: bool) -> 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     train_steps(head, store.target, store, config, None, lambda step, result: ends.append(synchronized(device)))
-    times = [1e3 * (b - a) for a, b in zip(ends[5:-1], ends[6:], strict=True)]
+    times = [1e3 * (b - a) for a, b in itertools.pairwise(ends[5:])]
     found = {"ms_a_step": statistics.median(times), "least": min(times), "most": max(times)}
     if device.type == "cuda":
         begin = synchronized(device)

@@ -19,7 +19,7 @@ from dspark.train.sample import sample_batch
 
 BATCH = 128  # rows a batch on a CPU: matrix products are near their peak rate here, the cache still fits
 MOST_ROWS = 4096  # on a GPU, where the time of a step hardly depends on them: fewer steps
-GPU_SHARE = 0.35  # of the GPU's memory that a batch may take
+GPU_SHARE = 0.6  # of the GPU's memory that a batch may take
 OPENER_TOKENS = 20  # about; of the start that an instruction is invented from
 INVENT_TOKENS = 80  # an instruction longer than this is cut; it is still an instruction
 EMPTY_START = "\n"  # what an empty opener becomes where the tokenizer has no token to begin a text with

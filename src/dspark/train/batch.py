@@ -45,12 +45,10 @@ def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int,
     for n, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         order = torch.randperm(length - start, generator=generator)[:A]
         drawn_NA[n, : len(order)], used_NA[n, : len(order)] = order, True
-    # offset is a record's first row; each record before it has one more token than rows
-    columns = torch.tensor([[store.offsets[i] for i in chosen], lengths, starts, list(chosen)])
-    # one copy to the GPU for all of it
-    device, packed = store.target.device, torch.cat([columns.T, drawn_NA, used_NA], dim=1)
+    columns = torch.tensor([[store.first_rows[i] for i in chosen], lengths, starts, list(chosen)])
+    device, packed = store.target.device, torch.cat([columns.T, drawn_NA, used_NA], dim=1)  # one copy to the GPU for all of it
     packed = packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed
-    offset, length, start, index = (packed[:, k : k + 1] for k in range(4))
+    offset, length, start, index = packed[:, :4].split(1, dim=1)
     drawn_NA, used_NA = packed[:, 4 : 4 + A], packed[:, 4 + A :].bool()
     width = -(-max(lengths) // WIDTH) * WIDTH
     context_NS = torch.minimum(torch.arange(width, device=device), length - 1) + offset
@@ -60,10 +58,10 @@ def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int,
     known_N11 = (length - start)[:, :, None]
     valid_NAG = (rows_NAG < known_N11) & used_NA[:, :, None]
     teacher_NAG = (offset + start)[:, :, None] + torch.minimum(rows_NAG, known_N11 - 1)
-    # past the end a token is 0, as in `make_batch`
+    # Past the end a token is 0, as in `make_batch`. Each record has one more token than rows.
     position_NAG = anchors_NA[:, :, None] + steps_G1
     within_NAG = position_NAG <= length[:, :, None]
-    tokens = store.ids[((offset + index)[:, :, None] + torch.minimum(position_NAG, length[:, :, None]))].long() * within_NAG
+    tokens = store.ids[(offset + index)[:, :, None] + torch.minimum(position_NAG, length[:, :, None])].long() * within_NAG
     visible_NAS = torch.arange(width, device=device) < anchors_NA[:, :, None]
     teacher_ids, teacher_probs = store.teacher_ids[teacher_NAG].long(), store.teacher_probs[teacher_NAG].float()
     return Batch(

@@ -22,7 +22,7 @@ import torch
 from dspark.errors import LogitsError, SettingError
 from dspark.target.target import Target
 
-GPU_SHARE = 0.75  # of the GPU's free memory that samples may take; the rest is for the steps
+GPU_SHARE = 0.8  # of the GPU's free memory that samples may take; the rest is for the steps
 PASS_TOKENS = 2**15  # of one pass over many sequences
 PASS_BYTES = 4e9  # of its logits, in the target's precision
 TEACHER_ROWS = 4096  # whose laws are formed at once
@@ -47,11 +47,12 @@ class FeatureStore:
         M, D = len(target.layer_ids), target.hidden_size
         self.lengths = [len(r["prompt_ids"]) + len(r["answer_ids"]) - 1 for r in records]
         per_token = M * D * 2 + num_teacher * (4 + 2)
+        self.offsets: list[int | None] = []  # a record's first row in the cache; None where it has none
         self.resident = fits_gpu(target.device, sum(self.lengths) * per_token)
         if self.resident:
             self._make_resident(M, D)
             return
-        self.offsets, used = [], 0
+        used = 0
         for length in self.lengths:
             fits = (used + length) * per_token <= gigabytes * 1e9
             self.offsets.append(used if fits else None)
@@ -71,7 +72,8 @@ class FeatureStore:
     def _make_resident(self, M: int, D: int) -> None:
         """Tensors on the target's device instead of files, and what a batch needs to find its rows there."""
         device, rows = self.target.device, sum(self.lengths)
-        self.offsets = [0, *itertools.accumulate(self.lengths)][:-1]
+        self.first_rows = [0, *itertools.accumulate(self.lengths)]
+        self.offsets = list(self.first_rows[:-1])
         self.features = torch.empty(rows, M, D, dtype=torch.bfloat16, device=device)
         self.teacher_ids = torch.zeros(rows, self.num_teacher, dtype=torch.int32, device=device)
         self.teacher_probs = torch.zeros(rows, self.num_teacher, dtype=torch.float16, device=device)
@@ -102,7 +104,7 @@ class FeatureStore:
         output = self.target.model(input_ids=ids_BS, use_cache=False, logits_to_keep=longest - min(starts))
         offsets, lengths, first = (
             torch.tensor(values, device=device)[:, None]
-            for values in ([self.offsets[i] for i in group], [self.lengths[i] for i in group], starts)
+            for values in ([self.first_rows[i] for i in group], [self.lengths[i] for i in group], starts)
         )
         column = torch.arange(longest, device=device)
         rows_BS = offsets + column
@@ -161,7 +163,10 @@ def teacher(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
 
 
 def fits_gpu(device: torch.device, num_bytes: float) -> bool:
-    return device.type == "cuda" and num_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+    if device.type != "cuda":
+        return False
+    torch.cuda.empty_cache()  # what sampling left behind counts as free
+    return num_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
