@@ -28,10 +28,14 @@ class Rotary:
         E = config.head_dim
         self.inverse = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)
 
+    def move(self, device: torch.device) -> None:
+        """Once, not in every pass."""
+        if self.inverse.device != device:
+            self.inverse = self.inverse.to(device)
+
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of shape [..., 1, T, E], ready to meet [..., heads, T, E]."""
-        if self.inverse.device != positions.device:  # moved once, not in every pass
-            self.inverse = self.inverse.to(positions.device)
+        self.move(positions.device)
         angles = positions[..., None].float() * self.inverse
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(-3)
         return angles.cos(), angles.sin()
@@ -85,14 +89,24 @@ def packed_attention(q, context_k, context_v, k, v, visible_NAS: torch.Tensor) -
     N, A, S = visible_NAS.shape
     blocks = (N, q.shape[1], A, -1, q.shape[-1])
     q = q * q.shape[-1] ** -0.5
-    own_scores = q.view(blocks) @ k.view(blocks).transpose(-1, -2)
+    own_scores = own_products(q.view(blocks), k.view(blocks))
     scores = (q @ context_k.transpose(-1, -2)).view(*own_scores.shape[:-1], S)
     scores = scores.masked_fill(~visible_NAS[:, None, :, None], float("-inf"))
     G = own_scores.shape[-1]
     if q.device.type == "cuda":  # rows of 16 bytes and multiples of it: its matrix products are slow with others
         own_scores = F.pad(own_scores, (0, -G % 8), value=float("-inf"))
     weights = torch.cat([scores, own_scores], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
-    return weights[..., :S].flatten(2, 3) @ context_v + (weights[..., S : S + G] @ v.view(blocks)).flatten(2, 3)
+    return weights[..., :S].flatten(2, 3) @ context_v + own_sums(weights[..., S : S + G], v.view(blocks)).flatten(2, 3)
+
+
+def own_products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q @ k.T of each block. On a GPU not as matrix products: tens of thousands of tiny ones are slow there."""
+    return (q[..., :, None, :] * k[..., None, :, :]).sum(-1) if q.device.type == "cuda" else q @ k.transpose(-1, -2)
+
+
+def own_sums(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """weights @ v of each block."""
+    return (weights[..., :, :, None] * v[..., None, :, :]).sum(-2) if v.device.type == "cuda" else weights @ v
 
 
 class MLP(nn.Module):

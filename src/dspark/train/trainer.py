@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dspark.train.loss import Losses, greedy_agreement, losses
 from dspark.train.optimizer import make_optimizers, set_learning_rate
 
 LOOK_EVERY = 20  # on a GPU: steps between looks at the loss, since each look waits for the GPU
+COMPILE = True  # on a GPU: two of three milliseconds of an eager step go to casts, norms and masks, which the compiler joins
 
 
 def train_steps(
@@ -34,14 +36,14 @@ def train_steps(
     `config.checkpoint_seconds` of work. The head must be on the target's device."""
     look_every = 1 if target.device.type == "cpu" else LOOK_EVERY
     optimizers = make_optimizers(head, config)
-    index = draft_index(head)
+    index, loss = draft_index(head), loss_function(target.device)
     step = load_checkpoint(checkpoint, head, optimizers) if checkpoint else 0
     saved = time.monotonic()
     head.train()
     while step < config.steps:
         set_learning_rate(optimizers, step, config)
         batch = step_batch(store, config, step, head.config.block_size)
-        result = losses(*forward(head, target, batch), batch, index, config)
+        result = loss(head, anchor_states(target, batch), batch, index, config)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         if step % look_every == 0:
@@ -69,13 +71,47 @@ def refuse_diverged(what: str, step: int, tensors: Iterable[torch.Tensor]) -> No
 
 def forward(head: Head, target: Target, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits and confidence logits of a batch, matrix products in bfloat16."""
-    S = batch.features_NSMD.shape[1]
-    with torch.no_grad():
-        anchors = target.embed(batch.previous_NAG[:, :, 0]).float()
-    with torch.autocast(anchors.device.type, torch.bfloat16):
-        context_kv = head.context_kv(batch.features_NSMD, torch.arange(S, device=anchors.device)[None])
-        h = head.hidden(anchors, batch.anchors_NA, context_kv, batch.visible_NAS)
+    return logits_after(head, anchor_states(target, batch), batch)
+
+
+@torch.no_grad()
+def anchor_states(target: Target, batch: Batch) -> torch.Tensor:
+    return target.embed(batch.previous_NAG[:, :, 0]).float()
+
+
+def logits_after(head: Head, anchors_NAD: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    device, S = anchors_NAD.device, batch.features_NSMD.shape[1]
+    with torch.autocast(device.type, torch.bfloat16):
+        context_kv = head.context_kv(batch.features_NSMD, torch.arange(S, device=device)[None])
+        h = head.hidden(anchors_NAD, batch.anchors_NA, context_kv, batch.visible_NAS)
         return head(h, batch.previous_NAG)
+
+
+def loss_after(head: Head, anchors_NAD: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig) -> Losses:
+    return losses(*logits_after(head, anchors_NAD, batch), batch, index, config)
+
+
+def loss_function(device: torch.device) -> Callable[..., Losses]:
+    """`loss_after`, on a GPU compiled; as it is where the compiler does not work."""
+    if device.type != "cuda" or not COMPILE:
+        return loss_after
+    compiled = torch.compile(loss_after)
+    working = True
+
+    def loss(head: Head, anchors_NAD: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig) -> Losses:
+        nonlocal working
+        if working:
+            head.rotary.move(device)  # not within what is compiled
+            torch._dynamo.maybe_mark_dynamic(batch.features_NSMD, 1)
+            torch._dynamo.maybe_mark_dynamic(batch.visible_NAS, 2)
+            try:
+                return compiled(head, anchors_NAD, batch, index, config)
+            except Exception as error:  # a compiler raises anything: no C compiler, no Triton, a graph it cannot take
+                working = False
+                warnings.warn(f"training without torch.compile: {(str(error).splitlines() or [type(error).__name__])[0]}", stacklevel=2)
+        return loss_after(head, anchors_NAD, batch, index, config)
+
+    return loss
 
 
 def step_batch(store: FeatureStore, config: TrainConfig, step: int, block_size: int) -> Batch:
