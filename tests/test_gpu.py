@@ -32,6 +32,12 @@ CONFIG = TrainConfig(
 SHAPE = {"num_hidden_layers": 1, "block_size": 3, "markov_rank": 4, "draft_vocab_size": 260}
 
 
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    """The compiler takes a minute for what these tests do in a second; `test_a_compiled_step_is_the_eager_one` has it."""
+    monkeypatch.setattr(trainer, "COMPILE", False)
+
+
 def records(count: int) -> list[dict]:
     generator = torch.Generator().manual_seed(3)
     make = lambda n: torch.randint(128, (n,), generator=generator).tolist()  # noqa: E731
@@ -110,6 +116,52 @@ def test_a_step_on_a_gathered_batch_is_the_step_on_the_packed_one(resident):
         same(heads[0][name], heads[1][name])
 
 
+def on_gpus(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(-1, dtype=torch.float32).gather(-1, index)
+
+
+def step_of(head, resident: FeatureStore, config: TrainConfig, loss) -> tuple[float, dict[str, torch.Tensor]]:
+    head.zero_grad()
+    batch = trainer.step_batch(resident, config, 0, head.config.block_size)
+    result = loss(head, trainer.anchor_states(resident.target, batch), batch, trainer.draft_index(head), config)
+    result.total.backward()
+    return result.total.item(), {name: parameter.grad.clone() for name, parameter in head.named_parameters()}
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_compiled_step_is_the_eager_one(resident, monkeypatch, rank):
+    """On the CPU the tracing half of the compiler alone, which fails on what it cannot take into one graph."""
+    monkeypatch.setattr("dspark.train.loss.log_softmax_at", on_gpus)
+    device = resident.target.device
+    head = tiny_head(tiny_target("cpu"), rank=rank, block_size=3).to(device).requires_grad_(True)
+    head.rotary.move(device)
+    monkeypatch.setattr(trainer, "COMPILE", True)
+    traced = torch.compile(trainer.loss_after, backend="aot_eager", fullgraph=True)
+    loss = trainer.loss_function(device) if device.type == "cuda" else traced
+    config = replace(CONFIG, teacher_ce=True)
+    (expected, gradients), (found, compiled) = step_of(head, resident, config, trainer.loss_after), step_of(head, resident, config, loss)
+    assert found == pytest.approx(expected, rel=1e-2)
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(compiled[name], gradient, rtol=0.1, atol=0.05 * scale + 1e-6)
+
+
+def test_without_a_working_compiler_training_goes_on_eagerly(resident, monkeypatch):
+    def compile_none(function):
+        def broken(*args):
+            raise RuntimeError("no C compiler\nand more")
+
+        return broken
+
+    monkeypatch.setattr(trainer, "COMPILE", True)
+    monkeypatch.setattr(torch, "compile", compile_none)
+    head = tiny_head(tiny_target("cpu"), rank=4, block_size=3).to(resident.target.device).requires_grad_(True)
+    loss = trainer.loss_function(torch.device("cuda"))
+    with pytest.warns(UserWarning, match="without torch.compile: no C compiler$"):
+        found = step_of(head, resident, CONFIG, loss)[0]
+    assert found == pytest.approx(step_of(head, resident, CONFIG, loss)[0]) == step_of(head, resident, CONFIG, trainer.loss_after)[0]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_sampling_in_parts_and_with_rare_looks_is_greedy_decoding(device, monkeypatch):
     """Prompts in several passes, answers that end at different steps, rows that are dropped: at T = 0 nothing may change."""
@@ -126,7 +178,7 @@ def test_sampling_in_parts_and_with_rare_looks_is_greedy_decoding(device, monkey
 
 def test_log_softmax_at_has_one_form_a_device():
     logits, index = torch.randn(3, 4, 50).bfloat16(), torch.randint(50, (3, 4, 6))
-    torch.testing.assert_close(log_softmax_at(logits, index), logits.log_softmax(-1, dtype=torch.float32).gather(-1, index))
+    torch.testing.assert_close(log_softmax_at(logits, index), on_gpus(logits, index))
 
 
 @on_gpu

@@ -19,10 +19,11 @@ ROUNDS_PROMPTS, ROUNDS_TOKENS = 16, 64
 # Sustained rate of one Zen 4 core in the batched stages, measured: bfloat16 matrix products with all
 # that surrounds them. Other machines scale the time, not the text.
 FLOPS_PER_THREAD = {torch.bfloat16: 6.5e10, torch.float32: 3.5e10}
-# The same of a large GPU in bfloat16: passes and steps, and sampling, where each token's pass reads all keys again.
-GPU_FLOPS, GPU_SAMPLING_FLOPS = 2e14, 2e13
-# Bytes of weights a second that decoding one token after another reads on two of those cores (bench/results), or on the GPU.
-BYTES_PER_SECOND = {"native": 2.9e10, "eager": 6e9, "cuda": 2e10}
+# The same of one NVIDIA H200 with the demo target: passes and steps, and sampling; and the seconds its step takes to compile.
+GPU_FLOPS, GPU_SAMPLING_FLOPS, GPU_COMPILING = 7.5e13, 3e13, 50.0
+# Bytes of weights a second that decoding one token after another reads on two of those cores (bench/results).
+BYTES_PER_SECOND = {"native": 2.9e10, "eager": 6e9}
+GPU_BYTES_PER_SECOND, GPU_PASS = 2e12, 0.035  # on a GPU; no eager pass took less there: the processor launches a thousand kernels
 PROMPT_TOKENS = 80  # of an instruction with its template
 
 
@@ -45,10 +46,12 @@ def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence
     draft_vocabulary = shape.get("draft_vocab_size") or target.vocab_size
     block = shape.get("block_size", 5)
     block_row = 2 * (shape.get("num_hidden_layers", 2) * layer + draft_vocabulary * (D + shape.get("markov_rank", 96))) / (2 * rate)
-    steps = visits * config.anchors_per_sequence * block * 3 * block_row  # forth and back
+    steps = visits * config.anchors_per_sequence * block * 3 * block_row + (GPU_COMPILING if on_gpu else 0)  # forth and back
     looks = CURVE_POINTS * min(CURVE_ANSWERS, config.held_out) + config.held_out  # at held-out answers, an anchor a token
-    rounds = 2 * min(ROUNDS_PROMPTS, config.held_out) * ROUNDS_TOKENS * weights * target.model.dtype.itemsize
-    measuring = looks * config.max_answer_tokens * block * block_row + rounds / BYTES_PER_SECOND["cuda" if on_gpu else target.runtime_name]
+    read = weights * target.model.dtype.itemsize
+    one_pass = max(GPU_PASS, read / GPU_BYTES_PER_SECOND) if on_gpu else read / BYTES_PER_SECOND[target.runtime_name]
+    rounds = 2 * min(ROUNDS_PROMPTS, config.held_out) * ROUNDS_TOKENS * one_pass
+    measuring = looks * config.max_answer_tokens * block * block_row + rounds
     rows_memory = config.sequences_per_step * config.anchors_per_sequence * block * draft_vocabulary * 4 * 5
     memory = weights * target.model.dtype.itemsize + rows_memory + 1e9
     samples = passes * (5 * D * 2 + 6 * config.teacher_tokens)

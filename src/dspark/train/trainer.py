@@ -18,7 +18,7 @@ from dspark.train.loss import Losses, greedy_agreement, losses
 from dspark.train.optimizer import make_optimizers, set_learning_rate
 
 LOOK_EVERY = 20  # on a GPU: steps between looks at the loss, since each look waits for the GPU
-COMPILE = True  # on a GPU: two of three milliseconds of an eager step go to casts, norms and masks, which the compiler joins
+COMPILE = True  # on a GPU: most of an eager step are casts, norms and masks, which the compiler joins
 
 
 def train_steps(
@@ -101,7 +101,7 @@ def loss_function(device: torch.device) -> Callable[..., Losses]:
     def loss(head: Head, anchors_NAD: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig) -> Losses:
         nonlocal working
         if working:
-            head.rotary.move(device)  # not within what is compiled
+            head.rotary.move(anchors_NAD.device)  # not within what is compiled
             torch._dynamo.maybe_mark_dynamic(batch.features_NSMD, 1)
             torch._dynamo.maybe_mark_dynamic(batch.visible_NAS, 2)
             try:
