@@ -1,0 +1,1 @@
+"""An engine over HTTP: the OpenAI-compatible API, its metrics, and a page to try it."""
