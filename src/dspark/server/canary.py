@@ -119,9 +119,7 @@ class Canary:
     def decode_plainly(self, answer: Answer) -> list[int]:
         """The answer without drafts; as long as the first one, so that one that was cancelled can be checked too. Raises what the
         request failed with."""
-        plain = replace(
-            answer.request, speculate=False, predicted_ids=(), propose=None, logprobs=None, max_new_tokens=len(answer.ids)
-        )
+        plain = replace(answer.request, speculate=False, predicted_ids=(), propose=None, logprobs=None, max_new_tokens=len(answer.ids))
         ids: list[int] = []
         failures: list[Exception] = []
         done = threading.Event()
@@ -146,7 +144,9 @@ class Canary:
 
     def report(self, answer: Answer, plain_ids: list[int]) -> None:
         first = first_difference(answer.ids, plain_ids)
-        log.warning("canary: an answer differs from plain decoding at token %d of %d. docs/metrics.md says what to do", first, len(answer.ids))
+        log.warning(
+            "canary: an answer differs from plain decoding at token %d of %d. docs/metrics.md says what to do", first, len(answer.ids)
+        )
         if self.directory is None or self.written >= MOST_MISMATCHES:
             return
         line = {

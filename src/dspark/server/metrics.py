@@ -142,7 +142,7 @@ class Metrics(Collector):
         if index == self.index:
             return
         self.past.merge(self.second)
-        for n in range(min(index - self.index, POINTS)):
+        for n in range(min(index - self.index, POINTS + 1)):
             self.seconds.append((self.second if n == 0 else self.quiet(), self.past.saved_milliseconds))
         self.second, self.index = self.quiet(), index
         self.look_for_collapse()
