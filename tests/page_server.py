@@ -104,7 +104,7 @@ class Server:
 
     async def chunks(self, body: dict):
         rng, words, rounds = random.Random(1), [w for w in self.text.replace(" ", " \0").split("\0") if w], 0
-        speculates = body["dspark"]["speculation"] == "auto"
+        speculates = body["speculation"] == "auto"
         tokens, start, drafted, accepted_all = 0, time.monotonic(), 0, 0
 
         def line(**more) -> str:

@@ -19,13 +19,17 @@ class FakeEngine:
     """Answers a request with `says`, two tokens at a time, from another thread; an exception is what it fails with."""
 
     def __init__(self, says=IDS):
-        self.says, self.load, self.requests, self.refusal = says, 0, [], None
+        self.says, self.running, self.waiting, self.requests, self.refusal, self.cancelled = says, 0, 0, [], None, []
 
     def submit(self, request, listen):
         if self.refusal:
             raise self.refusal
         self.requests.append(request)
         threading.Thread(target=self.answer, args=(request, listen)).start()
+        return len(self.requests)
+
+    def cancel(self, number):
+        self.cancelled.append(number)
 
     def answer(self, request, listen):
         if isinstance(self.says, Exception):
@@ -126,18 +130,18 @@ def test_the_share_is_kept(started, results):
 
 def test_it_waits_for_a_quiet_engine(started, results):
     engine = FakeEngine()
-    engine.load = 2
+    engine.running, engine.waiting = 1, 1
     canary = start(started, engine, 1.0, results)
     canary.offer(request(), IDS)
     time.sleep(0.3)
     assert not engine.requests
-    engine.load = 1
+    engine.waiting = 0
     assert results.wait(1) == {"match": 1}
 
 
 def test_it_drops_what_finds_no_room(started, results):
     engine = FakeEngine()
-    engine.load = 9
+    engine.running = 9
     canary = start(started, engine, 1.0, results, patience=0.2, size=2)
     for _ in range(10):
         canary.offer(request(), IDS)
@@ -158,6 +162,13 @@ def test_errors_are_counted_and_survived(started, results):
     assert results.wait(3) == {"failed": 1, "dropped": 1, "match": 1}
 
 
+def test_it_makes_room_for_those_who_wait(started, results):
+    engine = FakeEngine()
+    engine.answer = lambda request, listen: setattr(engine, "waiting", 1)
+    start(started, engine, 1.0, results).offer(request(), IDS)
+    assert results.wait(1) == {"dropped": 1} and engine.cancelled == [1]
+
+
 def test_closing_does_not_wait_for_an_answer_that_never_comes(results):
     engine = FakeEngine()
     engine.answer = lambda request, listen: None
@@ -168,9 +179,9 @@ def test_closing_does_not_wait_for_an_answer_that_never_comes(results):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     canary.close()
-    assert not canary.thread.is_alive()
+    assert not canary.thread.is_alive() and engine.cancelled == [1]
     canary.offer(request(), IDS)
-    assert canary.waiting.empty()
+    assert canary.waiting.empty() and not results
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

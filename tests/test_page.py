@@ -156,7 +156,7 @@ def test_chat_streams_escapes_and_counts(browser, server):
     asked = server.asked[0]
     assert asked["messages"] == [{"role": "system", "content": "Be short."}, {"role": "user", "content": "<b>Hello</b>"}]
     assert (asked["model"], asked["temperature"], asked["max_tokens"], asked["stream"]) == ("smollm2-135m", 0, 512, True)
-    assert asked["dspark"] == {"speculation": "auto", "sources": True} and asked["stream_options"] == {"include_usage": True}
+    assert asked["speculation"] == "auto" and asked["dspark"] == {"sources": True} and asked["stream_options"] == {"include_usage": True}
     assert browser.complaints == []
 
 
@@ -172,7 +172,7 @@ def test_settings_reach_the_server_and_the_conversation_goes_on(browser, server)
     send(browser, "two")
     browser.until("document.querySelectorAll('.assistant .note').length === 2 && " + ANSWERED)
     asked = server.asked[1]
-    assert asked["dspark"]["speculation"] == "off" and (asked["max_tokens"], asked["temperature"]) == (3, 0.7)
+    assert asked["speculation"] == "off" and (asked["max_tokens"], asked["temperature"]) == (3, 0.7)
     assert [m["role"] for m in asked["messages"]] == ["user", "assistant", "user"]
     assert asked["messages"][1]["content"] == browser.value("document.querySelector('.assistant .text').textContent")
     browser.value("document.getElementById('clear').click()")

@@ -1,1 +1,1 @@
-"""An engine over HTTP: the OpenAI-compatible API, its metrics, and a page to try it."""
+"""The OpenAI-compatible server. Needs `pip install 'dspark[serve]'`."""

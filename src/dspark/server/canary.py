@@ -25,12 +25,14 @@ MOST_MISMATCHES = 1000  # lines written by one process: a broken server must not
 class Engine(Protocol):
     """As much of the engine as a canary takes."""
 
-    def submit(self, request: Request, listen: Callable[[Event], None]) -> object:
-        """Start the request; `listen` hears its events, from any thread. Raises `Busy` where it takes no more."""
+    def submit(self, request: Request, listen: Callable[[Event], None]) -> int:
+        """Start the request and return its number; `listen` hears its events, from any thread. Raises `Busy` where it takes no more."""
 
+    def cancel(self, number: int) -> None: ...
     @property
-    def load(self) -> int:
-        """Requests running and waiting."""
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Answer:
 
 class Canary:
     """Checks a `share` (0 to 1) of the answers offered, one at a time and only beside at most `quiet` other requests; says one of
-    `RESULTS` to `on_result` for each. An answer that finds the queue full or no quiet moment within `patience` seconds is dropped.
+    `RESULTS` to `on_result` for each. An answer that finds the queue full or no quiet moment within `patience` seconds is dropped,
+    and so is one during whose check other requests begin to wait.
     With a `directory`, mismatches are appended to canary-mismatches.jsonl there: prompt, both answers and the first place where
     they differ, as token ids, which hold what users wrote.
 
@@ -98,7 +101,7 @@ class Canary:
 
     def wait_for_quiet(self) -> bool:
         give_up = time.monotonic() + self.patience
-        while self.engine.load > self.quiet:
+        while self.engine.running + self.engine.waiting > self.quiet:
             if time.monotonic() > give_up or self.closing.wait(0.05):
                 return False
         return True
@@ -134,10 +137,11 @@ class Canary:
                     failures.append(event.error)
                     done.set()
 
-        self.engine.submit(plain, listen)
-        while not done.wait(0.5):
-            if self.closing.is_set():
-                raise Busy("the engine is closing")
+        number = self.engine.submit(plain, listen)
+        while not done.wait(0.1):
+            if self.engine.waiting or self.closing.is_set():
+                self.engine.cancel(number)
+                raise Busy("others wait for the place of the canary")
         if failures:
             raise failures[0]
         return ids

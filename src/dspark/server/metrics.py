@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -186,7 +186,7 @@ class Metrics(Collector):
         def gauge(name: str, text: str, value: float | None) -> Metric:
             return GaugeMetricFamily(f"dspark_{name}", text, value=math.nan if value is None else value)
 
-        def counter(name: str, text: str, values: dict[str, float], label: str = "") -> Metric:
+        def counter(name: str, text: str, values: Mapping[str, float], label: str = "") -> Metric:
             family = CounterMetricFamily(f"dspark_{name}", text, labels=[label] if label else [])
             for key, value in values.items():
                 family.add_metric([key] if label else [], value)
