@@ -19,7 +19,7 @@ MARKUP = "<img src=x onerror=alert(1)><b>not bold</b>"
 TEXT = (
     "Speculative decoding lets a small draft head propose several tokens, which the large model then checks in one pass. "
     "Tokens it agrees with are kept; the first it disagrees with is replaced by its own.\n\n"
-    "def greet(name):\n    return f'Hello, {name}!'\n\n" + MARKUP + "\n"
+    "Naïve? Ça va 🙂.\n\ndef greet(name):\n    return f'Hello, {name}!'\n\n" + MARKUP + "\n"
 )
 
 
@@ -59,6 +59,8 @@ class Server:
         self.asked: list[dict] = []
         self.answer_with: tuple[int, dict] | None = None  # status and body instead of an answer
         self.cut_after: int | None = None  # rounds after which the stream ends without a word
+        self.stop = ""  # the text ends before it, in the middle of a token or not; tokens are shown whole
+        self.with_sources = True
         self.disconnected = 0
         clock = [0.0]
         self.metrics = Metrics(CARD, clock=lambda: clock[0])
@@ -105,10 +107,11 @@ class Server:
     async def chunks(self, body: dict):
         rng, words, rounds = random.Random(1), [w for w in self.text.replace(" ", " \0").split("\0") if w], 0
         speculates = body["speculation"] == "auto"
+        left = self.text.index(self.stop) if self.stop else len(self.text)
         tokens, start, drafted, accepted_all = 0, time.monotonic(), 0, 0
 
         def line(**more) -> str:
-            return f"data: {json.dumps({'id': 'c', 'object': 'chat.completion.chunk', 'model': 'smollm2-135m', **more})}\r\n\r\n"
+            return f"data: {json.dumps({'id': 'c', 'object': 'chat.completion.chunk', 'model': 'smollm2-135m', **more}, ensure_ascii=False)}\r\n\r\n"
 
         try:
             while words and tokens < body["max_tokens"]:
@@ -119,10 +122,12 @@ class Server:
                 last = "plain" if not speculates else "bonus" if accepted == 5 else "corrected"
                 sources = ["accepted"] * (len(piece) - 1) + [last]
                 rounds, tokens, drafted, accepted_all = rounds + 1, tokens + len(piece), drafted + 5 * speculates, accepted_all + accepted
-                yield line(
-                    choices=[{"index": 0, "delta": {"content": "".join(piece)}, "finish_reason": None}],
-                    dspark={"tokens": [{"text": t, "source": s} for t, s in zip(piece, sources, strict=True)]},
-                )
+                said = "".join(piece)[:left]
+                left -= len(said)
+                told = {"dspark": {"tokens": [{"text": t, "source": s} for t, s in zip(piece, sources, strict=True)]}}
+                yield line(choices=[{"index": 0, "delta": {"content": said}, "finish_reason": None}], **(told if self.with_sources else {}))
+                if not left:
+                    words = []
                 await asyncio.sleep(self.pause)
             yield line(choices=[{"index": 0, "delta": {}, "finish_reason": "length" if words else "stop"}])
             seconds = time.monotonic() - start

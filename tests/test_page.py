@@ -183,6 +183,21 @@ def test_settings_reach_the_server_and_the_conversation_goes_on(browser, server)
 
 
 @needs_chromium
+def test_the_text_is_what_the_server_says_whatever_the_tokens(browser, server):
+    start(browser, server)
+    server.stop = "reet(name)"
+    send(browser, "one")
+    browser.until(ANSWERED)
+    assert browser.value("document.querySelector('.assistant .text').textContent") == TEXT[: TEXT.index(server.stop)]
+    server.with_sources, server.stop = False, ""
+    send(browser, "two")
+    browser.until("document.querySelectorAll('.assistant .note').length === 2 && " + ANSWERED)
+    assert browser.value("document.querySelector('.assistant:last-of-type .text').textContent") == TEXT
+    assert server.asked[1]["messages"][1]["content"] == TEXT[: TEXT.index("reet(name)")]
+    assert browser.complaints == []
+
+
+@needs_chromium
 def test_stop_keeps_what_came_and_tells_the_server(browser, server):
     server.pause = 0.2
     start(browser, server)
