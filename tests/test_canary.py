@@ -19,7 +19,7 @@ class FakeEngine:
     """Answers a request with `says`, two tokens at a time, from another thread; an exception is what it fails with."""
 
     def __init__(self, says=IDS):
-        self.says, self.running, self.waiting, self.requests, self.refusal, self.cancelled = says, 0, 0, [], None, []
+        self.says, self.running, self.waiting, self.requests, self.refusal, self.cancelled = says, [], [], [], None, []
 
     def submit(self, request, listen):
         if self.refusal:
@@ -130,18 +130,18 @@ def test_the_share_is_kept(started, results):
 
 def test_it_waits_for_a_quiet_engine(started, results):
     engine = FakeEngine()
-    engine.running, engine.waiting = 1, 1
+    engine.running, engine.waiting = [1], [2]
     canary = start(started, engine, 1.0, results)
     canary.offer(request(), IDS)
     time.sleep(0.3)
     assert not engine.requests
-    engine.waiting = 0
+    engine.waiting = []
     assert results.wait(1) == {"match": 1}
 
 
 def test_it_drops_what_finds_no_room(started, results):
     engine = FakeEngine()
-    engine.running = 9
+    engine.running = [1, 2]
     canary = start(started, engine, 1.0, results, patience=0.2, size=2)
     for _ in range(10):
         canary.offer(request(), IDS)
@@ -164,7 +164,7 @@ def test_errors_are_counted_and_survived(started, results):
 
 def test_it_makes_room_for_those_who_wait(started, results):
     engine = FakeEngine()
-    engine.answer = lambda request, listen: setattr(engine, "waiting", 1)
+    engine.answer = lambda request, listen: engine.waiting.append(2)
     start(started, engine, 1.0, results).offer(request(), IDS)
     assert results.wait(1) == {"dropped": 1} and engine.cancelled == [1]
 

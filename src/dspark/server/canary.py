@@ -6,7 +6,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -30,9 +30,9 @@ class Engine(Protocol):
 
     def cancel(self, number: int) -> None: ...
     @property
-    def running(self) -> int: ...
+    def running(self) -> Sized: ...
     @property
-    def waiting(self) -> int: ...
+    def waiting(self) -> Sized: ...
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Canary:
 
     def wait_for_quiet(self) -> bool:
         give_up = time.monotonic() + self.patience
-        while self.engine.running + self.engine.waiting > self.quiet:
+        while len(self.engine.running) + len(self.engine.waiting) > self.quiet:
             if time.monotonic() > give_up or self.closing.wait(0.05):
                 return False
         return True
