@@ -23,7 +23,7 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define TILES 1
@@ -319,25 +319,47 @@ struct TileConfig {
     ~TileConfig() { if (on) _tile_release(); }
 };
 
-constexpr int TILE_NUMBERS = 512;  // of 16 bits
+// How activations lie in tiles: [T / 16][n / STEP] tiles, one after the other for each of PARTS, of [lane][row][numbers of a lane].
+template <class X> struct TileLayout { static constexpr int STEP = 1, PARTS = 0; };
+template <> struct TileLayout<bf16> {
+    static constexpr int STEP = 32, PARTS = 1;
+    static void put(const bf16* x, int n, char* to, int) {
+        for (int i = 0; i < n; i += 2, to += 64) memcpy(to, x + i, 4);
+    }
+};
+template <> struct TileLayout<int16_t> {  // x = 256 * high + low: a tile of each, high with a sign
+    static constexpr int STEP = 64, PARTS = 2;
+    static void put(const int16_t* x, int n, char* to, int part) {
+        for (int i = 0; i < n; i += 4, to += i % 64 ? 64 : 64 + 1024)
+            for (int j = 0; j < 4; j++) to[j] = char(part ? x[i + j] & 255 : x[i + j] >> 8);
+    }
+};
 
-// Sixteen outputs of NB blocks of sixteen rows; `pairs` holds tiles [block][K / 32][pair][row][2]. out[block][output][row].
-template <int NB> inline void tile_products(const bf16* w, int K, const bf16* pairs, float* out) {
+// What is left of sixteen weight rows after the last whole step, and zeros.
+template <class W> struct Rest {
+    static constexpr int STEP = 64 / sizeof(W);
+    alignas(64) W numbers[16 * STEP] = {};
+    Rest(const W* w, int K) {
+        const int whole = K / STEP * STEP;
+        if (whole < K)
+            for (int n = 0; n < 16; n++) memcpy(numbers + n * STEP, w + int64_t(n) * K + whole, sizeof(W) * (K - whole));
+    }
+};
+
+// Sixteen outputs of NB blocks of sixteen rows: out[block][output][row].
+template <int NB> inline void tile_products(const bf16* w, int K, const char* x, float* out) {
     const int whole = K / 32, steps = (K + 31) / 32;
+    const Rest<bf16> rest(w, K);
+    const char* ahead = (const char*)(w + int64_t(16) * K);
+    const int64_t block = int64_t(steps) * 1024;
     _tile_zero(0);
     if (NB > 1) _tile_zero(1);
     if (NB > 2) _tile_zero(2);
     if (NB > 3) _tile_zero(3);
-    alignas(64) bf16 rest[TILE_NUMBERS] = {};  // what is left of the rows, and zeros
-    if (whole < steps)
-        for (int n = 0; n < 16; n++) memcpy(rest + n * 32, w + int64_t(n) * K + whole * 32, 2 * (K - whole * 32));
-    const char* ahead = (const char*)(w + int64_t(16) * K);
-    for (int k = 0; k < steps; k++) {
+    for (int k = 0; k < steps; k++, x += 1024) {
         if (k < whole) _tile_loadd(4, w + k * 32, 2 * K);
-        else _tile_loadd(4, rest, 64);
+        else _tile_loadd(4, rest.numbers, 64);
         for (int line = 0; line < 16; line++, ahead += 64) __builtin_prefetch(ahead, 0, LOCALITY);
-        const bf16* x = pairs + int64_t(k) * TILE_NUMBERS;
-        const int64_t block = int64_t(steps) * TILE_NUMBERS;
         _tile_loadd(5, x, 64);
         _tile_dpbf16ps(0, 4, 5);
         if (NB > 1) { _tile_loadd(6, x + block, 64); _tile_dpbf16ps(1, 4, 6); }
@@ -350,26 +372,73 @@ template <int NB> inline void tile_products(const bf16* w, int K, const bf16* pa
     if (NB > 3) _tile_stored(3, out + 768, 64);
 }
 
-// y[t - first] = x[t] . w[n..n+15] for the rows `first` to T.
-inline void tiled_outputs(const bf16* w, const bf16* pairs, int K, int first, int T, f16v* y) {
-    const int64_t block = int64_t((K + 31) / 32) * TILE_NUMBERS;
+// The same of 8-bit weights: whole numbers, of the high parts in out[block][0], of the low ones in out[block][1].
+template <int NB> inline void tile_products(const int8_t* w, int K, const char* x, int32_t* out) {
+    const int whole = K / 64, steps = (K + 63) / 64;
+    const Rest<int8_t> rest(w, K);
+    const char* ahead = (const char*)(w + int64_t(16) * K);
+    const int64_t block = int64_t(steps) * 2048;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (NB > 1) { _tile_zero(2); _tile_zero(3); }
+    for (int k = 0; k < steps; k++, x += 2048) {
+        if (k < whole) _tile_loadd(4, w + k * 64, K);
+        else _tile_loadd(4, rest.numbers, 64);
+        for (int line = 0; line < 16; line++, ahead += 64) __builtin_prefetch(ahead, 0, LOCALITY);
+        _tile_loadd(5, x, 64);
+        _tile_dpbssd(0, 4, 5);
+        _tile_loadd(6, x + 1024, 64);
+        _tile_dpbsud(1, 4, 6);
+        if (NB > 1) {
+            _tile_loadd(5, x + block, 64);
+            _tile_dpbssd(2, 4, 5);
+            _tile_loadd(7, x + block + 1024, 64);
+            _tile_dpbsud(3, 4, 7);
+        }
+    }
+    _tile_stored(0, out, 64);
+    _tile_stored(1, out + 256, 64);
+    if (NB > 1) { _tile_stored(2, out + 512, 64); _tile_stored(3, out + 768, 64); }
+}
+
+// Column `row` of a tile of sixteen outputs.
+template <class Number> inline __m512i column(const Number* tile, int row) {
     const __m512i outputs = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16));
+    return _mm512_i32gather_epi32(outputs, (const int*)tile + row, 4);
+}
+
+// y[t - first] = x[t] . w[n..n+15] for the rows `first` to T.
+inline void tiled_outputs(const bf16* w, const char* x, int K, int first, int T, f16v* y) {
+    const int64_t block = int64_t((K + 31) / 32) * 1024;
     for (int b = first / 16, last = (T + 15) / 16; b < last; b += 4) {
         alignas(64) float out[4 * 256];
-        const bf16* x = pairs + b * block;
         switch (std::min(last - b, 4)) {
-            case 1: tile_products<1>(w, K, x, out); break;
-            case 2: tile_products<2>(w, K, x, out); break;
-            case 3: tile_products<3>(w, K, x, out); break;
-            default: tile_products<4>(w, K, x, out);
+            case 1: tile_products<1>(w, K, x + b * block, out); break;
+            case 2: tile_products<2>(w, K, x + b * block, out); break;
+            case 3: tile_products<3>(w, K, x + b * block, out); break;
+            default: tile_products<4>(w, K, x + b * block, out);
         }
         for (int t = std::max(first, 16 * b); t < std::min(T, 16 * b + 64); t++)
-            y[t - first] = (f16v)_mm512_i32gather_ps(outputs, out + (t / 16 - b) * 256 + t % 16, 4);
+            y[t - first] = (f16v)_mm512_castsi512_ps(column(out + (t / 16 - b) * 256, t % 16));
+    }
+}
+inline void tiled_outputs(const int8_t* w, const char* x, int K, int first, int T, f16v* y) {
+    const int64_t block = int64_t((K + 63) / 64) * 2048;
+    for (int b = first / 16, last = (T + 15) / 16; b < last; b += 2) {
+        alignas(64) int32_t out[4 * 256];
+        if (last - b == 1) tile_products<1>(w, K, x + b * block, out);
+        else tile_products<2>(w, K, x + b * block, out);
+        for (int t = std::max(first, 16 * b); t < std::min(T, 16 * b + 32); t++) {
+            const int32_t* tiles = out + (t / 16 - b) * 512;
+            const __m512i high = _mm512_slli_epi32(column(tiles, t % 16), 8);  // may overflow; the sum of both does not
+            y[t - first] = (f16v)_mm512_cvtepi32_ps(_mm512_add_epi32(high, column(tiles + 256, t % 16)));
+        }
     }
 }
 #else
 inline bool tiles_allowed() { return false; }
 struct TileConfig { explicit TileConfig(bool) {} };
+template <class X> struct TileLayout { static constexpr int STEP = 1, PARTS = 0; };
 #endif
 
 // Sixteen lanes of keys or values, N numbers side by side in each, times N numbers that all lanes share.
@@ -488,23 +557,25 @@ template <class Number> struct Aligned {
     Number* data() { return lines.data()->numbers; }
 };
 
-// Rows as a dot product takes them, [T, n] and a distance apart, each with the scale of its results, and in `pairs` as tiles do
-// where the matrix unit is used: [T / 16][n / 32][pair][row][2]. A thread converts for itself.
+// Rows as a dot product takes them, [T, n] and a distance apart, each with the scale of its results; or where the matrix unit is
+// used, in tiles. A thread converts for itself.
 template <class X> struct Rows {
+    typedef TileLayout<X> Layout;
     const bool tiled;
-    int n, distance;
-    Aligned<X> numbers, pairs;
+    int n, distance, steps;
+    Aligned<X> numbers;
+    Aligned<char> tiles;
     std::vector<float> scales;
     Rows(int T, int size)
-        : tiled(std::is_same<X, bf16>::value && tiles_allowed()), n(size), distance((size + 31) / 32 * 32),
-          numbers(size_t(tiled ? 1 : T) * distance), pairs(tiled ? size_t(T + 15) / 16 * 16 * distance : 0), scales(T) {}
+        : tiled(Layout::PARTS && tiles_allowed()), n(size), distance((size + 31) / 32 * 32), steps((size + Layout::STEP - 1) / Layout::STEP),
+          numbers(size_t(tiled ? 1 : T) * distance), tiles(tiled ? size_t((T + 15) / 16) * steps * Layout::PARTS * 1024 : 0), scales(T) {}
     X* row(int t) { return numbers.data() + size_t(tiled ? 0 : t) * distance; }
     void take(int t, const float* x) {
         scales[t] = convert(x, n, row(t));
-        if (!tiled) return;
-        const X* from = row(t);
-        X* to = pairs.data() + size_t(t / 16) * 16 * distance + t % 16 * 2;
-        for (int i = 0; i < n; i += 2, to += 32) to[0] = from[i], to[1] = from[i + 1];
+        if constexpr (Layout::PARTS > 0) {
+            char* to = tiles.data() + size_t(t / 16) * steps * Layout::PARTS * 1024 + t % 16 * 4;
+            for (int part = 0; tiled && part < Layout::PARTS; part++) Layout::put(row(t), n, to + part * 1024, part);
+        }
     }
     void take_all(Aligned<float>& x) {
         for (size_t t = 0; t < scales.size(); t++) take(int(t), &x[t * n]);
@@ -573,12 +644,10 @@ template <class Dot, class Lanes> struct Runner {
     void outputs(const Linear& linear, int n, Rows<X>& x, f16v* y, int first = 0) const {
         const int K = linear.num_in, rows = T - first;
         const auto* w = (const typename Dot::W*)linear.weight + int64_t(n) * K;
-#if TILES
-        if constexpr (std::is_same<X, bf16>::value) {
-            if (x.tiled) tiled_outputs(w, x.pairs.data(), K, first, T, y);
+        if constexpr (TileLayout<X>::PARTS > 0) {
+            if (x.tiled) tiled_outputs(w, x.tiles.data(), K, first, T, y);
             else sixteen_outputs<Dot>(w, x.row(first), K, x.distance, rows, y);
         } else
-#endif
             sixteen_outputs<Dot>(w, x.row(first), K, x.distance, rows, y);
         if (linear.scale)
             for (int t = 0; t < rows; t++) y[t] *= x.scales[first + t] * load(linear.scale + n);
