@@ -23,7 +23,7 @@ class Delta:
     sources: list[dict] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.calls or self.logprobs or self.sources)
+        return bool(self.text or self.calls or self.logprobs)
 
     def add(self, other: "Delta") -> None:
         self.text += other.text
@@ -47,6 +47,7 @@ class Answer:
         self.ids: list[int] = []
         self.reason: str | None = None
         self.finished: Finished | None = None
+        self.last_source = "plain"
 
     def hear(self, event: Tokens | Finished) -> Delta:
         """What this event adds."""
@@ -55,6 +56,8 @@ class Answer:
             self.finished = event
             if self.reason is None:
                 self.read(self.texts.finish(), delta, last=True)
+                if delta.text:
+                    delta.sources.append({"text": delta.text, "source": self.last_source})
                 self.reason = self.reason or ("tool_calls" if self.whole.calls or delta.calls else event.reason)
         else:
             logprobs: Sequence[Logprob | None] = event.logprobs or [None] * len(event.ids)
@@ -67,6 +70,7 @@ class Answer:
 
     def take(self, token: int, source: str, logprob: Logprob | None, delta: Delta) -> None:
         self.ids.append(token)
+        self.last_source = source
         before = len(delta.text)
         if token not in self.eos_ids:
             self.read(self.texts.push([token]), delta)

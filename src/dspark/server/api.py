@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dspark import __version__
+from dspark.errors import TargetError
 from dspark.server import schemas
 from dspark.server.answers import Answer, Vocabulary, chat_choice, chat_delta, completion_choice, usage
 from dspark.server.asks import Ask, chat_asks, completion_asks
@@ -42,7 +43,11 @@ class Options:
 
 def make_app(engine: Any, options: Options, metrics: Any = None, canary: Any = None) -> FastAPI:
     """An app that answers from `engine` (dspark.engine.request says what that is). `app.state.close(seconds)` refuses new
-    requests and lets those running finish within that time; a `metrics` (server/metrics.py) gets its pages."""
+    requests and lets those running finish within that time; a `metrics` (server/metrics.py) gets its pages.
+
+    Raises `TargetError` for a target without a tokenizer."""
+    if engine.target.tokenizer is None:
+        raise TargetError("this target has no tokenizer, so its answers would have no text", "put tokenizer files into its folder")
     app = FastAPI(title="dspark", version=__version__, docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     server = Server(engine, options, metrics, canary)
     app.state.closing, app.state.close, app.state.retry_seconds = server.closing, server.close, server.retry_seconds
@@ -65,7 +70,7 @@ class Server:
         self.closing = threading.Event()
         self.created = int(time.time())
         self.fingerprint = "dspark_" + hashlib.sha256(json.dumps([__version__, *engine.target.fingerprint()]).encode()).hexdigest()[:10]
-        self.vocabulary = Vocabulary(engine.target.tokenizer) if engine.target.tokenizer is not None else None
+        self.vocabulary = Vocabulary(engine.target.tokenizer)
         self.preparing = threading.Lock()  # tokenizers are not made for several threads
         self.usual_seconds = 1.0  # of recent answers
 
@@ -172,7 +177,7 @@ class Chunks:
         try:
             for index, answer in enumerate(self.exchange.answers):
                 if self.chat:
-                    yield self.chunk(closing(index, {"role": "assistant", "content": ""}))
+                    yield self.chunk(chat_part(index, {"role": "assistant", "content": ""}))
                 elif answer.ask.begin:
                     yield self.chunk({"index": index, "text": answer.ask.begin, "logprobs": None, "finish_reason": None})
             async for heard in self.exchange.deltas():
@@ -181,10 +186,10 @@ class Chunks:
                     continue
                 index, delta = heard
                 answer = self.exchange.answers[index]
-                if delta:
+                if delta or (self.with_sources and delta.sources):
                     yield self.chunk(self.choice(index, answer, delta), delta.sources if self.with_sources else None)
                 if answer.finished is not None:
-                    last = closing(index, {}) if self.chat else {"index": index, "text": "", "logprobs": None}
+                    last = chat_part(index, {}) if self.chat else {"index": index, "text": "", "logprobs": None}
                     yield self.chunk(last | {"finish_reason": answer.reason})
             self.server.learn(self.exchange)
             if self.with_usage:
@@ -194,7 +199,6 @@ class Chunks:
         yield "data: [DONE]\n\n"
 
     def choice(self, index: int, answer: Answer, delta: Any) -> dict:
-        assert self.server.vocabulary is not None
         if self.chat:
             return chat_delta(index, answer, delta, self.server.vocabulary)
         choice = completion_choice(index, answer, delta, self.server.vocabulary, self.offsets[index], last=False)
@@ -210,7 +214,7 @@ class Chunks:
         return sse(chunk)
 
 
-def closing(index: int, delta: dict) -> dict:
+def chat_part(index: int, delta: dict) -> dict:
     """A choice of a chat's chunk that says no text."""
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -218,7 +222,7 @@ def closing(index: int, delta: dict) -> dict:
 # ---- endpoints
 
 SPECULATION = Annotated[Literal["auto", "off"] | None, Header(description="as the field `speculation`, which wins")]
-ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS = {
     400: {"description": "the request has a fault, which `error.message` names"},
     401: {"description": "the API key is missing or wrong"},
     404: {"description": "no such model"},

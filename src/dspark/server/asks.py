@@ -30,7 +30,7 @@ class Ask:
 
 def chat_asks(target: Target, body: ChatRequest, speculate: bool) -> list[Ask]:
     """Raises the `UserError` family and `Refusal`."""
-    if target.tokenizer is None or target.tokenizer.chat_template is None:
+    if target.tokenizer.chat_template is None:
         raise PromptError(f"{target.name or 'this target'} has no chat template, so it cannot chat", "use /v1/completions")
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or () if body.tool_choice != "none"]
     messages: list[dict] = [as_dict(message) for message in body.messages]
@@ -62,8 +62,6 @@ def asks(
     echo: bool = False,
     **reading,
 ) -> list[Ask]:
-    if target.tokenizer is None:
-        raise PromptError("this target has no tokenizer, so its answers have no text", "give the target's folder a tokenizer")
     grammar = grammar_of(body, target, reading.get("syntax"))
     predicted = body.prediction and target.tokenizer(text_of(body.prediction.content), add_special_tokens=False).input_ids
     stop = as_strings(body.stop or ())

@@ -73,8 +73,6 @@ def grammar_of(body: Sampling, target: Target, syntax: Any = None) -> Any | None
         from dspark.engine.grammar import Grammar
     except ImportError as error:
         raise SettingError("this server cannot follow grammars: llguidance is not installed", "pip install 'dspark[serve]'") from error
-    if target.tokenizer is None:
-        raise SettingError("a grammar needs a tokenizer, and this target has none")
     tokenizer, end_ids = target.tokenizer, target.eos_ids
     if forced:
         assert isinstance(body, ChatRequest) and tools

@@ -102,7 +102,7 @@ class JsonSchemaFormat(Fields):
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}\Z")]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class Function(Fields):
@@ -151,7 +151,7 @@ def whole_stops(stop: str | list[str]) -> str | list[str]:
 
 
 Stop = Annotated[str | Annotated[list[str], Field(max_length=MAX_STOPS)], AfterValidator(whole_stops)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}\Z")]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
