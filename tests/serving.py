@@ -1,10 +1,13 @@
 """What server tests serve: a small random target with a tokenizer, and the plainest engine that keeps the contract of
 dspark.engine.request: one request after the other, each by the reference loop."""
 
+import contextlib
 import queue
 import threading
 import time
+from collections.abc import Iterator
 
+import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,6 +15,7 @@ from dspark.drafters import PromptLookup
 from dspark.engine.request import Failed, Finished, Logprob, Request, Tokens
 from dspark.errors import Busy
 from dspark.generation import check_request, stream
+from dspark.server.run import listen, url_of
 from dspark.target.target import Target
 from tiny import tiny_model
 
@@ -42,8 +46,8 @@ def letters_target(template: str | None = TEMPLATE, max_context: int = 512) -> T
     model = tiny_model("llama", vocab_size=size, max_position_embeddings=max_context, eos_token_id=end)
     model.generation_config.eos_token_id = end
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "abcdefghijklmnopqrstuvwxyz.,Ġ"]
-    for row, weights in enumerate(model.get_output_embeddings().weight):
-        weights *= 1.0 if row in letters else 0.1
+    others = [row for row in range(size) if row not in letters]
+    model.get_output_embeddings().weight[others] *= 0.1
     return Target(model, tokenizer, name="letters")
 
 
@@ -52,7 +56,9 @@ class OneAtATime:
 
     def __init__(self, target: Target, max_waiting: int = 8, pause: float = 0.0):
         self.target, self.head, self.max_waiting, self.pause = target, None, max_waiting, pause
-        self.running = self.waiting = self.number = 0
+        self.running: list[int] = []
+        self.waiting: list[int] = []
+        self.number = 0
         self.fail: Exception | None = None
         self.requests: list[Request] = []
         self.cancelled: set[int] = set()
@@ -63,10 +69,10 @@ class OneAtATime:
 
     def submit(self, request: Request, on_event) -> int:
         check_request(self.target, request.prompt_ids, request.max_new_tokens, request.seed or 0, request.stop)
-        if self.closing or self.waiting >= self.max_waiting:
+        if self.closing or len(self.waiting) >= self.max_waiting:
             raise Busy("no place")
         self.number += 1
-        self.waiting += 1
+        self.waiting.append(self.number)
         self.requests.append(request)
         self.work.put((self.number, request, on_event, time.monotonic()))
         return self.number
@@ -84,13 +90,14 @@ class OneAtATime:
     def serve(self) -> None:
         while (item := self.work.get()) is not None:
             number, request, on_event, begin = item
-            self.waiting -= 1
-            self.running = 1
+            self.waiting.remove(number)
+            self.running.append(number)
             try:
-                on_event(self.answer(number, request, on_event, begin))
+                last: Finished | Failed = self.answer(number, request, on_event, begin)
             except Exception as error:
-                on_event(Failed(error))
-            self.running = 0
+                last = Failed(error)
+            self.running.remove(number)
+            on_event(last)
 
     def answer(self, number: int, request: Request, on_event, begin: float) -> Finished:
         if self.fail is not None:
@@ -133,3 +140,46 @@ class OneAtATime:
             Logprob(float(found[k, token]), list(zip(top.indices[k].tolist(), top.values[k].tolist(), strict=True)) if top else [])
             for k, token in enumerate(new)
         ]
+
+
+class Says(OneAtATime):
+    """An engine whose every answer is `text`, in steps of `step` tokens."""
+
+    def __init__(self, target: Target, text: str, step: int = 3, pause: float = 0.0):
+        super().__init__(target, pause=pause)
+        self.ids, self.step = target.tokenizer(text, add_special_tokens=False).input_ids, step
+
+    def answer(self, number: int, request: Request, on_event, begin: float) -> Finished:
+        said = 0
+        for at in range(0, len(self.ids), self.step):
+            if number in self.cancelled:
+                return Finished("cancelled", len(request.prompt_ids), 0, said, said, 0, 0, 0, 0.0, 0.0, 0.0)
+            new = self.ids[at : at + self.step]
+            on_event(Tokens(new, ["accepted"] * (len(new) - 1) + ["bonus"]))
+            said += len(new)
+            time.sleep(self.pause)
+        return Finished("stop", len(request.prompt_ids), 2, said, said, said, said, said, 0.1, 0.2, 0.3)
+
+
+@contextlib.contextmanager
+def running(app) -> Iterator[str]:
+    """The app on a loopback port; its URL."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    give_up = time.monotonic() + 10
+    while not server.started and time.monotonic() < give_up:
+        time.sleep(0.01)
+    try:
+        yield url_of(listener)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def wait_until(true, seconds: float = 5.0) -> bool:
+    give_up = time.monotonic() + seconds
+    while not true() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return bool(true())

@@ -24,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", choices=("auto", "fixed"), default="auto", help="how much to speculate (default auto: what gains most time)"
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-running", type=int, default=16, metavar="N", help="answers decoded together (default 16)")
+    limits.add_argument("--max-running", type=int, default=32, metavar="N", help="answers decoded together (default 32)")
     limits.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="requests in the queue; more are refused, 429 (default 64)"
     )
-    limits.add_argument("--cache-gb", type=float, default=2.0, metavar="GB", help="memory for cached tokens (default 2)")
+    limits.add_argument(
+        "--cache-gb", type=float, default=None, metavar="GB", help="memory for cached tokens (default: half of what is free)"
+    )
     limits.add_argument(
         "--max-request-kb", type=int, default=4096, metavar="KB", help="size of a request; more is refused, 413 (default 4096)"
     )
@@ -61,9 +63,9 @@ def run(options: argparse.Namespace) -> int:
 
     metrics = Metrics(card_of(head.calibration) if head is not None else None)
     engine = Engine(
-        target, head, plan=options.plan, max_running=options.max_running, max_waiting=options.max_waiting,
-        cache_gigabytes=options.cache_gb, on_step=metrics.on_step,
-    )  # fmt: skip
+        target, head, max_running=options.max_running, max_waiting=options.max_waiting,
+        cache_bytes=None if options.cache_gb is None else int(options.cache_gb * 1e9), plan=options.plan, say=say, on_step=metrics.on_step,
+    ).start()  # fmt: skip
     canary = Canary(engine, options.canary, metrics.on_canary, options.canary_dir)
     settings = Options(
         model=options.name or model_name(options.target), api_key=options.api_key or os.environ.get(KEY) or None,
@@ -84,7 +86,7 @@ def check(options: argparse.Namespace) -> None:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", f"give at least {least}")
     for name in ("cache_gb", "request_seconds", "drain_seconds"):
         value = getattr(options, name)
-        if not (0 < value < float("inf") or (name == "drain_seconds" and value == 0)):
+        if value is not None and not (0 < value < float("inf") or (name == "drain_seconds" and value == 0)):
             raise SettingError(f"--{name.replace('_', '-')} is {value:g}", "give a number above 0")
 
 

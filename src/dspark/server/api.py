@@ -81,7 +81,7 @@ class Server:
 
     def retry_seconds(self) -> float:
         """When a place may be free, roughly."""
-        return min(60.0, self.usual_seconds * (1 + self.engine.waiting) / max(1, self.engine.running))
+        return min(60.0, self.usual_seconds * (1 + len(self.engine.waiting)) / max(1, len(self.engine.running)))
 
     @property
     def model(self) -> dict:
@@ -284,7 +284,7 @@ def add_endpoints(app: FastAPI, server: Server) -> None:
         closing = server.closing.is_set()
         state = {
             "status": "closing" if closing else "ok", "model": server.options.model,
-            "running": server.engine.running, "waiting": server.engine.waiting,
+            "running": len(server.engine.running), "waiting": len(server.engine.waiting),
         }  # fmt: skip
         return JSONResponse(state, 503 if closing else 200)
 

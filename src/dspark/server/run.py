@@ -48,7 +48,8 @@ def serve(app: FastAPI, listener: socket.socket, drain_seconds: float, on_ready:
     signal ends at once (KeyboardInterrupt). `on_ready` hears the URL once it answers. To be called from the main thread."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=int(LAST_WORDS_SECONDS))
     server = uvicorn.Server(config)
-    url, failures = url_of(listener), list[BaseException]()
+    (host, port, *_), url = listener.getsockname(), url_of(listener)
+    failures: list[BaseException] = []
 
     def work() -> None:
         try:
@@ -72,7 +73,7 @@ def serve(app: FastAPI, listener: socket.socket, drain_seconds: float, on_ready:
         thread.join(2 * LAST_WORDS_SECONDS)
     if failures:
         error = failures[0]
-        raise refused(*listener.getsockname()[:2], error) if isinstance(error, OSError) else error
+        raise refused(host, port, error) if isinstance(error, OSError) else error
 
 
 @contextlib.contextmanager
