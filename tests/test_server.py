@@ -1,12 +1,11 @@
 """The server over a small random target: OpenAI's clients get what the target says, and every fault is named in their shape."""
 
 import json
+import os
 import signal
 import socket
-import subprocess
 import sys
-import time
-from pathlib import Path
+import threading
 
 import httpx
 import openai
@@ -14,13 +13,14 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from dspark.cli.main import main
 from dspark.core.sampling import Law
 from dspark.errors import LogitsError, SettingError, TargetError
 from dspark.generation import generate
 from dspark.server.answers import Vocabulary
 from dspark.server.api import Options, make_app
 from dspark.server.law import Bias, Penalties
-from dspark.server.run import listen
+from dspark.server.run import listen, serve
 from dspark.target.target import Target
 from serving import OneAtATime, Says, letters_target, running, wait_until
 from tiny import tiny_model
@@ -193,7 +193,14 @@ def test_what_clients_send_along_is_taken(client, target):
         {"role": "assistant", "content": "ho", "refusal": None},
         {"role": "user", "content": "hi"},
     ]
-    extras = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True, "modalities": ["text"]}
+    extras = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+        "modalities": ["text"],
+    }
     answer = chat(client, messages=messages, max_tokens=None, max_completion_tokens=4, temperature=0, **extras)
     plain = [{"role": "system", "content": "be brief"}, CHAT[0], {"role": "assistant", "content": "ho"}, CHAT[0]]
     assert answer.choices[0].message.content == generate(target, None, target.prompt_ids(plain), 4, drafter="none").text
@@ -214,7 +221,7 @@ def test_speculation_by_field_and_header(client, engine):
     ]:
         chat(client, max_tokens=1, **settings)
         assert engine.requests[-1].speculate is speculates
-    with pytest.raises(openai.BadRequestError, match="X-Dspark-Speculation|x-dspark-speculation"):
+    with pytest.raises(openai.BadRequestError, match="x-dspark-speculation: "):
         chat(client, extra_headers={"X-Dspark-Speculation": "maybe"})
 
 
@@ -282,11 +289,19 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
         ({"messages": [{"role": "king", "content": "hi"}]}, "messages.0.role", "'user'"),
         ({"messages": [{"role": "user"}]}, "messages.0", "needs content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content", "image_url"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content",
+            "image_url",
+        ),
         ({"messages": [{"role": "user", "content": "a\ud800"}]}, None, "surrogate"),
         ({"messages": [{"role": "tool", "content": "5"}]}, "messages.0", "tool_call_id"),
-        ({"messages": [{"role": "user", "content": "a" * 600}]}, "messages", "602 tokens plus 4 for the answer; the model's context is 512"),
-        ({"max_tokens": 600}, "messages", "3 tokens plus 600 for the answer; the model's context is 512"),
+        (
+            {"messages": [{"role": "user", "content": "a" * 600}]},
+            "messages",
+            "602 tokens plus 4 for the answer; the model's context is 512",
+        ),
+        ({"max_tokens": 600}, "messages", "4 tokens plus 600 for the answer; the model's context is 512"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": "5"}, "max_tokens", "integer"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, None, "differ"),
@@ -361,6 +376,7 @@ def test_a_body_that_is_no_json_object_is_refused(http, content, kind, says):
 
 
 def test_nesting_that_only_a_later_step_cannot_take_is_refused(http):
+    pytest.importorskip("dspark.server.tools")
     schema = '{"type": "object", "properties": {"a": ' * 400 + "{}" + "}}" * 400
     body = f'{{"messages": {json.dumps(CHAT)}, "max_tokens": 4, "tools": [{{"type": "function", "function": {{"name": "f", "parameters": {schema}}}}}]}}'
     assert http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}).status_code in (200, 400)
@@ -375,7 +391,10 @@ def test_unknown_paths_and_methods_have_the_same_shape(http):
 def test_a_request_that_is_too_large_is_refused(http):
     huge = {"messages": [{"role": "user", "content": "a" * 30_000}]}
     chunks = (piece for piece in [json.dumps(huge).encode()])  # says no size beforehand
-    for answer in (http.post("/v1/chat/completions", json=huge), http.post("/v1/chat/completions", content=chunks, headers={"Content-Type": "application/json"})):
+    for answer in (
+        http.post("/v1/chat/completions", json=huge),
+        http.post("/v1/chat/completions", content=chunks, headers={"Content-Type": "application/json"}),
+    ):
         assert answer.status_code == 413 and "20000 bytes" in answer.json()["error"]["message"]
 
 
@@ -383,7 +402,9 @@ def test_an_api_key_is_asked_for(engine):
     http = TestClient(make_app(engine, Options("letters", api_key="sesame")))
     for headers, says in (({}, "Authorization: Bearer"), ({"Authorization": "Bearer sésame".encode("latin-1")}, "not the server's")):
         answer = http.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 1}, headers=headers)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key") and says in answer.json()["error"]["message"]
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key") and says in answer.json()["error"][
+            "message"
+        ]
     assert http.get("/v1/models").status_code == 401 and http.get("/health").status_code == 200
     assert http.get("/v1/models", headers={"Authorization": "Bearer sesame"}).status_code == 200
     assert http.get("/openapi.json").json()["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
@@ -468,44 +489,39 @@ def test_a_client_that_goes_cancels_its_answers(target, stream):
         assert wait_until(lambda: not engine.running and not engine.waiting, 3)
 
 
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from dspark.server.api import Options, make_app
-from dspark.server.run import listen, serve
-from serving import OneAtATime, letters_target
-app = make_app(OneAtATime(letters_target(), pause=0.05), Options("letters"))
-say = lambda text: print(text, file=sys.stderr, flush=True)
-serve(app, listen("127.0.0.1", 0), float(sys.argv[1]), lambda url: print(url, flush=True), say)
-"""
-
-
 @pytest.mark.parametrize(("drain", "number"), [(20.0, signal.SIGTERM), (0.0, signal.SIGINT)])
-def test_a_signal_lets_answers_finish_within_the_time_given(drain, number):
-    paths = f"{Path(__file__).parent}:{Path(sys.modules['dspark'].__file__).parents[1]}"
-    command = [sys.executable, "-c", SCRIPT, str(drain)]
-    env = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
-        try:
-            url = process.stdout.readline().strip()
-            body = {"messages": CHAT, "max_tokens": 30, "temperature": 0, "stream": True, "speculation": "off"}
-            with httpx.Client(base_url=url, timeout=20) as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
-                lines = answer.iter_lines()
-                assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
-                process.send_signal(number)
-                if drain:
-                    wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
-                    assert httpx.get(f"{url}/health").json()["status"] == "closing"
-                    refused = httpx.post(f"{url}/v1/chat/completions", json=body)
-                    assert refused.status_code == 503 and refused.json()["error"]["code"] == "closing"
-                rest = [line for line in lines if line]
-            assert rest[-1] == "data: [DONE]"
-            last = json.loads(rest[-2].removeprefix("data: "))
-            assert last["choices"][0]["finish_reason"] == "length" if drain else last["error"]["code"] == "closing"
-            assert process.wait(15) == 0
-            assert "closing: answers that run have" in process.stderr.read()
-        finally:
-            process.kill()
+def test_a_signal_lets_answers_finish_within_the_time_given(target, drain, number):
+    app, found = make_app(OneAtATime(target, pause=0.05), Options("letters")), {}
+
+    def be_client(url: str) -> None:
+        body = {"messages": CHAT, "max_tokens": 30, "temperature": 0, "stream": True, "speculation": "off"}
+        with httpx.Client(base_url=url, timeout=20) as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            found["first"] = json.loads(next(lines).removeprefix("data: "))
+            os.kill(os.getpid(), number)
+            if drain:
+                wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+                found["health"] = httpx.get(f"{url}/health").json()["status"]
+                found["refused"] = httpx.post(f"{url}/v1/chat/completions", json=body)
+            found["rest"] = [line for line in lines if line]
+
+    client: list[threading.Thread] = []
+
+    def start_client(url: str) -> None:
+        client.append(threading.Thread(target=be_client, args=(url,)))
+        client[0].start()
+
+    said: list[str] = []
+    serve(app, listen("127.0.0.1", 0), drain, start_client, said.append)
+    client[0].join(10)
+    assert found["first"]["choices"][0]["delta"]["role"] == "assistant"
+    assert found["rest"][-1] == "data: [DONE]" and "closing: answers that run have" in said[0]
+    last = json.loads(found["rest"][-2].removeprefix("data: "))
+    if drain:
+        assert last["choices"][0]["finish_reason"] == "length" and found["health"] == "closing"
+        assert found["refused"].status_code == 503 and found["refused"].json()["error"]["code"] == "closing"
+    else:
+        assert last["error"]["code"] == "closing"
 
 
 def test_a_port_in_use_is_said():
@@ -513,32 +529,29 @@ def test_a_port_in_use_is_said():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(SettingError, match=f"port {port} on 127.0.0.1 is in use"):
+        with pytest.raises(SettingError, match=f"port {port} on .* is in use"):
             listen("127.0.0.1", port)
-    with pytest.raises(SettingError, match="cannot listen on no.such.host.invalid"):
-        listen("no.such.host.invalid", 8000)
+    with pytest.raises(SettingError, match="cannot listen on nowhere"):
+        listen("nowhere.invalid", 8000)
     with pytest.raises(SettingError, match="--port is 70000"):
         listen("127.0.0.1", 70000)
 
 
-def serve_verb(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess:
-    code = f"{prelude}\nimport sys\nfrom dspark.cli.main import main\nsys.exit(main({['serve', *arguments]!r}))"
-    env = {"PYTHONPATH": str(Path(sys.modules["dspark"].__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=False)
+def test_the_verb_says_what_is_wrong_before_it_loads_anything(capsys, monkeypatch):
+    def fails(*arguments: str) -> str:
+        assert main(["serve", *arguments]) == 2
+        return capsys.readouterr().err
 
-
-def test_the_verb_says_what_is_wrong_before_it_loads_anything():
-    begin = time.monotonic()
-    done = serve_verb(prelude="import sys; sys.modules['uvicorn'] = None")
-    assert done.returncode == 2 and "pip install 'dspark[serve]'" in done.stderr and done.stderr.startswith("error: the server needs uvicorn")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        done = serve_verb("--port", str(other.getsockname()[1]))
-    assert done.returncode == 2 and "is in use" in done.stderr and "--port" in done.stderr and "Traceback" not in done.stderr
-    done = serve_verb("--max-running", "0")
-    assert done.returncode == 2 and "--max-running is 0" in done.stderr
-    assert time.monotonic() - begin < 30
+        said = fails("--port", str(other.getsockname()[1]))
+        assert said.startswith("error: port ") and "is in use\nhint: " in said
+    assert "--max-running is 0" in fails("--max-running", "0")
+    assert "--cache-gb is -1" in fails("--cache-gb", "-1")
+    monkeypatch.delitem(sys.modules, "dspark.server.run")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "error: the server needs uvicorn" in (said := fails()) and "pip install 'dspark[serve]'" in said
 
 
 # ---- tool calls and grammars, once their modules are there
@@ -576,7 +589,12 @@ def test_tools_that_are_not_to_be_called_are_not_shown(target):
 
 def test_an_answer_follows_its_grammar(client, target):
     pytest.importorskip("dspark.engine.grammar")
-    schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
     for stream in (False, True):
         answer = chat(client, response_format=form, max_tokens=60, seed=1, stream=stream)

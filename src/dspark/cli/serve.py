@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     check(options)
     try:
-        from dspark.server.api import Options, make_app
         from dspark.server.run import listen, serve
     except ImportError as error:
         raise SettingError(f"the server needs {error.name}, which is not installed", "pip install 'dspark[serve]'") from error
@@ -58,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     head = open_head(options, target)
     from dspark.engine.engine import Engine
+    from dspark.server.api import Options, make_app
     from dspark.server.canary import Canary
     from dspark.server.metrics import Metrics, card_of
 

@@ -1,13 +1,14 @@
 """The app: OpenAI's endpoints over an engine."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import secrets
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -102,11 +103,20 @@ class Server:
                 asks: list[Ask] = prepare(target, body, speculate)
             return [Answer(ask, target.tokenizer, target.eos_ids) for ask in asks]
 
-        exchange = Exchange(self.engine, await run_in_threadpool(answers), self.options.request_seconds, self.metrics, self.canary)
-        if self.closing.is_set():
-            raise busy(closing=True)
-        exchange.submit()
+        with self.told():
+            exchange = Exchange(self.engine, await run_in_threadpool(answers), self.options.request_seconds, self.metrics, self.canary)
+            if self.closing.is_set():
+                raise busy(closing=True)
+            exchange.submit()
         return exchange
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Every error as what the client is told. (One that reached Starlette's own handler would cost the connection.)"""
+        try:
+            yield
+        except Exception as error:
+            raise refusal(error, self.closing.is_set(), self.retry_seconds()) from error
 
     def head(self, kind: str, prefix: str) -> dict:
         """How every answer and chunk begins."""
@@ -123,7 +133,8 @@ class Server:
             await asyncio.wait((hearing, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not hearing.done():
                 raise Refusal(499, "the client is gone")
-            hearing.result()
+            with self.told():
+                hearing.result()
         finally:
             exchange.cancel()
             hearing.cancel()

@@ -61,8 +61,8 @@ def refusal(error: BaseException, closing: bool = False, retry_seconds: float = 
 
 
 def of_validation(errors: Sequence[dict]) -> Refusal:
-    """The error that went deepest: of the members of a union, the one that was meant."""
-    error = max(errors, key=lambda error: len(error["loc"]))
+    """The error that went deepest, and not for its type if another is as deep: of the members of a union, the one that was meant."""
+    error = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     kind, message, loc = error["type"], error["msg"], error["loc"]
     if kind == "json_invalid":
         return Refusal(400, f"the body is not JSON ({error['ctx']['error']} at character {loc[-1] + 1})")
