@@ -10,8 +10,11 @@ import threading
 import httpx
 import openai
 import pytest
+import schemathesis
 import torch
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import CHECKS
 
 from dspark.cli.main import main
 from dspark.core.sampling import Law
@@ -26,6 +29,7 @@ from serving import OneAtATime, Says, letters_target, running, wait_until
 from tiny import tiny_model
 
 CHAT = [{"role": "user", "content": "hi"}]
+LONG = {"messages": CHAT, "max_tokens": 400, "temperature": 0, "speculation": "off"}  # one token a round
 TEXT = "Er sagte: „Grüße, 世界!“ und ging 👋 dann – END. fort"
 
 
@@ -213,13 +217,13 @@ def test_without_a_limit_the_answer_may_fill_the_context(client, target):
 
 def test_speculation_by_field_and_header(client, engine):
     header = {"X-Dspark-Speculation": "off"}
-    for settings, speculates in [
+    for given_so, speculates in [
         ({}, True),
         ({"extra_headers": header}, False),
         ({"extra_body": {"speculation": "off"}}, False),
         ({"extra_body": {"speculation": "auto"}, "extra_headers": header}, True),
     ]:
-        chat(client, max_tokens=1, **settings)
+        chat(client, max_tokens=1, **given_so)
         assert engine.requests[-1].speculate is speculates
     with pytest.raises(openai.BadRequestError, match="x-dspark-speculation: "):
         chat(client, extra_headers={"X-Dspark-Speculation": "maybe"})
@@ -413,30 +417,30 @@ def test_an_api_key_is_asked_for(engine):
 def test_a_full_queue_says_when_to_try_again(target):
     engine = OneAtATime(target, max_waiting=1, pause=0.05)
     with running(make_app(engine, Options("letters"))) as url, httpx.Client(base_url=url, timeout=20) as http:
-        body = {"messages": CHAT, "max_tokens": 60, "stream": True}
+        body = LONG | {"stream": True}
         with http.stream("POST", "/v1/chat/completions", json=body), http.stream("POST", "/v1/chat/completions", json=body):
             answer = http.post("/v1/chat/completions", json=body)
             assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
             assert answer.json()["error"]["type"] == "rate_limit_error"
             assert http.get("/health").json() == {"status": "ok", "model": "letters", "running": 1, "waiting": 1}
             # of three answers one finds a place, and is given back
-            assert http.post("/v1/chat/completions", json={"messages": CHAT, "n": 3}).status_code == 429
+            assert http.post("/v1/chat/completions", json=LONG | {"n": 3}).status_code == 429
         assert wait_until(lambda: not engine.running and not engine.waiting)
 
 
 def test_answers_that_find_no_place_take_their_siblings_along(target):
     engine = OneAtATime(target, max_waiting=2, pause=0.05)
     http = TestClient(make_app(engine, Options("letters")))
-    assert http.post("/v1/chat/completions", json={"messages": CHAT, "n": 8, "max_tokens": 100}).status_code == 429
+    assert http.post("/v1/chat/completions", json=LONG | {"n": 8}).status_code == 429
     assert len(engine.cancelled) == engine.number > 0
 
 
 def test_an_answer_that_takes_too_long_is_ended(target):
     engine = OneAtATime(target, pause=0.05)
     http = TestClient(make_app(engine, Options("letters", request_seconds=0.3)))
-    answer = http.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 200})
+    answer = http.post("/v1/chat/completions", json=LONG)
     assert answer.status_code == 504 and "0.3 seconds" in answer.json()["error"]["message"]
-    events = http.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 200, "stream": True}).text.split("\n\n")
+    events = http.post("/v1/chat/completions", json=LONG | {"stream": True}).text.split("\n\n")
     assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "timeout" and events[-2] == "data: [DONE]"
     assert engine.cancelled == {1, 2}
 
@@ -477,7 +481,7 @@ def test_a_template_that_refuses_the_roles_is_the_clients_fault():
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_cancels_its_answers(target, stream):
     engine = OneAtATime(target, pause=0.03)
-    body = {"messages": CHAT, "max_tokens": 400, "n": 2, "stream": stream}
+    body = LONG | {"n": 2, "stream": stream}
     with running(make_app(engine, Options("letters"))) as url:
         with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=url, timeout=0.3) as http:
             if stream:
@@ -494,7 +498,7 @@ def test_a_signal_lets_answers_finish_within_the_time_given(target, drain, numbe
     app, found = make_app(OneAtATime(target, pause=0.05), Options("letters")), {}
 
     def be_client(url: str) -> None:
-        body = {"messages": CHAT, "max_tokens": 30, "temperature": 0, "stream": True, "speculation": "off"}
+        body = LONG | {"max_tokens": 30, "stream": True}
         with httpx.Client(base_url=url, timeout=20) as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
             lines = answer.iter_lines()
             found["first"] = json.loads(next(lines).removeprefix("data: "))
@@ -556,14 +560,21 @@ def test_the_verb_says_what_is_wrong_before_it_loads_anything(capsys, monkeypatc
 
 # ---- tool calls and grammars, once their modules are there
 
+
+@pytest.fixture(scope="module")
+def roomy() -> Target:
+    """With place for descriptions of tools, a token a byte."""
+    return letters_target(max_context=2048)
+
+
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 
 
 @pytest.mark.parametrize("step", [1, 4, 50])
 @pytest.mark.parametrize("parallel", [True, False])
-def test_tool_calls_are_found_whatever_the_steps(target, step, parallel):
+def test_tool_calls_are_found_whatever_the_steps(roomy, step, parallel):
     pytest.importorskip("dspark.server.tools")
-    engine = Says(target, f"Let me see. {CALL}\n{CALL}", step)
+    engine = Says(roomy, f"Let me see. {CALL}\n{CALL}", step)
     body = {"messages": CHAT, "max_tokens": 99, "tools": [WEATHER], "parallel_tool_calls": parallel, "tool_choice": "auto"}
     with running(make_app(engine, Options("letters"))) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
@@ -576,7 +587,7 @@ def test_tool_calls_are_found_whatever_the_steps(target, step, parallel):
     assert text_of(chunks) == "Let me see." and chunks[-1].choices[0].finish_reason == "tool_calls"
     streamed = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     assert [call.index for call in streamed] == list(range(len(calls)))
-    assert "weather" in target.tokenizer.decode(engine.requests[-1].prompt_ids)
+    assert "weather" in roomy.tokenizer.decode(engine.requests[-1].prompt_ids)
 
 
 def test_tools_that_are_not_to_be_called_are_not_shown(target):
@@ -587,8 +598,10 @@ def test_tools_that_are_not_to_be_called_are_not_shown(target):
     assert engine.requests[-1].prompt_ids == target.prompt_ids(CHAT)
 
 
-def test_an_answer_follows_its_grammar(client, target):
+def test_an_answer_follows_its_grammar(roomy):
     pytest.importorskip("dspark.engine.grammar")
+    http = TestClient(make_app(OneAtATime(roomy), Options("letters")))
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
     schema = {
         "type": "object",
         "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0}},
@@ -601,7 +614,14 @@ def test_an_answer_follows_its_grammar(client, target):
         assert isinstance(json.loads(text_of(answer) if stream else answer.choices[0].message.content)["a"], int)
     assert chat(client, extra_body={"guided_regex": "(ab){3}"}).choices[0].message.content == "ababab"
     assert chat(client, extra_body={"guided_grammar": 'start: "x" /[0-9]{2}/'}).choices[0].message.content[0] == "x"
-    answer = chat(client, tools=[WEATHER], tool_choice="required", max_tokens=200, n=2, logit_bias={"125": 5})
+    now = {
+        "type": "function",
+        "function": {"name": "now", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+    }
+    for choice in ("required", {"type": "function", "function": {"name": "now"}}):
+        answer = chat(client, tools=[now], tool_choice=choice, max_tokens=90, parallel_tool_calls=False).choices[0]
+        assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+        assert [(call.function.name, json.loads(call.function.arguments)) for call in answer.message.tool_calls] == [("now", {})]
     with pytest.raises(openai.BadRequestError):
         chat(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}})
 
@@ -633,24 +653,29 @@ def test_the_document_names_every_field_and_status(http):
 
 
 def fuzz(engine, examples: int) -> None:
-    import schemathesis
-    from hypothesis import HealthCheck, settings
-    from schemathesis.checks import CHECKS
-
+    """Random requests that fit the document, and such that do not: no answer may be one that the document does not name."""
     schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(engine, Options("letters", max_request_bytes=20_000)))
-    # A request may fit the schema and still not make sense as a whole (a limit beyond the context, an unknown model).
-    left_out = [CHECKS.get_one(name) for name in ("positive_data_acceptance",)]
+    # A request may fit the document and still not make sense as a whole: a limit beyond the context, an unknown model.
+    left_out = CHECKS.get_by_names(["positive_data_acceptance"])
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        # what takes no body cannot be asked wrongly
+        for mode in schemathesis.GenerationMode if operation.method == "post" else [schemathesis.GenerationMode.POSITIVE]:
 
-    @schema.parametrize()
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    def one(case):
-        if isinstance(case.body, dict):  # answers that take long are not what is tested
-            case.body = case.body | {"max_tokens": 3} if isinstance(case.body.get("max_tokens"), int) else case.body
-        case.call_and_validate(excluded_checks=left_out)
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+            def check(case):
+                if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
+                    case.body["max_tokens"] = min(case.body["max_tokens"], 3)  # long answers are not what is tested
+                case.call_and_validate(excluded_checks=left_out)
 
-    for operation in schema.get_all_operations():
-        print(operation)
+            check()
 
 
 def test_the_app_keeps_its_document(engine):
-    fuzz(engine, 10)
+    fuzz(engine, 8)
+
+
+@pytest.mark.slow
+def test_the_app_keeps_its_document_under_many_requests(engine):
+    fuzz(engine, 400)
