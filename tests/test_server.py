@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import openai
@@ -25,6 +27,7 @@ from dspark.server.api import Options, make_app
 from dspark.server.law import Bias, Penalties
 from dspark.server.run import listen, serve
 from dspark.target.target import Target
+from saved import save_tiny_target
 from serving import OneAtATime, Says, letters_target, running, wait_until
 from tiny import tiny_model
 
@@ -558,6 +561,37 @@ def test_the_verb_says_what_is_wrong_before_it_loads_anything(capsys, monkeypatc
     assert "error: the server needs uvicorn" in (said := fails()) and "pip install 'dspark[serve]'" in said
 
 
+def test_the_verb_serves_a_folder(tmp_path, capfd, monkeypatch):
+    pytest.importorskip("dspark.engine.engine")
+    pytest.importorskip("dspark.server.metrics")
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+    folder, found = save_tiny_target(tmp_path / "tiny", max_position_embeddings=512), {}
+
+    def be_client() -> None:
+        said, give_up = "", time.monotonic() + 60
+        while "curl " not in said and time.monotonic() < give_up:
+            time.sleep(0.05)
+            said += capfd.readouterr().out
+        if "curl " in said:
+            try:
+                ask(said)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def ask(said: str) -> None:
+        url = said.split("curl ")[1].split("/v1/", maxsplit=1)[0]
+        found["model"] = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer sesame"}).json()["data"][0]["id"]
+        command = said[said.index("curl ") :].replace("$DSPARK_API_KEY", "sesame")
+        found["answer"] = json.loads(subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=True).stdout)
+
+    client = threading.Thread(target=be_client, daemon=True)
+    client.start()
+    monkeypatch.setenv("DSPARK_API_KEY", "sesame")
+    assert main(["serve", str(folder), "--head", "none", "--port", "0", "--dtype", "float32", "--cache-gb", "0.1", "--canary", "1"]) == 0
+    client.join(10)
+    assert found["model"] == "tiny" and found["answer"]["usage"]["completion_tokens"] >= 1
+
+
 # ---- tool calls and grammars, once their modules are there
 
 
@@ -654,7 +688,7 @@ def test_the_document_names_every_field_and_status(http):
 
 def fuzz(engine, examples: int) -> None:
     """Random requests that fit the document, and such that do not: no answer may be one that the document does not name."""
-    schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(engine, Options("letters", max_request_bytes=20_000)))
+    schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(engine, Options("letters")))
     # A request may fit the document and still not make sense as a whole: a limit beyond the context, an unknown model.
     left_out = CHECKS.get_by_names(["positive_data_acceptance"])
     for found in schema.get_all_operations():
