@@ -143,21 +143,21 @@ class OneAtATime:
 
 
 class Says(OneAtATime):
-    """An engine whose every answer is `text`, in steps of `step` tokens."""
+    """An engine whose answers are the `texts` in turn, the last one from then on, in steps of `step` tokens."""
 
-    def __init__(self, target: Target, text: str, step: int = 3, pause: float = 0.0):
-        super().__init__(target, pause=pause)
-        self.ids, self.step = target.tokenizer(text, add_special_tokens=False).input_ids, step
+    def __init__(self, target: Target, *texts: str, step: int = 3):
+        super().__init__(target)
+        self.texts, self.step = list(texts), step
 
     def answer(self, number: int, request: Request, on_event, begin: float) -> Finished:
-        said = 0
-        for at in range(0, len(self.ids), self.step):
+        text = self.texts.pop(0) if len(self.texts) > 1 else self.texts[0]
+        ids, said = self.target.tokenizer(text, add_special_tokens=False).input_ids, 0
+        for at in range(0, len(ids), self.step):
             if number in self.cancelled:
                 return Finished("cancelled", len(request.prompt_ids), 0, said, said, 0, 0, 0, 0.0, 0.0, 0.0)
-            new = self.ids[at : at + self.step]
+            new = ids[at : at + self.step]
             on_event(Tokens(new, ["accepted"] * (len(new) - 1) + ["bonus"]))
             said += len(new)
-            time.sleep(self.pause)
         return Finished("stop", len(request.prompt_ids), 2, said, said, said, said, said, 0.1, 0.2, 0.3)
 
 

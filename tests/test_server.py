@@ -16,6 +16,9 @@ import schemathesis
 import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
 from schemathesis.checks import CHECKS
 
 from dspark.cli.main import main
@@ -173,7 +176,7 @@ def test_completions_echo_and_logprobs(client, target):
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
 @pytest.mark.parametrize("stop", [["END."], ["– E", "fort"], ["界!“"], [" 👋"]])
 def test_stop_strings_are_cut_wherever_steps_end(target, step, stop):
-    app = TestClient(make_app(Says(target, TEXT, step), Options("letters")))
+    app = TestClient(make_app(Says(target, TEXT, step=step), Options("letters")))
     body = {"messages": CHAT, "stop": stop}
     choice = app.post("/v1/chat/completions", json=body).json()["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (TEXT[: TEXT.index(stop[0])], "stop")
@@ -608,7 +611,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool
 @pytest.mark.parametrize("parallel", [True, False])
 def test_tool_calls_are_found_whatever_the_steps(roomy, step, parallel):
     pytest.importorskip("dspark.server.tools")
-    engine = Says(roomy, f"Let me see. {CALL}\n{CALL}", step)
+    engine = Says(roomy, f"Let me see. {CALL}\n{CALL}", step=step)
     body = {"messages": CHAT, "max_tokens": 99, "tools": [WEATHER], "parallel_tool_calls": parallel, "tool_choice": "auto"}
     with running(make_app(engine, Options("letters"))) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
@@ -622,6 +625,26 @@ def test_tool_calls_are_found_whatever_the_steps(roomy, step, parallel):
     streamed = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     assert [call.index for call in streamed] == list(range(len(calls)))
     assert "weather" in roomy.tokenizer.decode(engine.requests[-1].prompt_ids)
+
+
+def test_an_agent_calls_a_tool_and_goes_on(roomy):
+    pytest.importorskip("dspark.server.tools")
+    engine = Says(roomy, CALL, "Sunny in Köln.")
+    with running(make_app(engine, Options("letters"))) as url:
+        provider = OpenAIProvider(openai_client=openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20))
+        agent = Agent(OpenAIChatModel("letters", provider=provider), system_prompt="be brief")
+        asked = []
+
+        @agent.tool_plain
+        def weather(city: str) -> str:
+            """The weather of a city."""
+            asked.append(city)
+            return "sunny"
+
+        assert agent.run_sync("And the weather?").output == "Sunny in Köln."
+    assert asked == ["Köln"]
+    first, second = (roomy.tokenizer.decode(request.prompt_ids) for request in engine.requests)
+    assert "The weather of a city." in first and "sunny" in second and second.count("weather") > first.count("weather")
 
 
 def test_tools_that_are_not_to_be_called_are_not_shown(target):

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-running", type=int, default=32, metavar="N", help="answers decoded together (default 32)")
     limits.add_argument(
-        "--max-waiting", type=int, default=64, metavar="N", help="requests in the queue; more are refused, 429 (default 64)"
+        "--max-waiting", type=int, default=256, metavar="N", help="requests in the queue; more are refused, 429 (default 256)"
     )
     limits.add_argument(
         "--cache-gb", type=float, default=None, metavar="GB", help="memory for cached tokens (default: half of what is free)"

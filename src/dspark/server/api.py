@@ -330,8 +330,10 @@ class Gate:
     def refuse(self, path: str, headers: Headers) -> Refusal | None:
         options = self.server.options
         if path.startswith("/v1/"):
-            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if options.api_key and not secrets.compare_digest(given.encode(), options.api_key.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            given = given.strip() if scheme.lower() == "bearer" else ""
+            # headers are bytes that were read as latin-1
+            if options.api_key and not secrets.compare_digest(given.encode("latin-1"), options.api_key.encode()):
                 message = "send the server's API key: Authorization: Bearer KEY" if not given else "this is not the server's API key"
                 return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
             if self.server.closing.is_set():

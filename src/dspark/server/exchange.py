@@ -64,7 +64,8 @@ class Exchange:
         while running:
             left = self.deadline - self.loop.time()
             try:
-                index, event = await asyncio.wait_for(self.heard.get(), min(max(left, 0), QUIET_SECONDS))
+                async with asyncio.timeout(min(max(left, 0), QUIET_SECONDS)):
+                    index, event = await self.heard.get()
             except TimeoutError:
                 if left <= QUIET_SECONDS:
                     self.cancel()

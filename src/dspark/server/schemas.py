@@ -3,9 +3,9 @@
 A field that is not here is refused, and so is a value that could not take effect. Fields marked "ignored" do not change the
 answer in OpenAI's API either. null means: not given."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 64  # prompts times n of one HTTP request
@@ -204,7 +204,9 @@ def has_surrogate(value: Any) -> bool:
     while rest:
         value = rest.pop()
         if isinstance(value, str):
-            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
                 return True
         elif isinstance(value, dict):
             rest += value.keys()
@@ -215,7 +217,7 @@ def has_surrogate(value: Any) -> bool:
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
     max_completion_tokens: Annotated[int | None, Field(ge=1, description="as max_tokens")] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -264,10 +266,14 @@ class ChatRequest(Sampling):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+Item = TypeVar("Item")
+# one error is enough: a list of token ids is no list of texts in each of its items
+Several = Annotated[list[Item], Field(min_length=1), FailFast()]
+
+
 class CompletionRequest(Sampling):
     prompt: Annotated[
-        str | Annotated[list[str], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)],
+        str | Several[str] | Several[int] | Several[Several[int]],
         Field(description="a text, several, or token ids; no chat template is applied"),
     ]  # fmt: skip
     logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
