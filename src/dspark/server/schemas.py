@@ -5,7 +5,7 @@ answer in OpenAI's API either. null means: not given."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 64  # prompts times n of one HTTP request
@@ -217,7 +217,7 @@ def has_surrogate(value: Any) -> bool:
 
 
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1, description="as max_tokens")] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -268,7 +268,7 @@ class ChatRequest(Sampling):
 
 Item = TypeVar("Item")
 # one error is enough: a list of token ids is no list of texts in each of its items
-Several = Annotated[list[Item], Field(min_length=1), FailFast()]
+Several = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Sampling):
