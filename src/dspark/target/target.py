@@ -213,8 +213,8 @@ class Target:
         self.rollback(forked, state.num_tokens - num_tokens)
         return forked
 
-    def prompt_ids(self, messages: str | list[dict], raw: bool = False) -> list[int]:
-        """Token ids of one user turn, or of a chat, with the generation prompt; `raw` skips the template."""
+    def prompt_ids(self, messages: str | list[dict], raw: bool = False, tools: list[dict] | None = None) -> list[int]:
+        """Token ids of one user turn, or of a chat, with the generation prompt; `raw` skips the template, which gets the `tools`."""
         if self.tokenizer is None:
             raise PromptError("this target has no tokenizer", "pass token ids instead of text")
         plain = raw or self.tokenizer.chat_template is None
@@ -224,7 +224,7 @@ class Target:
         try:
             if plain:
                 return self.tokenizer(messages).input_ids
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True)
             return self.tokenizer(text, add_special_tokens=False).input_ids
         except Exception as error:  # a template is a program of the target's maker and may raise anything
             raise PromptError(f"the chat template or tokenizer cannot take this chat: {str(error) or type(error).__name__}") from error
