@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: requests in, events of the engine out."""
