@@ -5,7 +5,7 @@ see the same masked law; tokens that it leaves no choice about are proposed as d
 Shapes: V vocabulary of the logits, which may be wider than the tokenizer's."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLTokenizer
 from dspark.errors import SettingError
 
 # White space that a model may put between the parts of a JSON text. Without a bound a small model can go on with it for ever.
-JSON_STYLE = {"whitespace_pattern": r"[ \n\t]{0,24}"}
+JSON_STYLE = {"whitespace_pattern": r"[ \n\t]{0,40}"}
 TRAIL = 64  # states kept behind the newest: more than any block, so that a rejected draft is one step back
 
 READY: WeakKeyDictionary[Any, LLTokenizer] = WeakKeyDictionary()
@@ -28,7 +28,7 @@ READY: WeakKeyDictionary[Any, LLTokenizer] = WeakKeyDictionary()
 class Syntax(Protocol):
     """How calls are written (`server.tools.Format`)."""
 
-    def grammar(self, tools: Sequence[dict], special: Collection[str], parallel: bool) -> str: ...
+    def grammar(self, tools: Sequence[dict], special: Mapping[str, int], parallel: bool) -> str: ...
 
 
 def ready(tokenizer) -> LLTokenizer:
@@ -93,12 +93,12 @@ class Grammar:
         a named tool, as in {"type": "function", "function": {"name": ...}}."""
         if isinstance(choice, dict):
             name = (choice.get("function") or {}).get("name")
-            tools, parallel = [tool for tool in tools if tool["function"]["name"] == name], False
+            tools, parallel = [tool for tool in tools if (tool.get("function") or {}).get("name") == name], False
             if not tools:
                 raise SettingError(f"tool_choice names {name!r}, which is not among the tools", "name one of them")
         elif choice != "required":
             raise SettingError(f"tool_choice {choice!r} forces no call", 'a grammar is for "required" or a named tool')
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         return cls(tokenizer, LLMatcher.grammar_from_lark(syntax.grammar(tools, special, parallel)), end_ids, "tool's parameters")
 
     def matcher(self, num_prompt: int) -> "Matcher":
