@@ -29,14 +29,14 @@ endif %}{% endfor %}"""
 TEMPLATES = {"described": PLAIN, "hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL}
 
 
-def byte_tokenizer(
+def word_tokenizer(
     template: str | None = None, words: Sequence[str] = (), special: Sequence[str] = (END,), alphabet: str | None = None
 ) -> PreTrainedTokenizerFast:
     """One token for each byte (or character of `alphabet`), then `words`, each joined from its characters, then `special`
     ones; the first of these ends a text."""
     vocabulary = {c: i for i, c in enumerate(sorted(alphabet or pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
-    for word in words:
+    for word in (word.replace(" ", "Ġ") for word in words):
         for size in range(2, len(word) + 1):
             if word[:size] not in vocabulary:
                 vocabulary[word[:size]] = len(vocabulary)
