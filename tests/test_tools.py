@@ -129,6 +129,8 @@ def test_described_tools_join_the_system_message():
     assert without_tools[0]["content"] == "Be brief." and "<tool_call>" in without_tools[2]["content"]
     untouched = [{"role": "user", "content": "Hi."}]
     assert described(word_tokenizer("{{ tools }}"), untouched, None) == (untouched, None)
+    # some templates take the key alone for a call
+    assert described(word_tokenizer("{{ tools }}"), [untouched[0] | {"tool_calls": None}], []) == (untouched, None)
 
 
 def test_messages_sent_are_left_as_they_were():
@@ -310,7 +312,7 @@ def test_a_long_call_is_read_once():
 
 
 def random_answer(grammar: Grammar, tokenizer, seed: int, limit: int = 400) -> list[int] | None:
-    """Tokens drawn evenly from those that the grammar allows, the end as soon as it may come; None if it never did."""
+    """Tokens drawn from those that the grammar allows, without the end; None if it did not come within `limit`."""
     rng, matcher, ids = random.Random(seed), grammar.matcher(0), []
     while len(ids) < limit:
         masked = matcher.processor(torch.tensor([ids], dtype=torch.long), torch.zeros(1, len(tokenizer)))

@@ -70,7 +70,7 @@ DESCRIBED = replace(HERMES, name="described", told=False)
 
 # What only templates of other syntaxes hold -> their name.
 UNSUPPORTED = {
-    "<function=": "Qwen3-Coder's XML",
+    "<function=": "<function=...> (Qwen3-Coder, Llama's custom)",
     "<arg_key>": "GLM's XML",
     "[ARGS]": "Mistral's [ARGS]",
     "tool▁calls▁begin": "DeepSeek's",
@@ -129,7 +129,7 @@ def described(tokenizer, messages: Sequence[dict], tools: Sequence[dict] | None)
     Without a template for tools they are described in the system message, calls and results become text, and no tools
     are left. Raises `SettingError` for what is no tool or call."""
     if not tools and not any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        return list(messages), None
+        return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages], None
     format = format_for(tokenizer)
     schemas(tools or [])
     if not format.told:
