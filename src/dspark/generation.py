@@ -163,7 +163,8 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
         return Always()
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
-    head = drafter.head.head if isinstance(drafter, Arbiter) else drafter.head if isinstance(drafter, DSparkDrafter) else None
+    source = drafter.head if isinstance(drafter, Arbiter) else drafter
+    head = source.head if isinstance(source, DSparkDrafter) else None
     table = planning_costs(target, head, 1 + drafter.block_size, say)
     if spec != "auto":
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)

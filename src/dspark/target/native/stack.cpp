@@ -353,8 +353,11 @@ struct Stack {
 // sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
 // values [position / N][E][N]. The capacity is a multiple of 16.
 struct Cache { void* data; int64_t capacity; };
+struct Segment { Cache cache; int32_t num_rows, past; };  // rows of one request, after `past` cached ones
+struct Segments { const Segment* all; int32_t count; };
 struct Pass {
-    int32_t num_rows, past, causal, num_logits, num_taps, threads;
+    Segments segments;  // their rows one after the other are the T rows of the pass
+    int32_t causal, num_logits, num_taps, threads;
     const int32_t* tap_layers;
     float* x;        // [T, D] residual stream, in and out
     float* taps;     // [T, M, D]
@@ -445,22 +448,31 @@ template <class Dot, class Lanes> struct Runner {
     typedef typename Dot::X X;
     typedef typename Lanes::Number KV;
     static constexpr int N = Lanes::N;
+    struct Row { int segment; int64_t position; };
     const Stack& s;
-    const Cache cache;
+    const Segments& segments;
+    std::vector<Row> rows;
     const int T;
     std::vector<float> angles;
 
-    Runner(const Stack& stack, Cache kv, int num_rows, int first_position) : s(stack), cache(kv), T(num_rows), angles(num_rows * stack.head_dim) {
+    Runner(const Stack& stack, const Segments& parts) : s(stack), segments(parts), rows(rows_of(parts)), T(int(rows.size())), angles(T * s.head_dim) {
         const int half = s.head_dim / 2;
         for (int t = 0; t < T; t++)
             for (int i = 0; i < half; i++) {
-                const float angle = float(first_position + t) * s.inverse_frequencies[i];
+                const float angle = float(rows[t].position) * s.inverse_frequencies[i];
                 angles[t * s.head_dim + i] = std::cos(angle) * s.rope_scale;
                 angles[t * s.head_dim + half + i] = std::sin(angle) * s.rope_scale;
             }
     }
 
-    KV* cached(int layer, int value, int head) const {
+    static std::vector<Row> rows_of(const Segments& segments) {
+        std::vector<Row> rows;
+        for (int i = 0; i < segments.count; i++)
+            for (int t = 0; t < segments.all[i].num_rows; t++) rows.push_back({i, int64_t(segments.all[i].past) + t});
+        return rows;
+    }
+
+    KV* cached(const Cache& cache, int layer, int value, int head) const {
         return (KV*)cache.data + ((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity * s.head_dim;
     }
 
@@ -494,14 +506,14 @@ template <class Dot, class Lanes> struct Runner {
     }
 
     // Keys and values of one layer; `unit` counts key heads, then value heads.
-    void key_or_value(int layer, int unit, int past, Rows<X>& x, f16v* y, float* head_TE) const {
+    void key_or_value(int layer, int unit, Rows<X>& x, f16v* y, float* head_TE) const {
         const Layer& l = s.layers[layer];
         const bool value = unit >= s.kv_heads;
         const int head = unit - value * s.kv_heads, E = s.head_dim;
         project_head(value ? l.v : l.k, head, x, y, head_TE, l.k_norm, !value);
-        KV* to = cached(layer, value, head);
         for (int t = 0; t < T; t++) {
-            const int64_t position = past + t;
+            KV* to = cached(segments.all[rows[t].segment].cache, layer, value, head);
+            const int64_t position = rows[t].position;
             for (int e = 0; e < E; e++)
                 put(to + (value ? (position / N * E + e) * N + position % N
                                 : (position / 16 * (E / N) + e / N) * 16 * N + position % 16 * N + e % N),
@@ -572,25 +584,26 @@ template <class Dot, class Lanes> struct Runner {
         Aligned<KV> weights;
     };
 
-    // Up to eight rows of the queries of one key head over the cache; `unit` counts query heads, T rows each. Row t
-    // sees positions below past + t + 1, or all of them. A row's arithmetic is the same whatever rows are beside it.
-    void attend(int layer, int unit, int count, const Pass& p, const KV* q, float* out, Scratch& scratch) const {
-        const int E = s.head_dim, HE = s.heads * E, kv = unit / T / (s.heads / s.kv_heads);
-        const int total = p.past + T, padded = (total + 15) / 16 * 16;
+    // Up to eight rows of the queries of one key head over a request's cache; `unit` counts the request's query heads, its R
+    // rows each, of which the pass has the first as row `base`. A row sees the positions up to its own, or all of
+    // the request's. Its arithmetic is the same whatever rows are beside it.
+    void attend(int layer, const Segment& segment, int base, int unit, int count, bool causal, const KV* q, float* out, Scratch& scratch) const {
+        const int E = s.head_dim, HE = s.heads * E, R = segment.num_rows, kv = unit / R / (s.heads / s.kv_heads);
+        const int total = segment.past + R, padded = (total + 15) / 16 * 16;
         scratch.scores.resize(size_t(8) * padded);
         scratch.weights.resize(size_t(8) * padded);
         const KV *queries[8], *weights[8];
         float *scores[8], *to[8], share[8];
         int seen[8], most = 0;
         for (int m = 0; m < 8; m++) {  // rows past `count` repeat the first and are not stored
-            const int row = unit + (m < count ? m : 0), head = row / T, t = row % T;
-            queries[m] = q + int64_t(t) * HE + head * E;
-            to[m] = out + int64_t(t) * HE + head * E;
+            const int row = unit + (m < count ? m : 0), head = row / R, t = row % R;
+            queries[m] = q + int64_t(base + t) * HE + head * E;
+            to[m] = out + int64_t(base + t) * HE + head * E;
             scores[m] = &scratch.scores[size_t(m) * padded];
             weights[m] = &scratch.weights[size_t(m < count ? m : 0) * padded];
-            seen[m] = p.causal ? p.past + t + 1 : total;
+            seen[m] = causal ? segment.past + t + 1 : total;
         }
-        const KV *keys = cached(layer, 0, kv), *values = cached(layer, 1, kv);
+        const KV *keys = cached(segment.cache, layer, 0, kv), *values = cached(segment.cache, layer, 1, kv);
         if (count == 1) score<1>(keys, queries, count, padded / 16, scores);
         else if (count == 2) score<2>(keys, queries, count, padded / 16, scores);
         else if (count <= 4) score<4>(keys, queries, count, padded / 16, scores);
@@ -602,6 +615,26 @@ template <class Dot, class Lanes> struct Runner {
         if (count == 1) return mix<1>(values, weights, count, most, share, to);
         if (count == 2) return mix<2>(values, weights, count, most, share, to);
         for (int m = 0; m < count; m += 4) mix<4>(values, weights + m, count - m < 4 ? count - m : 4, most, share + m, to + m);
+    }
+
+    // This thread's part of a layer's attention: an equal part of all keys that are to be read.
+    void attend_to_all(int layer, bool causal, const KV* q, float* out, Scratch& scratch) const {
+        const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+        auto cost = [&](const Segment& segment) { return int64_t(segment.past + segment.num_rows + 32); };  // of one unit
+        int64_t total = 0, before = 0;
+        for (int i = 0; i < segments.count; i++) total += cost(segments.all[i]) * segments.all[i].num_rows * s.heads;
+        const int64_t first = total * me / threads, last = total * (me + 1) / threads;
+        for (int i = 0, base = 0; i < segments.count; base += segments.all[i++].num_rows) {
+            const Segment& segment = segments.all[i];
+            const int units = s.heads * segment.num_rows, group = units / s.kv_heads;  // units of one group share keys and values
+            auto unit_at = [&](int64_t place) { return int(std::clamp<int64_t>((place - before) / cost(segment), 0, units)); };
+            const int end = unit_at(last);
+            for (int unit = unit_at(first), count; unit < end; unit += count) {
+                count = std::min({8, end - unit, (unit / group + 1) * group - unit});
+                attend(layer, segment, base, unit, count, causal, q, out, scratch);
+            }
+            before += cost(segment) * units;
+        }
     }
 
     void forward(const Pass& p) {
@@ -640,7 +673,7 @@ template <class Dot, class Lanes> struct Runner {
                 const Range heads = share(s.heads + 2 * s.kv_heads);
                 for (int unit = heads.first; unit < heads.last; unit++) {
                     if (unit >= s.heads) {
-                        key_or_value(layer, unit - s.heads, p.past, normed, y, head_TE.data());
+                        key_or_value(layer, unit - s.heads, normed, y, head_TE.data());
                         continue;
                     }
                     project_head(l.q, unit, normed, y, head_TE.data(), l.q_norm, true);
@@ -649,13 +682,7 @@ template <class Dot, class Lanes> struct Runner {
                 }
                 warm(l.o, share(D / 16).first * 16);
                 barrier.meet();
-                const Range mine = share(s.heads * T);
-                const int group = s.heads / s.kv_heads * T;  // rows that share keys and values
-                for (int unit = mine.first, count; unit < mine.last; unit += count) {
-                    const int end = std::min(mine.last, (unit / group + 1) * group);
-                    count = std::min(8, end - unit);
-                    attend(layer, unit, count, p, q.data(), attended.data(), scratch);
-                }
+                attend_to_all(layer, p.causal, q.data(), attended.data(), scratch);
                 barrier.meet();
                 attention_rows.take_all(attended);
                 add_to_stream(l.o, attention_rows, nullptr);
@@ -699,7 +726,7 @@ template <class Dot, class Lanes> struct Runner {
     }
 
     // A head's context (paper eq. 2): keys and values of every layer from the target's features [T, M * D].
-    void context(const Linear& fc, const float* norm, const float* features, int past, int threads) {
+    void context(const Linear& fc, const float* norm, const float* features, int threads) {
         const int D = s.hidden;
         Aligned<float> mixed(size_t(T) * D);
         Barrier barrier;
@@ -722,55 +749,57 @@ template <class Dot, class Lanes> struct Runner {
             const int per_layer = 2 * s.kv_heads;
             const Range units = share(s.num_layers * per_layer);
             for (int unit = units.first; unit < units.last; unit++)
-                key_or_value(unit / per_layer, unit % per_layer, past, normed, y.data(), head_TE.data());
+                key_or_value(unit / per_layer, unit % per_layer, normed, y.data(), head_TE.data());
         }
     }
 
-    // Adds a sequential head's bias, W2 z (paper eq. 4), to a row of logits; returns where the largest sum is, or -1.
-    int32_t bias(const Linear& w2, const float* z, float* logits, int threads) {
-        std::vector<Largest> largest(threads);
+    // Adds a sequential head's bias, W2 z (paper eq. 4), to rows of logits, one of each request; and where each largest sum is,
+    // or -1.
+    void bias(const Linear& w2, const float* z, float* const* logits, int32_t* best, int threads) {
+        std::vector<Largest> largest(size_t(threads) * T);
 #pragma omp parallel num_threads(threads)
         {
-            Rows<X> row(1, w2.num_in);
-            row.take(0, z);
+            Rows<X> x(T, w2.num_in);
+            std::vector<f16v> y(T);
+            Largest* top = &largest[size_t(omp_get_thread_num()) * T];
+            for (int t = 0; t < T; t++) x.take(t, z + int64_t(t) * w2.num_in);
             const Range mine = share(w2.num_out / 16);
             for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
-                f16v y;
-                outputs(w2, n, row, &y);
-                y += load(logits + n);
-                store(logits + n, y);
-                largest[omp_get_thread_num()].see(y, n);
+                outputs(w2, n, x, y.data());
+                for (int t = 0; t < T; t++) {
+                    const f16v sum = y[t] + load(logits[t] + n);
+                    store(logits[t] + n, sum);
+                    top[t].see(sum, n);
+                }
             }
         }
-        return Largest::of(largest.data(), threads, 1);
+        for (int t = 0; t < T; t++) best[t] = Largest::of(&largest[t], threads, T);
     }
 };
 
 // Calls `run` with the runner of this stack's kind.
-template <class Run> void with_runner(const Stack& stack, const Cache& cache, int num_rows, int past, Run run) {
-    if (stack.kind == INT8) { Runner<I8Dot, Bf16Lanes> r(stack, cache, num_rows, past); run(r); }
-    else if (stack.kind == BF16) { Runner<Bf16Dot, Bf16Lanes> r(stack, cache, num_rows, past); run(r); }
-    else { Runner<F32Dot, F32Lanes> r(stack, cache, num_rows, past); run(r); }
+template <class Run> void with_runner(const Stack& stack, const Segments& segments, Run run) {
+    if (stack.kind == INT8) { Runner<I8Dot, Bf16Lanes> r(stack, segments); run(r); }
+    else if (stack.kind == BF16) { Runner<Bf16Dot, Bf16Lanes> r(stack, segments); run(r); }
+    else { Runner<F32Dot, F32Lanes> r(stack, segments); run(r); }
 }
 
 }  // namespace
 
 extern "C" {
 
-// Rows of one request after `past` cached ones; writes their keys and values, taps, and the last rows' logits.
-void stack_forward(const Stack* stack, const Cache* cache, const Pass* pass) {
-    with_runner(*stack, *cache, pass->num_rows, pass->past, [&](auto& runner) { runner.forward(*pass); });
+// Rows of requests after their cached ones; writes their keys and values, taps, and the last rows' logits.
+void stack_forward(const Stack* stack, const Pass* pass) {
+    with_runner(*stack, pass->segments, [&](auto& runner) { runner.forward(*pass); });
 }
 
-void stack_context(const Stack* stack, const Cache* cache, const Linear* fc, const float* norm, const float* features,
-                   int num_rows, int past, int threads) {
-    with_runner(*stack, *cache, num_rows, past, [&](auto& runner) { runner.context(*fc, norm, features, past, threads); });
+void stack_context(const Stack* stack, const Segments* segments, const Linear* fc, const float* norm, const float* features, int threads) {
+    with_runner(*stack, *segments, [&](auto& runner) { runner.context(*fc, norm, features, threads); });
 }
 
-int32_t stack_bias(const Stack* stack, const Linear* w2, const float* z, float* logits, int threads) {
-    int32_t best = -1;
-    with_runner(*stack, Cache{}, 1, 0, [&](auto& runner) { best = runner.bias(*w2, z, logits, threads); });
-    return best;
+void stack_bias(const Stack* stack, const Linear* w2, int num_rows, const float* z, float* const* logits, int32_t* best, int threads) {
+    const Segment rows{{}, num_rows, 0};
+    with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.bias(*w2, z, logits, best, threads); });
 }
 
 }  // extern "C"
