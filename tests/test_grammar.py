@@ -10,13 +10,16 @@ import pytest
 import torch
 
 import dspark
-from dspark.core.decode import Scored, judge_by_law, judge_fast
-from dspark.core.sampling import Law, Streams, probs
+from dspark.core.decode import Scored, decode, judge_by_law, judge_coupled, judge_fast
+from dspark.core.sampling import Coupled, Law, Streams, probs
 from dspark.core.verifier import Draft, FewTokens
+from dspark.drafters import NoDrafter
 from dspark.engine import grammar as module
+from dspark.engine.engine import Engine
 from dspark.engine.grammar import Grammar, Matcher
+from dspark.engine.request import Failed, Finished, Request
 from dspark.errors import LogitsError, SettingError
-from dspark.generation import generate, make_law, stream
+from dspark.generation import generate, make_law, stopping_rule, stream
 from dspark.target import demo
 from dspark.target.target import Target
 from test_law import DRAFTS, LAWS, PLANS, PROMPT, Case, bias, one_hot
@@ -145,7 +148,7 @@ def test_the_masked_law_is_the_target_law_given_the_allowed_tokens():
         assert (masked.p(tokens) - expected / expected.sum()).abs().max() < 1e-15
 
 
-@pytest.mark.parametrize("judge", [judge_by_law, judge_fast])
+@pytest.mark.parametrize("judge", [judge_by_law, judge_fast, judge_coupled])
 @pytest.mark.parametrize("greedy", [True, False])
 def test_rows_after_an_impossible_draft_are_never_judged(judge, greedy):
     """Every block of three tokens after `a`: most break the grammar, and every row after that would have no law."""
@@ -153,8 +156,9 @@ def test_rows_after_an_impossible_draft_are_never_judged(judge, greedy):
     broken, accepted = 0, 0
     for trial, block in enumerate(product(range(5), repeat=3)):
         matcher, logits = regex_matcher(), torch.randn(4, 5, generator=rng)
+        noise = Coupled(trial) if judge is judge_coupled else Streams(trial)
         draft = Draft(list(block), FewTokens.certain(block, 5, "cpu"))
-        verdict = judge(Law((matcher.processor,), greedy=greedy), prompt, draft, 3, Scored(logits, logits[:, :0]), Streams(trial))
+        verdict = judge(Law((matcher.processor,), greedy=greedy), prompt, draft, 3, Scored(logits, logits[:, :0]), noise)
         said = [0, *block[: verdict.num_accepted], verdict.next_token]
         assert all(said[k] in may_follow(tuple(said[:k])) for k in range(len(said)))
         broken += not may_follow((0, *block))
@@ -380,6 +384,38 @@ def test_a_stopped_text_of_the_law_with_a_mask_fits_at_every_length():
         ids = [token for done in rounds for token in done.tokens]
         assert len(ids) == limit or ids[-1] in target.eos_ids
         assert torch.isfinite(one_by_one(grammar, ids)).any()
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_requests_of_the_engine_follow_their_grammars(monkeypatch, tmp_path, with_head):
+    """Several at once, greedy and drawn, with forced tokens proposed or not: each gets the plain loop's answer."""
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    target = tiny_target()
+    engine = Engine(target, tiny_head(target, block_size=5) if with_head else None, plan="fixed")
+    heard: dict[int, list] = {}
+    plain = {}
+    drafters = set()
+    engine.on_step = lambda step: drafters.update(done.drafter for done in step.rounds)
+    for i, schema in enumerate([*SCHEMAS, "person"]):
+        prompt, seed = [i, 40], None if i % 3 == 0 else i
+        grammar = Grammar.from_json_schema(target.tokenizer, SCHEMAS[schema], end_ids=target.eos_ids)
+        law = lambda matcher, seed=seed: make_law(0.0 if seed is None else 1.0, logits_processors=[matcher.processor])  # noqa: E731
+        noise, judge = (Streams(0), judge_fast) if seed is None else (Coupled(seed), judge_coupled)
+        ends = stopping_rule(target, target.eos_ids, ())
+        rounds = decode(target, NoDrafter(), prompt, law(grammar.matcher(2)), noise, 80, ends, judge=judge)
+        matcher = grammar.matcher(2)
+        request = Request(prompt, 80, law(matcher), seed, propose=matcher.propose if i % 2 else None)
+        events: list = []
+        number = engine.submit(request, events.append)
+        heard[number], plain[number] = events, [token for done in rounds for token in done.tokens]
+    for _ in range(2000):
+        if all(events and isinstance(events[-1], Finished | Failed) for events in heard.values()):
+            break
+        engine.step()
+    for number, events in heard.items():
+        assert isinstance(events[-1], Finished), events[-1]
+        assert [token for event in events[:-1] for token in event.ids] == plain[number]
+    assert {"grammar", "dspark"} <= drafters if with_head else "grammar" in drafters
 
 
 # The demo target -------------------------------------------------------------------------
