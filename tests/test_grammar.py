@@ -454,7 +454,7 @@ def check_answers(pair, asked: dict[str, list[str]], temperature: float, drafter
         for question in questions:
             chat = [{"role": "user", "content": question}]
             prompt = target.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-            results = [answer(target, head, SCHEMAS[schema], drafter, prompt, 120, temperature=temperature) for drafter in drafters]
+            results = [answer(target, head, SCHEMAS[schema], drafter, prompt, 200, temperature=temperature) for drafter in drafters]
             for result in results:
                 assert result.finish_reason == "stop" and fits(json.loads(result.text), schema), result.text
             assert temperature or len({tuple(result.token_ids) for result in results}) == 1
@@ -467,6 +467,6 @@ def test_the_demo_target_answers_by_the_schema(pair):
 
 @pytest.mark.slow
 def test_the_demo_target_answers_many_questions_by_the_schema(pair):
-    asked = {"person": [f"Describe {who} as JSON." for who in MORE], "reference": [f"Where is {who}?" for who in MORE]}
-    for temperature in (0.0, 0.7, 1.0):
-        check_answers(pair, asked, temperature, ["none", "dspark", "lookup", "auto", "forced"])
+    asked = {"person": [f"Describe {who} as JSON." for who in MORE], "reference": [f"Where is {who}?" for who in MORE[:4]]}
+    for temperature in (0.0, 1.0):
+        check_answers(pair, asked, temperature, ["none", "dspark", "auto", "forced"])
