@@ -228,6 +228,9 @@ class Engine:
         rounds = [self._take(*each) for each in zip(decoding, drafts, planned, scored[: len(decoding)], strict=True)]
         elapsed = 1e3 * (time.perf_counter() - began)
         self._tell(elapsed, decoding, rounds, planned, chunk)
+        for r in decoding:
+            if r in self.running and (r.stopped or r.left <= 0):
+                self._finish(r, "stop" if r.stopped else "length")
 
     def _admit(self) -> None:
         """Cancelled requests end; waiting ones come in while there is place."""
@@ -330,8 +333,6 @@ class Engine:
             return None
         if r.head is not None and sum(map(len, r.head.pending)) > FLUSH_TOKENS:
             r.head.flush()
-        if r.stopped or r.left <= 0:
-            self._finish(r, "stop" if r.stopped else "length")
         return Round(r.source, len(draft.tokens), num_planned, verdict.num_accepted, draft.confidences)
 
     def _finish(self, r: Running, reason: str) -> None:

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: requests in, events of the engine out."""
+"""The OpenAI-compatible server. Needs `pip install 'dspark[serve]'`."""

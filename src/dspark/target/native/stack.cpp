@@ -17,10 +17,16 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES 1
 #endif
 
 namespace {
@@ -288,6 +294,153 @@ inline void sixteen_outputs(const typename Dot::W* w, const typename Dot::X* x, 
         tile<Dot, 8, 2, false>(w, x + int64_t(t) * ldx, K, ldx, T - t < 8 ? T - t : 8, y + t);
 }
 
+#if TILES
+// The processor's matrix unit (Intel's AMX): a tile of sixteen weight rows meets sixteen activation rows at once, and up to 64
+// rows cost what one does, for reading the weights takes longer. A row's sums run in one order in all of these as well.
+
+// The kernel grants the use of tiles once for the process; without, and for other precisions, `tile` does the work.
+inline bool tiles_allowed() {
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return allowed;
+}
+
+// While it lives, this thread's tiles are 16 rows of 64 bytes each.
+struct TileConfig {
+    struct alignas(64) Layout { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t row_bytes[16] = {}; uint8_t rows[16] = {}; };
+    const bool on;
+    explicit TileConfig(bool use) : on(use) {
+        if (!on) return;
+        Layout layout;
+        for (int i = 0; i < 8; i++) layout.row_bytes[i] = 64, layout.rows[i] = 16;
+        asm volatile("" : : "r"(&layout) : "memory");  // gcc 12 tells its optimiser that only eight bytes are read
+        _tile_loadconfig(&layout);
+    }
+    ~TileConfig() { if (on) _tile_release(); }
+};
+
+// How activations lie in tiles: [T / 16][n / STEP] tiles, one after the other for each of PARTS, of [lane][row][numbers of a lane].
+template <class X> struct TileLayout { static constexpr int STEP = 1, PARTS = 0; };
+template <> struct TileLayout<bf16> {
+    static constexpr int STEP = 32, PARTS = 1;
+    static void put(const bf16* x, int n, char* to, int) {
+        for (int i = 0; i < n; i += 2, to += 64) memcpy(to, x + i, 4);
+    }
+};
+template <> struct TileLayout<int16_t> {  // x = 256 * high + low: a tile of each, high with a sign
+    static constexpr int STEP = 64, PARTS = 2;
+    static void put(const int16_t* x, int n, char* to, int part) {
+        for (int i = 0; i < n; i += 4, to += i % 64 ? 64 : 64 + 1024)
+            for (int j = 0; j < 4; j++) to[j] = char(part ? x[i + j] & 255 : x[i + j] >> 8);
+    }
+};
+
+// What is left of sixteen weight rows after the last whole step, and zeros.
+template <class W> struct Rest {
+    static constexpr int STEP = 64 / sizeof(W);
+    alignas(64) W numbers[16 * STEP] = {};
+    Rest(const W* w, int K) {
+        const int whole = K / STEP * STEP;
+        if (whole < K)
+            for (int n = 0; n < 16; n++) memcpy(numbers + n * STEP, w + int64_t(n) * K + whole, sizeof(W) * (K - whole));
+    }
+};
+
+// Sixteen outputs of NB blocks of sixteen rows: out[block][output][row].
+template <int NB> inline void tile_products(const bf16* w, int K, const char* x, float* out) {
+    const int whole = K / 32, steps = (K + 31) / 32;
+    const Rest<bf16> rest(w, K);
+    const char* ahead = (const char*)(w + int64_t(16) * K);
+    const int64_t block = int64_t(steps) * 1024;
+    _tile_zero(0);
+    if (NB > 1) _tile_zero(1);
+    if (NB > 2) _tile_zero(2);
+    if (NB > 3) _tile_zero(3);
+    for (int k = 0; k < steps; k++, x += 1024) {
+        if (k < whole) _tile_loadd(4, w + k * 32, 2 * K);
+        else _tile_loadd(4, rest.numbers, 64);
+        for (int line = 0; line < 16; line++, ahead += 64) __builtin_prefetch(ahead, 0, LOCALITY);
+        _tile_loadd(5, x, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        if (NB > 1) { _tile_loadd(6, x + block, 64); _tile_dpbf16ps(1, 4, 6); }
+        if (NB > 2) { _tile_loadd(7, x + 2 * block, 64); _tile_dpbf16ps(2, 4, 7); }
+        if (NB > 3) { _tile_loadd(5, x + 3 * block, 64); _tile_dpbf16ps(3, 4, 5); }
+    }
+    _tile_stored(0, out, 64);
+    if (NB > 1) _tile_stored(1, out + 256, 64);
+    if (NB > 2) _tile_stored(2, out + 512, 64);
+    if (NB > 3) _tile_stored(3, out + 768, 64);
+}
+
+// The same of 8-bit weights: whole numbers, of the high parts in out[block][0], of the low ones in out[block][1].
+template <int NB> inline void tile_products(const int8_t* w, int K, const char* x, int32_t* out) {
+    const int whole = K / 64, steps = (K + 63) / 64;
+    const Rest<int8_t> rest(w, K);
+    const char* ahead = (const char*)(w + int64_t(16) * K);
+    const int64_t block = int64_t(steps) * 2048;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (NB > 1) { _tile_zero(2); _tile_zero(3); }
+    for (int k = 0; k < steps; k++, x += 2048) {
+        if (k < whole) _tile_loadd(4, w + k * 64, K);
+        else _tile_loadd(4, rest.numbers, 64);
+        for (int line = 0; line < 16; line++, ahead += 64) __builtin_prefetch(ahead, 0, LOCALITY);
+        _tile_loadd(5, x, 64);
+        _tile_dpbssd(0, 4, 5);
+        _tile_loadd(6, x + 1024, 64);
+        _tile_dpbsud(1, 4, 6);
+        if (NB > 1) {
+            _tile_loadd(5, x + block, 64);
+            _tile_dpbssd(2, 4, 5);
+            _tile_loadd(7, x + block + 1024, 64);
+            _tile_dpbsud(3, 4, 7);
+        }
+    }
+    _tile_stored(0, out, 64);
+    _tile_stored(1, out + 256, 64);
+    if (NB > 1) { _tile_stored(2, out + 512, 64); _tile_stored(3, out + 768, 64); }
+}
+
+// Column `row` of a tile of sixteen outputs.
+template <class Number> inline __m512i column(const Number* tile, int row) {
+    const __m512i outputs = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16));
+    return _mm512_i32gather_epi32(outputs, (const int*)tile + row, 4);
+}
+
+// y[t - first] = x[t] . w[n..n+15] for the rows `first` to T.
+inline void tiled_outputs(const bf16* w, const char* x, int K, int first, int T, f16v* y) {
+    const int64_t block = int64_t((K + 31) / 32) * 1024;
+    for (int b = first / 16, last = (T + 15) / 16; b < last; b += 4) {
+        alignas(64) float out[4 * 256];
+        switch (std::min(last - b, 4)) {
+            case 1: tile_products<1>(w, K, x + b * block, out); break;
+            case 2: tile_products<2>(w, K, x + b * block, out); break;
+            case 3: tile_products<3>(w, K, x + b * block, out); break;
+            default: tile_products<4>(w, K, x + b * block, out);
+        }
+        for (int t = std::max(first, 16 * b); t < std::min(T, 16 * b + 64); t++)
+            y[t - first] = (f16v)_mm512_castsi512_ps(column(out + (t / 16 - b) * 256, t % 16));
+    }
+}
+inline void tiled_outputs(const int8_t* w, const char* x, int K, int first, int T, f16v* y) {
+    const int64_t block = int64_t((K + 63) / 64) * 2048;
+    for (int b = first / 16, last = (T + 15) / 16; b < last; b += 2) {
+        alignas(64) int32_t out[4 * 256];
+        if (last - b == 1) tile_products<1>(w, K, x + b * block, out);
+        else tile_products<2>(w, K, x + b * block, out);
+        for (int t = std::max(first, 16 * b); t < std::min(T, 16 * b + 32); t++) {
+            const int32_t* tiles = out + (t / 16 - b) * 512;
+            const __m512i high = _mm512_slli_epi32(column(tiles, t % 16), 8);  // may overflow; the sum of both does not
+            y[t - first] = (f16v)_mm512_cvtepi32_ps(_mm512_add_epi32(high, column(tiles + 256, t % 16)));
+        }
+    }
+}
+#else
+inline bool tiles_allowed() { return false; }
+struct TileConfig { explicit TileConfig(bool) {} };
+template <class X> struct TileLayout { static constexpr int STEP = 1, PARTS = 0; };
+#endif
+
 // Sixteen lanes of keys or values, N numbers side by side in each, times N numbers that all lanes share.
 struct F32Lanes {
     typedef float Number;
@@ -404,15 +557,26 @@ template <class Number> struct Aligned {
     Number* data() { return lines.data()->numbers; }
 };
 
-// Rows as a dot product takes them, [T, n] and a distance apart, each with the scale of its results. A thread
-// converts for itself.
+// Rows as a dot product takes them, [T, n] and a distance apart, each with the scale of its results; or where the matrix unit is
+// used, in tiles. A thread converts for itself.
 template <class X> struct Rows {
-    int n, distance;
+    typedef TileLayout<X> Layout;
+    const bool tiled;
+    int n, distance, steps;
     Aligned<X> numbers;
+    Aligned<char> tiles;
     std::vector<float> scales;
-    Rows(int T, int size) : n(size), distance((size + 31) / 32 * 32), numbers(size_t(T) * distance), scales(T) {}
-    X* row(int t) { return numbers.data() + size_t(t) * distance; }
-    void take(int t, const float* x) { scales[t] = convert(x, n, row(t)); }
+    Rows(int T, int size)
+        : tiled(Layout::PARTS && tiles_allowed()), n(size), distance((size + 31) / 32 * 32), steps((size + Layout::STEP - 1) / Layout::STEP),
+          numbers(size_t(tiled ? 1 : T) * distance), tiles(tiled ? size_t((T + 15) / 16) * steps * Layout::PARTS * 1024 : 0), scales(T) {}
+    X* row(int t) { return numbers.data() + size_t(tiled ? 0 : t) * distance; }
+    void take(int t, const float* x) {
+        scales[t] = convert(x, n, row(t));
+        if constexpr (Layout::PARTS > 0) {
+            char* to = tiles.data() + size_t(t / 16) * steps * Layout::PARTS * 1024 + t % 16 * 4;
+            for (int part = 0; tiled && part < Layout::PARTS; part++) Layout::put(row(t), n, to + part * 1024, part);
+        }
+    }
     void take_all(Aligned<float>& x) {
         for (size_t t = 0; t < scales.size(); t++) take(int(t), &x[t * n]);
     }
@@ -479,7 +643,12 @@ template <class Dot, class Lanes> struct Runner {
     // Outputs n..n+15 of all rows from `first` on.
     void outputs(const Linear& linear, int n, Rows<X>& x, f16v* y, int first = 0) const {
         const int K = linear.num_in, rows = T - first;
-        sixteen_outputs<Dot>((const typename Dot::W*)linear.weight + int64_t(n) * K, x.row(first), K, x.distance, rows, y);
+        const auto* w = (const typename Dot::W*)linear.weight + int64_t(n) * K;
+        if constexpr (TileLayout<X>::PARTS > 0) {
+            if (x.tiled) tiled_outputs(w, x.tiles.data(), K, first, T, y);
+            else sixteen_outputs<Dot>(w, x.row(first), K, x.distance, rows, y);
+        } else
+            sixteen_outputs<Dot>(w, x.row(first), K, x.distance, rows, y);
         if (linear.scale)
             for (int t = 0; t < rows; t++) y[t] *= x.scales[first + t] * load(linear.scale + n);
         if (linear.bias)
@@ -646,6 +815,7 @@ template <class Dot, class Lanes> struct Runner {
 #pragma omp parallel num_threads(p.threads)
         {
             Rows<X> normed(T, D), attention_rows(T, HE), inner_rows(T, s.inner);
+            const TileConfig tiles(normed.tiled);
             Aligned<float> one_row(D), head_TE(size_t(T) * E);
             Scratch scratch;
             std::vector<f16v> ys(2 * T);
@@ -733,6 +903,7 @@ template <class Dot, class Lanes> struct Runner {
 #pragma omp parallel num_threads(threads)
         {
             Rows<X> input(T, fc.num_in), normed(T, D);
+            const TileConfig tiles(normed.tiled);
             Aligned<float> one_row(D), head_TE(size_t(T) * s.head_dim);
             std::vector<f16v> y(T);
             for (int t = 0; t < T; t++) input.take(t, features + int64_t(t) * fc.num_in);
@@ -760,6 +931,7 @@ template <class Dot, class Lanes> struct Runner {
 #pragma omp parallel num_threads(threads)
         {
             Rows<X> x(T, w2.num_in);
+            const TileConfig tiles(x.tiled);
             std::vector<f16v> y(T);
             Largest* top = &largest[size_t(omp_get_thread_num()) * T];
             for (int t = 0; t < T; t++) x.take(t, z + int64_t(t) * w2.num_in);
