@@ -85,4 +85,4 @@ def grammar_of(body: Sampling, target: Target, syntax: Any = None) -> Any | None
         return Grammar.json_object(tokenizer, end_ids=end_ids)
     if body.guided_regex:
         return Grammar.from_regex(tokenizer, body.guided_regex, end_ids=end_ids)
-    return Grammar.from_lark(tokenizer, body.guided_grammar, end_ids=end_ids)
+    return Grammar.from_lark(tokenizer, body.guided_grammar or "", end_ids=end_ids)
