@@ -18,7 +18,7 @@ from dspark.core.sampling import best
 from dspark.drafters import PromptLookup
 from dspark.errors import LogitsError, RuntimeUnavailable, SettingError
 from dspark.generation import generate
-from dspark.head.context import EagerContext, NativeContext, make_context
+from dspark.head.context import EagerRunner, NativeRunner, make_runner
 from dspark.head.folder import load_head, save_head
 from dspark.target.load import load_target
 from dspark.target.native import build
@@ -225,35 +225,100 @@ def test_drafted_tokens_are_the_plain_ones_at_every_precision(kind, dtype):
 def test_native_blocks_are_the_eager_ones(rank, dtype):
     target = native("llama", dtype)
     head = tiny_head(target, rank=rank, head_dim=16, block_size=5).to(target.model.dtype)
-    context = make_context(head, target)
-    assert isinstance(context, NativeContext)
-    eager = EagerContext(head)
     target.tap(head.config.target_layer_ids)
     features = target.score(target.start(), ids_of(30)).features_TMD
     tolerance = {torch.float32: ROUNDING, torch.bfloat16: 0.03, torch.int8: 0.03}[dtype]
+    runners = make_runner(head, target), EagerRunner(head)
+    assert isinstance(runners[0], NativeRunner)
+    contexts = [runner.start() for runner in runners]
     for first, last in ((0, 0), (0, 1), (1, 4), (4, 30)):
-        for each in (context, eager):
-            each.commit(features[first:last])
-        anchor = target.embed(torch.tensor(7))
-        (h, logits), (h_eager, logits_eager) = context.block(anchor), eager.block(anchor)
+        for runner, context in zip(runners, contexts, strict=True):
+            runner.commit([(context, features[first:last])])
+        anchors = target.embed(torch.tensor([7]))
+        (h, logits), (h_eager, logits_eager) = (r.block([c], anchors) for r, c in zip(runners, contexts, strict=True))
         assert error(h.float(), h_eager.float()) < tolerance
         assert error(logits, logits_eager) < tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("runtime", ["native", "eager"])
+def test_blocks_of_several_requests_are_those_of_each_alone(runtime, dtype):
+    target = native("llama", dtype)
+    head = tiny_head(target, rank=16, head_dim=16, block_size=5).to(target.model.dtype)
+    target.tap(head.config.target_layer_ids)
+    runner = make_runner(head, target) if runtime == "native" else EagerRunner(head)
+    together, alone = ([runner.start() for _ in range(3)] for _ in range(2))
+    features = [target.score(target.start(), ids_of(size, seed=size)).features_TMD for size in (90, 1, 33)]
+    runner.commit([(context, rows) for context, rows in zip(together, features, strict=True)])
+    runner.commit([(together[1], features[0][:2]), (together[0], features[2])])
+    for context, rows in zip(alone, features, strict=True):
+        runner.commit([(context, rows)])
+    runner.commit([(alone[0], features[2])])
+    runner.commit([(alone[1], features[0][:2])])
+    anchors = target.embed(torch.tensor([3, 9, 27]))
+    h_RGD, logits_RGV = runner.block(together, anchors)
+    bias = torch.randn(3, 16).to(target.model.dtype)
+    with_bias = logits_RGV.clone()
+    best = runner.add_bias([with_bias[r, r] for r in range(3)], bias)
+    for r in range(3):
+        h, logits = runner.block([alone[r]], anchors[r : r + 1])
+        assert torch.equal(h[0], h_RGD[r])
+        if runtime == "native":
+            assert torch.equal(logits[0], logits_RGV[r])
+            found = runner.add_bias([logits[0, r]], bias[r : r + 1])
+            assert found == best[r : r + 1] == [int(logits[0, r].argmax())]
+            assert torch.equal(logits[0, r], with_bias[r, r])
+        else:  # torch's products of three rows may round otherwise than those of one
+            assert error(logits[0], logits_RGV[r]) < (1e-6 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bits_of_a_request_are_the_same_whatever_requests_are_beside_it(family, dtype):
+    """Prompts of all lengths, prompt rows without logits among them, more rows than one pass takes."""
+    target = native(family, dtype)
+    target.tap([0, 1])
+    prompts = [ids_of(size, seed=size) for size in (1, 7, 40, 100, 3, 66, 2)]
+    nexts = [ids_of(size, seed=100 + size) for size in (1, 6, 2, 70, 33, 1, 8)]
+    asked = [1, 6, 2, 5, 0, 1, 8]
+    together = [target.start() for _ in prompts]
+    target.score_many([(state, prompt, 0) for state, prompt in zip(together, prompts, strict=True)])
+    found = target.score_many(list(zip(together, nexts, asked, strict=True)))
+    for state, prompt, tokens, count, scored in zip(together, prompts, nexts, asked, found, strict=True):
+        alone = target.start()
+        target.score(alone, prompt)
+        expected = target.score(alone, tokens)
+        assert state.num_tokens == alone.num_tokens
+        assert torch.equal(scored.features_TMD, expected.features_TMD)
+        assert torch.equal(scored.logits_TV, expected.logits_TV[len(tokens) - count :])
+        assert scored.best_T == (expected.best_T or [])[len(tokens) - count :]
+    after = target.score_many([(state, [5], 1) for state in together])
+    again = target.score_many([(state, [5], 1) for state in reversed(together)])  # one token later
+    assert len(after) == len(again) == len(prompts)
+
+
+def test_several_requests_are_scored_eagerly_too():
+    target = Target(tiny_model("llama"), name="tiny")
+    together = [target.start() for _ in range(2)]
+    found = target.score_many([(together[0], ids_of(9), 2), (together[1], ids_of(4), 0)])
+    assert [len(scored.logits_TV) for scored in found] == [2, 0]
+    assert torch.equal(found[0].logits_TV, target.score(target.start(), ids_of(9)).logits_TV[-2:])
 
 
 def test_drafting_twice_from_one_state_gives_one_draft():
     """The block's own keys lie behind the context; they must not outlive the pass."""
     target = native("llama")
     head = tiny_head(target, head_dim=16)
-    context = make_context(head, target)
+    runner = make_runner(head, target)
     target.tap(head.config.target_layer_ids)
     features = target.score(target.start(), ids_of(20)).features_TMD
-    context.commit(features[:10])
-    context.block(target.embed(torch.tensor(3)))
-    context.commit(features[10:])
-    straight = make_context(head, target)
-    straight.commit(features)
-    anchor = target.embed(torch.tensor(9))
-    assert torch.equal(context.block(anchor)[1], straight.block(anchor)[1])
+    context, straight = runner.start(), runner.start()
+    runner.commit([(context, features[:10])])
+    runner.block([context], target.embed(torch.tensor([3])))
+    runner.commit([(context, features[10:])])
+    runner.commit([(straight, features)])
+    anchors = target.embed(torch.tensor([9]))
+    assert torch.equal(runner.block([context], anchors)[1], runner.block([straight], anchors)[1])
 
 
 def test_a_saved_head_serves_the_target_at_every_precision(tmp_path):
@@ -267,8 +332,8 @@ def test_a_saved_head_serves_the_target_at_every_precision(tmp_path):
 
 def test_a_head_of_odd_sizes_drafts_eagerly():
     target = native("llama")
-    assert isinstance(make_context(tiny_head(target, head_dim=8), target), EagerContext)
-    assert isinstance(make_context(tiny_head(target, head_dim=16, draft_vocab=100), target), EagerContext)
+    assert isinstance(make_runner(tiny_head(target, head_dim=8), target), EagerRunner)
+    assert isinstance(make_runner(tiny_head(target, head_dim=16, draft_vocab=100), target), EagerRunner)
 
 
 def test_changed_weights_are_taken_up():

@@ -11,7 +11,7 @@ from transformers import NoRepeatNGramLogitsProcessor
 from dspark.drafters import DSparkDrafter, PromptLookup
 from dspark.errors import LogitsError, PromptError, SettingError, TargetError
 from dspark.generation import generate, make_law, stream
-from dspark.head.context import EagerContext, NativeContext
+from dspark.head.context import EagerRunner, NativeRunner
 from dspark.prompts import Prompt, read_prompts
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
@@ -348,7 +348,7 @@ def test_a_greedy_draft_is_the_same_with_and_without_its_laws_formed(kind, runti
     head = tiny_head(target, kind=kind, rank=rank, draft_vocab=96, head_dim=16)
     head.config = replace(head.config, shortlist=shortlist)
     drafter = DSparkDrafter(head, target)
-    assert isinstance(drafter.context, NativeContext) == (runtime == "native")
+    assert isinstance(drafter.runner, NativeRunner) == (runtime == "native")
     nothing = make_law(0.0, logits_processors=[lambda ids, logits: logits])
     drafts = []
     for law in (make_law(0.0), nothing):
@@ -374,9 +374,10 @@ def test_a_draft_has_the_law_of_the_whole_draft_vocabulary(kind, runtime):
     features = target.prefill(state, PROMPT[:-1])
     drafter.commit(features)
     draft = drafter.draft(PROMPT, GAMMA, make_law(1.0), torch.Generator().manual_seed(1))
-    h = EagerContext(head)
-    h.commit(features)
-    h_GD, _ = h.block(target.embed(torch.tensor(PROMPT[-1])))
+    runner = EagerRunner(head)
+    context = runner.start()
+    runner.commit([(context, features)])
+    h_GD = runner.block([context], target.embed(torch.tensor(PROMPT[-1:])))[0][0]
     previous = torch.tensor([PROMPT[-1], *draft.tokens[:-1]])
     logits, _ = head(h_GD[None, None], previous[None, None])
     for k, law_C in enumerate(logits[0, 0].softmax(-1)):

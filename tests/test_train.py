@@ -82,7 +82,7 @@ def test_teacher_forced_logits_equal_the_drafters_law(target, kind):
     ids = [5, 9, 17, 3, 44, 80]
     drafter.commit(target.prefill(target.start(), ids[:-1]))
     draft = drafter.draft(ids, 4, Law(), torch.Generator().manual_seed(0))
-    h = head.hidden(target.embed(torch.tensor([[ids[-1]]])), torch.tensor([[5]]), drafter.context._context(h_like(head)))
+    h = head.hidden(target.embed(torch.tensor([[ids[-1]]])), torch.tensor([[5]]), drafter.runner._views(drafter.context, h_like(head)))
     logits, confidence = head(h, torch.tensor([[[ids[-1], *draft.tokens[:-1]]]]))
     for k in range(4):
         inside = draft.probs_KV[k] > 0

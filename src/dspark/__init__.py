@@ -12,9 +12,11 @@ PUBLIC = {
     "generate": "dspark.generation",
     "graft": "dspark.grafting",
     "ungraft": "dspark.grafting",
+    "Engine": "dspark.engine.engine",
+    "Request": "dspark.engine.request",
     "UserError": "dspark.errors",
 }
-__all__ = ["UserError", "__version__", "generate", "graft", "load_head", "load_target", "ungraft"]
+__all__ = ["Engine", "Request", "UserError", "__version__", "generate", "graft", "load_head", "load_target", "ungraft"]
 
 
 def __getattr__(name: str):

@@ -22,6 +22,7 @@ from dspark.errors import PromptError, SettingError
 from dspark.head.head import Head
 from dspark.profiling import planning_costs
 from dspark.target.target import Target
+from dspark.text import TextStream
 
 # transformers' processors that read the logits alone; all others also get the tokens before the row.
 PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -163,7 +164,8 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
         return Always()
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
-    head = drafter.head.head if isinstance(drafter, Arbiter) else drafter.head if isinstance(drafter, DSparkDrafter) else None
+    source = drafter.head if isinstance(drafter, Arbiter) else drafter
+    head = source.head if isinstance(source, DSparkDrafter) else None
     table = planning_costs(target, head, 1 + drafter.block_size, say)
     if spec != "auto":
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)
@@ -218,23 +220,16 @@ def generate(
     as it becomes final. The same seed replays the same tokens. Raises the `UserError` family."""
     law = make_law(temperature, top_k, top_p, min_p, repetition_penalty, logits_processors)
     stop = options["stop"] = as_strings(options.get("stop", ()))
-    rounds, ids, shown = [], [], ""
+    rounds, ids = [], []
+    texts = None if target.tokenizer is None else TextStream(target.tokenizer, stop)
     begin = time.perf_counter()
     for done in stream(target, head, prompt_ids, max_new_tokens=max_new_tokens, law=law, seed=seed, **options):
         rounds.append(done)
         ids += done.tokens
-        if on_text is not None and target.tokenizer is not None:
-            text = final_text(target, ids, stop)
-            # A character may still be incomplete, and what is before it the start of a stop string.
-            whole = text.rstrip("\ufffd")
-            ready = whole[: len(whole) - max((overlap(whole, s) for s in stop), default=0)]
-            if len(ready) > len(shown):
-                on_text(ready[len(shown) :])
-                shown = ready
+        say(texts.push(done.tokens) if texts else "", on_text)
     seconds = time.perf_counter() - begin
-    text = "" if target.tokenizer is None else final_text(target, ids, stop)
-    if on_text is not None and len(text) > len(shown):
-        on_text(text[len(shown) :])
+    say(texts.finish() if texts else "", on_text)
+    text = texts.text if texts else ""
     eos = target.eos_ids if options.get("eos_ids") is None else options["eos_ids"]
     ended = bool(ids) and (ids[-1] in eos or (bool(stop) and contains_stop(target, ids, stop)))
     return Result(ids, text, len(rounds), seconds, "stop" if ended else "length", rounds)
@@ -280,13 +275,6 @@ def contains_stop(target: Target, new_ids: Sequence[int], stop: Sequence[str]) -
     return any(s in tail for s in stop)
 
 
-def final_text(target: Target, ids: Sequence[int], stop: Sequence[str]) -> str:
-    """The text without special tokens, cut before the first stop string."""
-    text = target.tokenizer.decode(ids, skip_special_tokens=True)
-    cuts = [text.index(s) for s in stop if s in text]
-    return text[: min(cuts)] if cuts else text
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest ending of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+def say(text: str, on_text: Callable[[str], None] | None) -> None:
+    if text and on_text is not None:
+        on_text(text)

@@ -120,10 +120,30 @@ def planning_costs(
 ) -> CostTable:
     """The planner's costs of this pair on this machine, up to `most_rows` rows: from the cache, or measured now (`again`: in
     any case). Without a head the draft costs nothing, as prompt lookup's does."""
+
+    def measure() -> CostTable:
+        say("measuring what a round costs on this machine (once, a few seconds)")
+        longest = target.max_context - most_rows - 1
+        contexts = sorted({max(1, min(context, longest)) for context in PLANNING_CONTEXTS})
+        found: dict[int, Costs] = {}
+        started = time.perf_counter()
+        for context in contexts:
+            if found and time.perf_counter() - started > PLANNING_SECONDS / 2:
+                break  # a large model: the prompt alone would take long; the first costs then hold for all lengths
+            measured = profile(target, head, context, range(1, most_rows + 1), seconds=PLANNING_SECONDS, with_bandwidth=False)
+            found[context] = Costs(measured.draft or 0.0, ascending(list(measured.rows.values())))
+        return CostTable(tuple(found), tuple(found.values()))
+
+    return cached_costs(target, head, {"rows": most_rows}, measure, again)
+
+
+def cached_costs(target: Target, head: Head | None, of: dict, measure: Callable[[], CostTable], again: bool = False) -> CostTable:
+    """What `measure` finds for this pair on this machine, kept in the user's cache. `of` names what is measured; its `rows` are
+    how many row counts each of the table's costs has."""
     depends_on = {
         "version": dspark.__version__, "torch": torch.__version__, "processor": device_name(target.device), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "device": str(target.device), "runtime": target.runtime_name,
-        "target": target.fingerprint(), "head": None if head is None else asdict(head.config), "rows": most_rows,
+        "target": target.fingerprint(), "head": None if head is None else asdict(head.config), **of,
     }  # fmt: skip
     described = json.loads(json.dumps(depends_on, default=str))
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -131,17 +151,7 @@ def planning_costs(
     stored = None if again else stored_costs(path, described)
     if stored is not None:
         return stored
-    say("measuring what a round costs on this machine (once, a few seconds)")
-    longest = target.max_context - most_rows - 1
-    contexts = sorted({max(1, min(context, longest)) for context in PLANNING_CONTEXTS})
-    found: dict[int, Costs] = {}
-    started = time.perf_counter()
-    for context in contexts:
-        if found and time.perf_counter() - started > PLANNING_SECONDS / 2:
-            break  # a large model: the prompt alone would take long; the first costs then hold for all lengths
-        measured = profile(target, head, context, range(1, most_rows + 1), seconds=PLANNING_SECONDS, with_bandwidth=False)
-        found[context] = Costs(measured.draft or 0.0, ascending(list(measured.rows.values())))
-    table = CostTable(tuple(found), tuple(found.values()))
+    table = measure()
     store(path, {"depends_on": described, **asdict(table)})
     return table
 

@@ -12,6 +12,7 @@ from dspark.errors import UserError
 VERBS = {
     "generate": "continue prompts, speculating losslessly",
     "chat": "talk to the target",
+    "serve": "answer many clients over OpenAI's API",
     "train": "train a head for a target from the target's own words",
     "calibrate": "fit a head's confidences to what is accepted",
     "bench": "measure speed and tau against plain decoding",

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from dspark.core.planner import Always, Planner
-from dspark.core.sampling import Law, Streams, best, probs
+from dspark.core.sampling import Coupled, Law, Streams, best, probs
 from dspark.core.verifier import Draft, Verdict, verify, verify_greedy
 
 
@@ -40,7 +40,7 @@ class Drafter(Protocol):
     block_size: int
 
     def start(self) -> None: ...
-    def draft(self, ids: Sequence[int], limit: int, law: Law, generator: torch.Generator) -> Draft: ...
+    def draft(self, ids: Sequence[int], limit: int, law: Law, noise: torch.Generator | Coupled) -> Draft: ...
     def commit(self, features_TMD: torch.Tensor) -> None: ...
 
 
@@ -59,7 +59,7 @@ class Round:
 
 
 # (law, ids, draft, num_planned, scored, streams) -> what stands, and the token after it
-Judge = Callable[[Law, list[int], Draft, int, Scored, Streams], Verdict]
+Judge = Callable[[Law, list[int], Draft, int, Scored, Any], Verdict]
 
 
 def judge_by_law(law: Law, ids: list[int], draft: Draft, num_planned: int, scored: Scored, streams: Streams) -> Verdict:
@@ -76,6 +76,19 @@ def judge_fast(law: Law, ids: list[int], draft: Draft, num_planned: int, scored:
         return verify_greedy(scored.best_T or best(scored.logits_TV), drafted)
     accept = Streams.uniforms(streams.accept, num_planned)
     return verify(LawsWhenRead(law, ids, drafted, scored.logits_TV), draft, accept, *Streams.uniforms(streams.recover, 1))
+
+
+def judge_coupled(law: Law, ids: list[int], draft: Draft, num_planned: int, scored: Scored, streams: Coupled) -> Verdict:
+    """The verdict when each token depends on the seed and its position alone: a drafted token stands iff it is the target's."""
+    drafted = draft.tokens[:num_planned]
+    if law.greedy and not law.processors:
+        return verify_greedy(scored.best_T or best(scored.logits_TV), drafted)
+    rows = LawsWhenRead(law, ids, drafted, scored.logits_TV)
+    for k in range(num_planned + 1):
+        token = streams.choose(rows[k], len(ids) + k, scored.logits_TV.shape[-1])
+        if k == num_planned or token != drafted[k]:
+            break
+    return Verdict(k, token)
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ def decode(
     drafter: Drafter,
     prompt_ids: Sequence[int],
     law: Law,
-    streams: Streams,
+    streams: Streams | Coupled,
     max_new_tokens: int,
     stop: Callable[[list[int]], bool] = lambda new_ids: False,
     planner: Planner = Always(),  # noqa: B008  frozen, without state

@@ -7,9 +7,10 @@ then cuts is not: its bias is the failing control of our tests (paper, appendix 
 what earlier rounds gave, may enter anywhere: no token of this block decides them.
 This module imports no torch."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, takewhile
 from operator import mul
 from typing import Protocol
@@ -74,6 +75,24 @@ class CostTable:
             low.draft + share * (high.draft - low.draft),
             tuple(a + share * (b - a) for a, b in zip(low.rows, high.rows, strict=True)),
         )
+
+
+class Table(Protocol):
+    """Where planners read what a round costs now."""
+
+    def at(self, context: int) -> Costs:
+        """After so many tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class WithoutDrafts:
+    """The costs of proposals that no model makes."""
+
+    table: Table
+
+    def at(self, context: int) -> Costs:
+        return replace(self.table.at(context), draft=0.0)
 
 
 # Plans of one block ----------------------------------------------------------------------
@@ -226,7 +245,7 @@ def always(spec: str) -> Always | None:
 class Costed:
     """Drafts in every round; `costs` are those of the text's present length."""
 
-    def __init__(self, table: CostTable):
+    def __init__(self, table: Table):
         self.table = table
         self.costs = table.at(0)
 
@@ -252,7 +271,7 @@ class Lagged(Costed):
 
     DELAY = 2
 
-    def __init__(self, table: CostTable):
+    def __init__(self, table: Table):
         super().__init__(table)
         self.seen: list[Sequence[float]] = []
 
@@ -282,6 +301,9 @@ class Pace:
     """Tokens per plain step's time, over the last few hundred rounds: what time is worth; at least 1, which plain decoding gives."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.tokens, self.cost = Mean(Adaptive.LONG, 1.0, 1.0), Mean(Adaptive.LONG, 1.0, 1.0)
 
     def add(self, num_tokens: int, cost: float) -> None:
@@ -309,19 +331,35 @@ class Adaptive:
     BORROWED = 8.0  # rounds' worth of trust in a position's neighbour
     PAUSES = (2, 256)  # rounds between probes: at first, at most
 
-    def __init__(self, table: CostTable, expected: Sequence[float], trust: float = 16.0, pace: Pace | None = None):
+    def __init__(self, table: Table, expected: Sequence[float], trust: float = 16.0, pace: Pace | None = None):
         self.table, self.costs, self.pace = table, table.at(0), pace or Pace()
         self.usual = [Mean(self.LATELY, chance, trust if k == 0 else 1.0) for k, chance in enumerate(expected)]
-        survival, tau, best = 1.0, 1.0, 0.0
-        for k, chance in enumerate(expected):
+        self.trust = trust
+        self.hope_for(max(self.best_gain(expected), self.HOPE))
+
+    def best_gain(self, acceptance: Sequence[float]) -> float:
+        """What the best number of verified tokens gains, in plain steps, with this acceptance by position."""
+        survival, tau, best = 1.0, 1.0, -math.inf
+        for k, chance in enumerate(acceptance):
             survival *= chance
             tau += survival
             best = max(best, tau - self.cost(k + 1))
-        self.lately, self.long = (Mean(newest, max(best, self.HOPE), trust) for newest in (self.LATELY, self.LONG))
+        return best
+
+    def hope_for(self, gain: float) -> None:
+        """Begin with this as the gain of rounds so far."""
+        self.lately, self.long = (Mean(newest, gain, self.trust) for newest in (self.LATELY, self.LONG))
         self.pause, self.wait = self.PAUSES[0], 0
 
+    def costs_changed(self) -> None:
+        """Drafting pays or not at the new costs; the acceptance that was seen says what to expect."""
+        self.costs = self.table.at(0)
+        self.hope_for(self.best_gain(self.acceptance()))
+        if self.parked:
+            self.wait = self.pause = self.PAUSES[1] // 8
+
     @classmethod
-    def untaught(cls, table: CostTable, block_size: int) -> "Adaptive":
+    def untaught(cls, table: Table, block_size: int) -> "Adaptive":
         """For a drafter nobody has measured yet: a guess, worth a few rounds only."""
         return cls(table, [0.5] * block_size, trust=8)
 

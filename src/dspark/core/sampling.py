@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dspark.errors import LogitsError
@@ -92,3 +93,32 @@ class Streams:
     @staticmethod
     def uniforms(generator: torch.Generator, count: int) -> list[float]:
         return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+
+
+class Coupled:
+    """One request's randomness when it has to give the same answer whatever is drafted: every token is the one whose
+    probability, divided by an exponential number of its own, is largest (a draw from exactly its law), and these numbers depend
+    on the seed and on the token's position alone. Draft and target use the same ones, so a good draft still agrees.
+
+    A drafted token then stands with probability (1 - d) / (1 + d) or better, d the laws' total variation distance; independent
+    randomness gives 1 - d (`Streams`), which is why this is for requests that ask for a seed."""
+
+    KEPT = 64  # positions whose numbers are kept: those of a round are used twice
+
+    def __init__(self, seed: int):
+        self.seed, self.kept = seed, {}  # type: tuple[int, dict[int, torch.Tensor]]
+        self.draft = self
+
+    def exponentials(self, position: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+        if position not in self.kept:
+            while len(self.kept) >= self.KEPT:
+                del self.kept[min(self.kept)]
+            random = np.random.Generator(np.random.Philox(key=[self.seed, position]))
+            numbers = random.standard_exponential(vocab_size, dtype=np.float32)
+            self.kept[position] = torch.from_numpy(numbers).clamp_min(torch.finfo(torch.float32).tiny).to(device)
+        return self.kept[position]
+
+    def choose(self, probs_C: torch.Tensor, position: int, vocab_size: int, ids_C: torch.Tensor | None = None) -> int:
+        """Where among these tokens (all of the vocabulary, or those of `ids_C`) the one at `position` of the text is."""
+        numbers = self.exponentials(position, vocab_size, probs_C.device)
+        return int((probs_C / (numbers if ids_C is None else numbers[ids_C])).argmax())

@@ -4,12 +4,11 @@ Expected from rounds that are over: for the head from its own, for a proposal of
 ending of the same size was found again. No token of the coming block is looked at, so the output's law is kept."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from dspark.core.planner import Adaptive, Costs, CostTable, Pace, Planner
-from dspark.core.sampling import Law
+from dspark.core.planner import Adaptive, Costs, CostTable, Pace, Planner, Table, WithoutDrafts
+from dspark.core.sampling import Coupled, Law
 from dspark.core.verifier import Draft
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.lookup import SIZES, PromptLookup
@@ -24,19 +23,19 @@ NOMINAL = CostTable((0,), (Costs(0.2, tuple(1 + 0.05 * k for k in range(LOOKUP_T
 class Arbiter:
     """A drafter that is its own planner; `lengths`, if given, decides how many drafted tokens to verify instead.
 
-    `expected` is the head's usual acceptance by position, worth `trust` rounds."""
+    Without a head there is the lookup alone. `expected` is the head's usual acceptance by position, worth `trust` rounds."""
 
     EXPLORE = 32  # in one of so many rounds with a choice the second best is taken, so that its estimate stays fresh
 
-    def __init__(self, head: DSparkDrafter, lookup: PromptLookup, expected: Sequence[float], trust: float):
+    def __init__(self, head: DSparkDrafter | None, lookup: PromptLookup, expected: Sequence[float], trust: float):
         self.head, self.lookup, self.expected, self.trust = head, lookup, expected, trust
-        self.block_size = max(head.block_size, lookup.block_size)
+        self.block_size = max(head.block_size if head else 0, lookup.block_size)
         self.plan_with(NOMINAL)
 
-    def plan_with(self, table: CostTable, lengths: Planner | None = None) -> "Arbiter":
+    def plan_with(self, table: Table, lengths: Planner | None = None) -> "Arbiter":
         """Forget what was learned, and go by these costs."""
         self.lengths, self.pace = lengths, Pace()
-        free = CostTable(table.contexts, tuple(replace(costs, draft=0.0) for costs in table.costs))
+        free = WithoutDrafts(table)
         self.head_planner = Adaptive(table, self.expected, self.trust, self.pace)
         self.found_planners = {
             size: Adaptive(free, [FOUND_AGAIN[size]] * self.lookup.block_size, trust=4, pace=self.pace) for size in SIZES
@@ -48,22 +47,32 @@ class Arbiter:
     # As a drafter
 
     def start(self) -> None:
-        self.head.start()
+        if self.head is not None:
+            self.head.start()
         self.lookup.start()
 
     def commit(self, features_TMD: torch.Tensor) -> None:
-        self.head.commit(features_TMD)
+        if self.head is not None:
+            self.head.commit(features_TMD)
 
-    def draft(self, ids: Sequence[int], limit: int, law: Law, generator: torch.Generator) -> Draft:
-        self.head.tap()  # its context follows every round, whoever drafts
+    def draft(self, ids: Sequence[int], limit: int, law: Law, noise: torch.Generator | Coupled) -> Draft:
+        proposal = self.propose(ids, limit)
+        if proposal is None:
+            assert self.head is not None
+            return self.head.draft(ids, limit, law, noise)
+        return proposal
+
+    def propose(self, ids: Sequence[int], limit: int) -> Draft | None:
+        """Choose who drafts: the lookup's proposal, an empty one if nobody shall; None: the head, which is for the caller to ask."""
+        if self.head is not None:
+            self.head.tap()  # its context follows every round, whoever drafts
         tokens, size = self.lookup.follow(ids, min(limit, self.lookup.block_size))
-        choices = [self.head_planner, *([self.found_planners[size]] if tokens else [])] if limit else []
+        choices = [self.head_planner] if self.head is not None and limit else []
+        choices += [self.found_planners[size]] if tokens else []
         self.chosen = self.choose(choices, limit, len(ids))
         if self.chosen is None:
             return Draft([], torch.empty(0, 0))
-        if self.chosen is self.head_planner:
-            return self.head.draft(ids, limit, law, generator)
-        return self.lookup.proposal(tokens)
+        return None if self.chosen is self.head_planner else self.lookup.proposal(tokens)
 
     def choose(self, choices: list[Adaptive], limit: int, num_tokens: int) -> Adaptive | None:
         """The one that gains most of those that are not parked; none is while a rule decides lengths."""
@@ -92,3 +101,9 @@ class Arbiter:
             self.pace.add(1, 1.0)
         else:
             self.chosen.learn(num_drafted, num_planned, num_accepted)
+
+    def costs_changed(self) -> None:
+        """The machine's load is another: what was gained under the last one says nothing about this one."""
+        self.pace.forget()
+        for planner in (self.head_planner, *self.found_planners.values()):
+            planner.costs_changed()

@@ -1,14 +1,16 @@
 """The DSpark head as a drafter; a head of rank 0 is DFlash.
 
-Shapes: G block size, K drafted tokens, C tokens to choose from, V vocabulary, M tapped layers, D hidden."""
+Shapes: R requests, G block size, K drafted tokens, C tokens to choose from, V vocabulary, M tapped layers, D hidden, r Markov rank."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from dspark.core.sampling import Law, Streams, apply, best, draw, probs
+from dspark.core.sampling import Coupled, Law, Streams, apply, best, draw, probs
 from dspark.core.verifier import Draft, FewTokens
-from dspark.head.context import make_context
+from dspark.head.context import Runner, make_runner
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -16,17 +18,18 @@ from dspark.target.target import Target
 class DSparkDrafter:
     """Draws a block from the head and its context of one request.
 
-    `recording` is for calibration: confidences are then the head's own, uncalibrated, and margins are noted."""
+    `recording` is for calibration: confidences are then the head's own, uncalibrated, and margins are noted.
+    `runner` is the head's on this target; drafters of many requests share one."""
 
-    def __init__(self, head: Head, target: Target, recording: bool = False):
+    def __init__(self, head: Head, target: Target, recording: bool = False, runner: Runner | None = None):
         self.head, self.target, self.recording = head, target, recording
         self.block_size = head.config.block_size
-        self.context = make_context(head, target)
+        self.runner = runner or make_runner(head, target)
         self.start()
 
     def start(self) -> None:
         self.tap()
-        self.context.start()
+        self.context = self.runner.start()
         self.pending: list[torch.Tensor] = []
 
     def tap(self) -> None:
@@ -38,71 +41,144 @@ class DSparkDrafter:
         """Kept until the next draft: while others draft, or nobody does, the head costs nothing."""
         self.pending.append(features_TMD)
 
-    @torch.inference_mode()
     def flush(self) -> None:
         """Turn what was committed into context keys and values."""
-        if self.pending:
-            self.context.commit(torch.cat(self.pending))
-            self.pending = []
+        flush_many([self])
 
-    @torch.inference_mode()
-    def draft(self, ids: Sequence[int], limit: int, law: Law, generator: torch.Generator) -> Draft:
+    def draft(self, ids: Sequence[int], limit: int, law: Law, noise: torch.Generator | Coupled) -> Draft:
         """Draw up to `limit` tokens, each by the law of its row over the draft vocabulary, or over the best tokens of the
         row before its bias where the bias of all would be dear: drafts may be cheap in any way as long as the law
         they were drawn from is known exactly (it is the one returned)."""
         self.tap()
-        num = min(limit, self.block_size)
-        if num == 0:
-            return Draft([], torch.empty(0, 0))
-        self.flush()
-        head, markov = self.head, self.head.markov_head
-        h_GD, logits_KC = self.context.block(self.target.embed(torch.tensor([ids[-1]], device=head.fc.weight.device))[0])
-        shortlist_KC = None
-        if head.config.num_choices < len(head.draft_ids):
-            logits_KC, shortlist_KC = logits_KC[:num].topk(head.config.num_choices, dim=-1)
-        ids_KC = head.draft_ids.expand(num, -1) if shortlist_KC is None else head.draft_ids[shortlist_KC]
-        uniforms = Streams.uniforms(generator, num)
-        one_hot = law.greedy and not law.processors  # no need to form such laws
-        tokens: list[int] = []
-        laws: list[torch.Tensor] = []
-        states: list[torch.Tensor] = []
-        state = None
-        for k in range(num):
-            logits_C, choice = logits_KC[k], None
-            if markov is not None:
-                previous = tokens[-1] if tokens else ids[-1]
-                w = markov.markov_w1.weight[previous : previous + 1]
-                z, state = markov.step(w, h_GD[k : k + 1], state)
-                states.append(w)
-                if shortlist_KC is None:
-                    choice = self.context.add_bias(logits_C, z[0])
-                else:
-                    logits_C += markov.markov_w2.weight[shortlist_KC[k]].float() @ z[0].float()
-            if one_hot:
-                choice = best(logits_C[None])[0] if choice is None or choice < 0 else choice
-                tokens.append(int(ids_KC[k, choice]))
-                continue
-            q_C = law_of_choices(law, [*ids, *tokens], logits_C, ids_KC[k], head.config.vocab_size)
-            if q_C is None:
-                break
-            laws.append(q_C)
-            tokens.append(int(ids_KC[k, q_C.argmax() if law.greedy else draw(q_C, uniforms[k])]))
-        num = len(tokens)
+        return draft_many([Ask(self, ids, limit, law, noise)])[0]
+
+
+class Ask(NamedTuple):
+    """One request's wish for a draft of up to `limit` tokens after `ids`."""
+
+    drafter: DSparkDrafter
+    ids: Sequence[int]
+    limit: int
+    law: Law
+    noise: torch.Generator | Coupled
+
+
+@torch.inference_mode()
+def flush_many(drafters: Sequence[DSparkDrafter]) -> None:
+    """`flush` of each, in one pass where the runner can."""
+    new = [(d.context, torch.cat(d.pending)) for d in drafters if d.pending]
+    if new:
+        drafters[0].runner.commit(new)
+    for drafter in drafters:
+        drafter.pending = []
+
+
+@dataclass
+class Block:
+    """A draft in the making: rows over the tokens to choose from, and what has been drawn."""
+
+    ask: Ask
+    logits_KC: torch.Tensor
+    shortlist_KC: torch.Tensor | None
+    ids_KC: torch.Tensor
+    uniforms: list[float]
+    tokens: list[int] = field(default_factory=list)
+    laws: list[torch.Tensor] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def last(self) -> int:
+        return self.tokens[-1] if self.tokens else self.ask.ids[-1]
+
+    def add_bias(self, k: int, z_r: torch.Tensor) -> None:
+        """The sequential head's bias on the shortlist of row k."""
+        markov, shortlist_KC = self.ask.drafter.head.markov_head, self.shortlist_KC
+        assert markov is not None and shortlist_KC is not None
+        self.logits_KC[k] += markov.markov_w2.weight[shortlist_KC[k]].float() @ z_r.float()
+
+    def take(self, k: int, choice: int) -> None:
+        """Draw token k; `choice` is where its row is largest, if that is known (else -1)."""
+        law, head, row_C = self.ask.law, self.ask.drafter.head, self.logits_KC[k]
+        if law.greedy and not law.processors:  # no need to form such laws
+            self.tokens.append(int(self.ids_KC[k, best(row_C[None])[0] if choice < 0 else choice]))
+            return
+        q_C = law_of_choices(law, [*self.ask.ids, *self.tokens], row_C, self.ids_KC[k], head.config.vocab_size)
+        if q_C is None:
+            self.ended = True
+            return
+        if law.greedy:
+            where = int(q_C.argmax())
+        elif isinstance(self.ask.noise, Coupled):
+            where = self.ask.noise.choose(q_C, len(self.ask.ids) + k, head.config.vocab_size, self.ids_KC[k])
+        else:
+            where = draw(q_C, self.uniforms[k])
+        self.laws.append(q_C)
+        self.tokens.append(int(self.ids_KC[k, where]))
+
+    def finish(self, h_GD: torch.Tensor, w_Kr: torch.Tensor | None) -> Draft:
+        """The draft, with its confidences."""
+        num, law, head, recording = len(self.tokens), self.ask.law, self.ask.drafter.head, self.ask.drafter.recording
         if num == 0:
             return Draft([], torch.empty(0, 0))
         confidences = None
         if head.confidence_head is not None:
-            w_KR = torch.cat(states[:num]) if states else None
-            logits_K = head.confidence_head(h_GD[:num], w_KR).float()
-            if head.calibration is not None and not self.recording:
+            logits_K = head.confidence_head(h_GD[:num], None if w_Kr is None else w_Kr[:num]).float()
+            if head.calibration is not None and not recording:
                 fit = head.calibration.nearest(law.temperature)
                 logits_K = logits_K / logits_K.new_tensor(fit.temperatures[:num]) + logits_K.new_tensor(fit.biases[:num])
             confidences = logits_K.sigmoid().tolist()
         # logits_KC has the biases in it by now
-        margins = (-logits_KC[:num].topk(2).values.diff()[:, 0]).tolist() if self.recording else None
-        if one_hot:
-            return Draft(tokens, FewTokens.certain(tokens, head.config.vocab_size, ids_KC.device), confidences, margins)
-        return Draft(tokens, FewTokens(ids_KC[:num], torch.stack(laws), head.config.vocab_size), confidences, margins)
+        margins = (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist() if recording else None
+        if law.greedy and not law.processors:
+            return Draft(self.tokens, FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device), confidences, margins)
+        return Draft(self.tokens, FewTokens(self.ids_KC[:num], torch.stack(self.laws), head.config.vocab_size), confidences, margins)
+
+
+@torch.inference_mode()
+def draft_many(asks: Sequence[Ask]) -> list[Draft]:
+    """`DSparkDrafter.draft` for requests whose drafters share a runner, in one pass where it can."""
+    drafts = [Draft([], torch.empty(0, 0))] * len(asks)
+    wanting = [i for i, ask in enumerate(asks) if ask.limit > 0]
+    if not wanting:
+        return drafts
+    drafters = [asks[i].drafter for i in wanting]
+    head, runner, markov = drafters[0].head, drafters[0].runner, drafters[0].head.markov_head
+    flush_many(drafters)
+    anchors = torch.tensor([asks[i].ids[-1] for i in wanting], device=head.fc.weight.device)
+    h_RGD, logits_RGC = runner.block([drafter.context for drafter in drafters], drafters[0].target.embed(anchors))
+    blocks = [begin(asks[i], logits_GC) for i, logits_GC in zip(wanting, logits_RGC, strict=True)]
+    w_RKr: list[list[torch.Tensor]] = [[] for _ in blocks]
+    state_Rr: torch.Tensor | None = None
+    for k in range(max(len(block.logits_KC) for block in blocks)):
+        going = [r for r, block in enumerate(blocks) if k < len(block.logits_KC) and not block.ended]
+        choices = [-1] * len(going)
+        if markov is not None and going:
+            # All requests take the step, so that the state's rows stay theirs.
+            w_Rr = markov.markov_w1.weight[torch.tensor([block.last for block in blocks], device=h_RGD.device)]
+            z_Rr, state_Rr = markov.step(w_Rr, h_RGD[:, k], state_Rr)
+            for r in going:
+                w_RKr[r].append(w_Rr[r])
+            if blocks[0].shortlist_KC is None:
+                choices = runner.add_bias([blocks[r].logits_KC[k] for r in going], z_Rr[going])
+            else:
+                for r in going:
+                    blocks[r].add_bias(k, z_Rr[r])
+        for r, choice in zip(going, choices, strict=True):
+            blocks[r].take(k, choice)
+    for i, block, h_GD, w_Kr in zip(wanting, blocks, h_RGD, w_RKr, strict=True):
+        drafts[i] = block.finish(h_GD, torch.stack(w_Kr) if w_Kr else None)
+    return drafts
+
+
+def begin(ask: Ask, logits_GC: torch.Tensor) -> Block:
+    head = ask.drafter.head
+    num = min(ask.limit, head.config.block_size)
+    logits_KC, shortlist_KC = logits_GC[:num], None
+    if head.config.num_choices < len(head.draft_ids):
+        logits_KC, shortlist_KC = logits_KC.topk(head.config.num_choices, dim=-1)
+    ids_KC = head.draft_ids.expand(num, -1) if shortlist_KC is None else head.draft_ids[shortlist_KC]
+    uniforms = [] if isinstance(ask.noise, Coupled) else Streams.uniforms(ask.noise, num)
+    return Block(ask, logits_KC, shortlist_KC, ids_KC, uniforms)
 
 
 def law_of_choices(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, vocab_size: int) -> torch.Tensor | None:

@@ -11,15 +11,17 @@ SIZES = (16, 8, 4, 3, 2)
 
 
 class PromptLookup:
-    def __init__(self, vocab_size: int, block_size: int = 8, device: torch.device | str = "cpu"):
-        self.vocab_size, self.block_size, self.device = vocab_size, block_size, device
+    """`before` is text to look in besides, as if it stood before the prompt: an expected answer, say."""
+
+    def __init__(self, vocab_size: int, block_size: int = 8, device: torch.device | str = "cpu", before: Sequence[int] = ()):
+        self.vocab_size, self.block_size, self.device, self.before = vocab_size, block_size, device, list(before)
         self.start()
 
     def start(self) -> None:
         self.follows: dict[tuple[int, ...], int] = {}  # a sequence of tokens -> where the text went on after its latest occurrence
         self.num_seen = 0
 
-    def draft(self, ids: Sequence[int], limit: int, law, generator) -> Draft:
+    def draft(self, ids: Sequence[int], limit: int, law, noise) -> Draft:
         return self.proposal(self.follow(ids, limit)[0])
 
     def proposal(self, tokens: list[int]) -> Draft:
@@ -32,6 +34,7 @@ class PromptLookup:
         """What followed the latest earlier occurrence of the longest known ending, and its size ([], 0: none).
 
         `limit` tokens: where the text ends before, it goes on into its own proposal, as a text that repeats itself does."""
+        ids = [*self.before, *ids] if self.before else ids
         for end in range(max(self.num_seen, 1), len(ids)):  # every sequence that something follows
             for size in SIZES:
                 if size <= end:

@@ -11,7 +11,7 @@ class NoDrafter:
     def start(self) -> None:
         pass
 
-    def draft(self, ids, limit, law, generator) -> Draft:
+    def draft(self, ids, limit, law, noise) -> Draft:
         return Draft([], torch.empty(0, 0))
 
     def commit(self, features_TMD: torch.Tensor) -> None:

@@ -2,19 +2,21 @@
 
 Shapes: T rows of one forward pass, V vocabulary, M tapped layers, D hidden size."""
 
+import copy
 import hashlib
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from dspark.core.decode import Scored
 from dspark.errors import LogitsError, PromptError, RuntimeUnavailable, TargetError
-from dspark.target.native.runtime import NativeRuntime
+from dspark.target.native.runtime import NativeRuntime, Piece
 from dspark.target.native.stack import Cache as NativeCache
 from dspark.target.quantize import is_int8, rows_of
 from dspark.target.rollback import new_cache, refuse_unless_exact, rollback
@@ -30,6 +32,14 @@ class State:
 
     cache: DynamicCache | NativeCache
     num_tokens: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the cache takes."""
+        if isinstance(self.cache, NativeCache):
+            return self.cache.data.nbytes
+        tensors = [t for layer in self.cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+        return sum(t.nbytes for t in tensors if t is not None)
 
 
 @dataclass
@@ -138,28 +148,45 @@ class Target:
                 warnings.warn(f"decoding eagerly: {reason.message}", stacklevel=2)
         return State(new_cache(self.model))
 
-    @torch.inference_mode()
     def score(self, state: State, tokens: Sequence[int], num_logits: int | None = None) -> Scored:
         """Append `tokens` to the state in one pass; logits for all rows, or the last `num_logits`.
 
         Raises `LogitsError` if the target's logits are not numbers."""
-        num_logits = len(tokens) if num_logits is None else num_logits
-        if self.runtime is not None and isinstance(state.cache, NativeCache):
-            scored = self.runtime.score(state.cache, tokens, state.num_tokens, num_logits, self.layer_ids)
-            broken = -1 in (scored.best_T or ())
+        scored = self.score_many([(state, tokens, len(tokens) if num_logits is None else num_logits)])[0]
+        self.refuse_broken(scored, state.num_tokens - len(tokens))
+        return scored
+
+    @torch.inference_mode()
+    def score_many(self, pieces: Sequence[tuple[State, Sequence[int], int]]) -> list[Scored]:
+        """Append tokens to the states of several requests, natively in one pass: (state, tokens, num_logits) each.
+
+        A request's results do not depend on the others. The caller looks for broken logits (`refuse_broken`)."""
+        if self.runtime is not None and all(isinstance(state.cache, NativeCache) for state, _, _ in pieces):
+            described = [Piece(cast(NativeCache, state.cache), state.num_tokens, tokens, count) for state, tokens, count in pieces]
+            scored = self.runtime.score(described, self.layer_ids)
         else:
-            ids = torch.tensor([list(tokens)], device=self.device)
-            output = self.model(input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=num_logits)
-            features_TMD = self.captured()[0] if self.layer_ids else torch.empty(len(tokens), 0, self.hidden_size, device=self.device)
-            scored = Scored(output.logits[0].float(), features_TMD)
-            broken = bool(torch.isnan(scored.logits_TV.max()))
+            scored = [self._score_eagerly(*piece) for piece in pieces]
+        for state, tokens, _ in pieces:
+            state.num_tokens += len(tokens)
+        return scored
+
+    def _score_eagerly(self, state: State, tokens: Sequence[int], num_logits: int) -> Scored:
+        ids = torch.tensor([list(tokens)], device=self.device)
+        # `logits_to_keep` 0 means all of them to transformers
+        output = self.model(input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=max(1, num_logits))
+        features_TMD = self.captured()[0] if self.layer_ids else torch.empty(len(tokens), 0, self.hidden_size, device=self.device)
+        return Scored(output.logits[0, output.logits.shape[1] - num_logits :].float(), features_TMD)
+
+    def refuse_broken(self, scored: Scored, num_tokens: int) -> None:
+        """Raise `LogitsError` if these logits, of rows after `num_tokens` tokens, are not numbers."""
+        broken = (
+            -1 in scored.best_T if scored.best_T is not None else bool(scored.logits_TV.numel() and torch.isnan(scored.logits_TV.max()))
+        )
         if broken:
             raise LogitsError(
-                f"{self.name or type(self.model).__name__} produced NaN logits at token {state.num_tokens}",
+                f"{self.name or type(self.model).__name__} produced NaN logits at token {num_tokens}",
                 "the weights may be damaged, or the precision too low: try `--dtype float32`",
             )
-        state.num_tokens += len(tokens)
-        return scored
 
     def prefill(self, state: State, tokens: Sequence[int]) -> torch.Tensor:
         """Append prompt tokens in bounded passes; returns their features_TMD."""
@@ -175,8 +202,19 @@ class Target:
             rollback(state.cache, num_rejected)  # the native cache overwrites what lies past its tokens
         state.num_tokens -= num_rejected
 
-    def prompt_ids(self, messages: str | list[dict], raw: bool = False) -> list[int]:
-        """Token ids of one user turn, or of a chat, with the generation prompt; `raw` skips the template."""
+    def fork(self, state: State, num_tokens: int) -> State | None:
+        """A state of its own that holds the first `num_tokens` tokens of this one; None where the cache cannot give them
+        (a sliding window has forgotten what it would need)."""
+        if isinstance(state.cache, NativeCache):
+            return State(state.cache.fork(num_tokens), num_tokens)
+        if num_tokens < state.num_tokens and any(type(layer) is not DynamicLayer for layer in state.cache.layers):
+            return None
+        forked = State(copy.deepcopy(state.cache), state.num_tokens)
+        self.rollback(forked, state.num_tokens - num_tokens)
+        return forked
+
+    def prompt_ids(self, messages: str | list[dict], raw: bool = False, tools: list[dict] | None = None) -> list[int]:
+        """Token ids of one user turn, or of a chat, with the generation prompt; `raw` skips the template, which gets the `tools`."""
         if self.tokenizer is None:
             raise PromptError("this target has no tokenizer", "pass token ids instead of text")
         plain = raw or self.tokenizer.chat_template is None
@@ -186,7 +224,7 @@ class Target:
         try:
             if plain:
                 return self.tokenizer(messages).input_ids
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True)
             return self.tokenizer(text, add_special_tokens=False).input_ids
         except Exception as error:  # a template is a program of the target's maker and may raise anything
             raise PromptError(f"the chat template or tokenizer cannot take this chat: {str(error) or type(error).__name__}") from error

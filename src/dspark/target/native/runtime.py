@@ -4,7 +4,7 @@ Shapes: T rows, M tapped layers, D hidden, V vocabulary."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from dspark.core.decode import Scored
 from dspark.errors import RuntimeUnavailable
 from dspark.target.native.build import compiled
 from dspark.target.native.pages import gather_weights
-from dspark.target.native.stack import MAX_ROWS, Cache, NativeStack
+from dspark.target.native.stack import Cache, NativeStack, Rows, passes
 from dspark.target.quantize import is_int8
 from dspark.target.taps import Tap
 
@@ -97,6 +97,15 @@ def shape_of(model: Any) -> Shape:
     return Shape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps)
 
 
+class Piece(NamedTuple):
+    """Tokens of one request to score after `past` cached ones; logits of the last `num_logits` of them."""
+
+    cache: Cache
+    past: int
+    tokens: Sequence[int]
+    num_logits: int
+
+
 class NativeRuntime:
     """Scores rows of a model through stack.cpp. Reads the model's own weights where they lie."""
 
@@ -127,20 +136,34 @@ class NativeRuntime:
         )  # fmt: skip
         return self.stack.new_cache()
 
-    def score(self, cache: Cache, tokens: Sequence[int], past: int, num_logits: int, taps: Sequence[int]) -> Scored:
-        """Rows of `tokens` after `past` cached ones: logits of the last `num_logits` rows, and the tapped states in
-        the model's precision. Any number of tokens; the bits do not depend on it."""
-        x_TD = self.model.get_input_embeddings()(torch.tensor(list(tokens)))
+    def score(self, pieces: Sequence[Piece], taps: Sequence[int]) -> list[Scored]:
+        """Rows of each request's `tokens` after its `past` cached ones: logits of its last `num_logits` rows, and the
+        tapped states in the model's precision. Any number of tokens; a row's bits do not depend on those beside it."""
         inner = [tap for tap in taps if tap >= 0]
+        # Rows without logits go first, so that those with logits are the last ones of a pass.
+        silent = [Rows(p.cache, p.past, len(p.tokens) - p.num_logits) for p in pieces]
+        heard = [Rows(p.cache, p.past + len(p.tokens) - p.num_logits, p.num_logits) for p in pieces]
+        num_silent = sum(rows.num_rows for rows in silent)
+        tokens = [token for p in pieces for token in p.tokens[: len(p.tokens) - p.num_logits]]
+        tokens += [token for p in pieces for token in p.tokens[len(p.tokens) - p.num_logits :]]
+        x_TD = self.model.get_input_embeddings()(torch.tensor(tokens))
         parts = []
-        for start in range(0, len(tokens), MAX_ROWS):
-            rows = x_TD[start : start + MAX_ROWS]
-            wanted = min(len(rows), max(0, num_logits - (len(tokens) - start - len(rows))))
-            done = self.stack.forward(cache, rows.to(torch.float32, copy=True), past + start, wanted, inner)
-            states = done.tapped.to(x_TD.dtype)
-            states = torch.cat([rows[:, None], states], dim=1) if len(inner) < len(taps) else states
-            parts.append(Scored(done.logits, states, done.best))
-        if len(parts) == 1:
-            return parts[0]
-        best = [token for part in parts for token in part.best_T or ()]
-        return Scored(torch.cat([part.logits_TV for part in parts]), torch.cat([part.features_TMD for part in parts]), best)
+        for rows, first, last in passes([*silent, *heard]):
+            x = x_TD[first:last].to(torch.float32, copy=True)
+            parts.append(self.stack.forward(rows, x, last - max(first, min(last, num_silent)), inner))
+        tapped_TMD = joined([part.tapped for part in parts]).to(x_TD.dtype)
+        if len(inner) < len(taps):
+            tapped_TMD = torch.cat([x_TD[:, None], tapped_TMD], dim=1)
+        logits_TV, best = joined([part.logits for part in parts]), [token for part in parts for token in part.best]
+        scored, quiet, loud = [], 0, 0
+        for p in pieces:
+            num_quiet = len(p.tokens) - p.num_logits
+            features = [tapped_TMD[quiet : quiet + num_quiet], tapped_TMD[num_silent + loud : num_silent + loud + p.num_logits]]
+            mine = slice(loud, loud + p.num_logits)
+            scored.append(Scored(logits_TV[mine], torch.cat(features) if num_quiet else features[1], best[mine]))
+            quiet, loud = quiet + num_quiet, loud + p.num_logits
+        return scored
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -17,10 +17,16 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES 1
 #endif
 
 namespace {
@@ -288,6 +294,153 @@ inline void sixteen_outputs(const typename Dot::W* w, const typename Dot::X* x, 
         tile<Dot, 8, 2, false>(w, x + int64_t(t) * ldx, K, ldx, T - t < 8 ? T - t : 8, y + t);
 }
 
+#if TILES
+// The processor's matrix unit (Intel's AMX): a tile of sixteen weight rows meets sixteen activation rows at once, and up to 64
+// rows cost what one does, for reading the weights takes longer. A row's sums run in one order in all of these as well.
+
+// The kernel grants the use of tiles once for the process; without, and for other precisions, `tile` does the work.
+inline bool tiles_allowed() {
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return allowed;
+}
+
+// While it lives, this thread's tiles are 16 rows of 64 bytes each.
+struct TileConfig {
+    struct alignas(64) Layout { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t row_bytes[16] = {}; uint8_t rows[16] = {}; };
+    const bool on;
+    explicit TileConfig(bool use) : on(use) {
+        if (!on) return;
+        Layout layout;
+        for (int i = 0; i < 8; i++) layout.row_bytes[i] = 64, layout.rows[i] = 16;
+        asm volatile("" : : "r"(&layout) : "memory");  // gcc 12 tells its optimiser that only eight bytes are read
+        _tile_loadconfig(&layout);
+    }
+    ~TileConfig() { if (on) _tile_release(); }
+};
+
+// How activations lie in tiles: [T / 16][n / STEP] tiles, one after the other for each of PARTS, of [lane][row][numbers of a lane].
+template <class X> struct TileLayout { static constexpr int STEP = 1, PARTS = 0; };
+template <> struct TileLayout<bf16> {
+    static constexpr int STEP = 32, PARTS = 1;
+    static void put(const bf16* x, int n, char* to, int) {
+        for (int i = 0; i < n; i += 2, to += 64) memcpy(to, x + i, 4);
+    }
+};
+template <> struct TileLayout<int16_t> {  // x = 256 * high + low: a tile of each, high with a sign
+    static constexpr int STEP = 64, PARTS = 2;
+    static void put(const int16_t* x, int n, char* to, int part) {
+        for (int i = 0; i < n; i += 4, to += i % 64 ? 64 : 64 + 1024)
+            for (int j = 0; j < 4; j++) to[j] = char(part ? x[i + j] & 255 : x[i + j] >> 8);
+    }
+};
+
+// What is left of sixteen weight rows after the last whole step, and zeros.
+template <class W> struct Rest {
+    static constexpr int STEP = 64 / sizeof(W);
+    alignas(64) W numbers[16 * STEP] = {};
+    Rest(const W* w, int K) {
+        const int whole = K / STEP * STEP;
+        if (whole < K)
+            for (int n = 0; n < 16; n++) memcpy(numbers + n * STEP, w + int64_t(n) * K + whole, sizeof(W) * (K - whole));
+    }
+};
+
+// Sixteen outputs of NB blocks of sixteen rows: out[block][output][row].
+template <int NB> inline void tile_products(const bf16* w, int K, const char* x, float* out) {
+    const int whole = K / 32, steps = (K + 31) / 32;
+    const Rest<bf16> rest(w, K);
+    const char* ahead = (const char*)(w + int64_t(16) * K);
+    const int64_t block = int64_t(steps) * 1024;
+    _tile_zero(0);
+    if (NB > 1) _tile_zero(1);
+    if (NB > 2) _tile_zero(2);
+    if (NB > 3) _tile_zero(3);
+    for (int k = 0; k < steps; k++, x += 1024) {
+        if (k < whole) _tile_loadd(4, w + k * 32, 2 * K);
+        else _tile_loadd(4, rest.numbers, 64);
+        for (int line = 0; line < 16; line++, ahead += 64) __builtin_prefetch(ahead, 0, LOCALITY);
+        _tile_loadd(5, x, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        if (NB > 1) { _tile_loadd(6, x + block, 64); _tile_dpbf16ps(1, 4, 6); }
+        if (NB > 2) { _tile_loadd(7, x + 2 * block, 64); _tile_dpbf16ps(2, 4, 7); }
+        if (NB > 3) { _tile_loadd(5, x + 3 * block, 64); _tile_dpbf16ps(3, 4, 5); }
+    }
+    _tile_stored(0, out, 64);
+    if (NB > 1) _tile_stored(1, out + 256, 64);
+    if (NB > 2) _tile_stored(2, out + 512, 64);
+    if (NB > 3) _tile_stored(3, out + 768, 64);
+}
+
+// The same of 8-bit weights: whole numbers, of the high parts in out[block][0], of the low ones in out[block][1].
+template <int NB> inline void tile_products(const int8_t* w, int K, const char* x, int32_t* out) {
+    const int whole = K / 64, steps = (K + 63) / 64;
+    const Rest<int8_t> rest(w, K);
+    const char* ahead = (const char*)(w + int64_t(16) * K);
+    const int64_t block = int64_t(steps) * 2048;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (NB > 1) { _tile_zero(2); _tile_zero(3); }
+    for (int k = 0; k < steps; k++, x += 2048) {
+        if (k < whole) _tile_loadd(4, w + k * 64, K);
+        else _tile_loadd(4, rest.numbers, 64);
+        for (int line = 0; line < 16; line++, ahead += 64) __builtin_prefetch(ahead, 0, LOCALITY);
+        _tile_loadd(5, x, 64);
+        _tile_dpbssd(0, 4, 5);
+        _tile_loadd(6, x + 1024, 64);
+        _tile_dpbsud(1, 4, 6);
+        if (NB > 1) {
+            _tile_loadd(5, x + block, 64);
+            _tile_dpbssd(2, 4, 5);
+            _tile_loadd(7, x + block + 1024, 64);
+            _tile_dpbsud(3, 4, 7);
+        }
+    }
+    _tile_stored(0, out, 64);
+    _tile_stored(1, out + 256, 64);
+    if (NB > 1) { _tile_stored(2, out + 512, 64); _tile_stored(3, out + 768, 64); }
+}
+
+// Column `row` of a tile of sixteen outputs.
+template <class Number> inline __m512i column(const Number* tile, int row) {
+    const __m512i outputs = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16));
+    return _mm512_i32gather_epi32(outputs, (const int*)tile + row, 4);
+}
+
+// y[t - first] = x[t] . w[n..n+15] for the rows `first` to T.
+inline void tiled_outputs(const bf16* w, const char* x, int K, int first, int T, f16v* y) {
+    const int64_t block = int64_t((K + 31) / 32) * 1024;
+    for (int b = first / 16, last = (T + 15) / 16; b < last; b += 4) {
+        alignas(64) float out[4 * 256];
+        switch (std::min(last - b, 4)) {
+            case 1: tile_products<1>(w, K, x + b * block, out); break;
+            case 2: tile_products<2>(w, K, x + b * block, out); break;
+            case 3: tile_products<3>(w, K, x + b * block, out); break;
+            default: tile_products<4>(w, K, x + b * block, out);
+        }
+        for (int t = std::max(first, 16 * b); t < std::min(T, 16 * b + 64); t++)
+            y[t - first] = (f16v)_mm512_castsi512_ps(column(out + (t / 16 - b) * 256, t % 16));
+    }
+}
+inline void tiled_outputs(const int8_t* w, const char* x, int K, int first, int T, f16v* y) {
+    const int64_t block = int64_t((K + 63) / 64) * 2048;
+    for (int b = first / 16, last = (T + 15) / 16; b < last; b += 2) {
+        alignas(64) int32_t out[4 * 256];
+        if (last - b == 1) tile_products<1>(w, K, x + b * block, out);
+        else tile_products<2>(w, K, x + b * block, out);
+        for (int t = std::max(first, 16 * b); t < std::min(T, 16 * b + 32); t++) {
+            const int32_t* tiles = out + (t / 16 - b) * 512;
+            const __m512i high = _mm512_slli_epi32(column(tiles, t % 16), 8);  // may overflow; the sum of both does not
+            y[t - first] = (f16v)_mm512_cvtepi32_ps(_mm512_add_epi32(high, column(tiles + 256, t % 16)));
+        }
+    }
+}
+#else
+inline bool tiles_allowed() { return false; }
+struct TileConfig { explicit TileConfig(bool) {} };
+template <class X> struct TileLayout { static constexpr int STEP = 1, PARTS = 0; };
+#endif
+
 // Sixteen lanes of keys or values, N numbers side by side in each, times N numbers that all lanes share.
 struct F32Lanes {
     typedef float Number;
@@ -353,8 +506,11 @@ struct Stack {
 // sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
 // values [position / N][E][N]. The capacity is a multiple of 16.
 struct Cache { void* data; int64_t capacity; };
+struct Segment { Cache cache; int32_t num_rows, past; };  // rows of one request, after `past` cached ones
+struct Segments { const Segment* all; int32_t count; };
 struct Pass {
-    int32_t num_rows, past, causal, num_logits, num_taps, threads;
+    Segments segments;  // their rows one after the other are the T rows of the pass
+    int32_t causal, num_logits, num_taps, threads;
     const int32_t* tap_layers;
     float* x;        // [T, D] residual stream, in and out
     float* taps;     // [T, M, D]
@@ -401,15 +557,26 @@ template <class Number> struct Aligned {
     Number* data() { return lines.data()->numbers; }
 };
 
-// Rows as a dot product takes them, [T, n] and a distance apart, each with the scale of its results. A thread
-// converts for itself.
+// Rows as a dot product takes them, [T, n] and a distance apart, each with the scale of its results; or where the matrix unit is
+// used, in tiles. A thread converts for itself.
 template <class X> struct Rows {
-    int n, distance;
+    typedef TileLayout<X> Layout;
+    const bool tiled;
+    int n, distance, steps;
     Aligned<X> numbers;
+    Aligned<char> tiles;
     std::vector<float> scales;
-    Rows(int T, int size) : n(size), distance((size + 31) / 32 * 32), numbers(size_t(T) * distance), scales(T) {}
-    X* row(int t) { return numbers.data() + size_t(t) * distance; }
-    void take(int t, const float* x) { scales[t] = convert(x, n, row(t)); }
+    Rows(int T, int size)
+        : tiled(Layout::PARTS && tiles_allowed()), n(size), distance((size + 31) / 32 * 32), steps((size + Layout::STEP - 1) / Layout::STEP),
+          numbers(size_t(tiled ? 1 : T) * distance), tiles(tiled ? size_t((T + 15) / 16) * steps * Layout::PARTS * 1024 : 0), scales(T) {}
+    X* row(int t) { return numbers.data() + size_t(tiled ? 0 : t) * distance; }
+    void take(int t, const float* x) {
+        scales[t] = convert(x, n, row(t));
+        if constexpr (Layout::PARTS > 0) {
+            char* to = tiles.data() + size_t(t / 16) * steps * Layout::PARTS * 1024 + t % 16 * 4;
+            for (int part = 0; tiled && part < Layout::PARTS; part++) Layout::put(row(t), n, to + part * 1024, part);
+        }
+    }
     void take_all(Aligned<float>& x) {
         for (size_t t = 0; t < scales.size(); t++) take(int(t), &x[t * n]);
     }
@@ -445,29 +612,43 @@ template <class Dot, class Lanes> struct Runner {
     typedef typename Dot::X X;
     typedef typename Lanes::Number KV;
     static constexpr int N = Lanes::N;
+    struct Row { int segment; int64_t position; };
     const Stack& s;
-    const Cache cache;
+    const Segments& segments;
+    std::vector<Row> rows;
     const int T;
     std::vector<float> angles;
 
-    Runner(const Stack& stack, Cache kv, int num_rows, int first_position) : s(stack), cache(kv), T(num_rows), angles(num_rows * stack.head_dim) {
+    Runner(const Stack& stack, const Segments& parts) : s(stack), segments(parts), rows(rows_of(parts)), T(int(rows.size())), angles(T * s.head_dim) {
         const int half = s.head_dim / 2;
         for (int t = 0; t < T; t++)
             for (int i = 0; i < half; i++) {
-                const float angle = float(first_position + t) * s.inverse_frequencies[i];
+                const float angle = float(rows[t].position) * s.inverse_frequencies[i];
                 angles[t * s.head_dim + i] = std::cos(angle) * s.rope_scale;
                 angles[t * s.head_dim + half + i] = std::sin(angle) * s.rope_scale;
             }
     }
 
-    KV* cached(int layer, int value, int head) const {
+    static std::vector<Row> rows_of(const Segments& segments) {
+        std::vector<Row> rows;
+        for (int i = 0; i < segments.count; i++)
+            for (int t = 0; t < segments.all[i].num_rows; t++) rows.push_back({i, int64_t(segments.all[i].past) + t});
+        return rows;
+    }
+
+    KV* cached(const Cache& cache, int layer, int value, int head) const {
         return (KV*)cache.data + ((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity * s.head_dim;
     }
 
     // Outputs n..n+15 of all rows from `first` on.
     void outputs(const Linear& linear, int n, Rows<X>& x, f16v* y, int first = 0) const {
         const int K = linear.num_in, rows = T - first;
-        sixteen_outputs<Dot>((const typename Dot::W*)linear.weight + int64_t(n) * K, x.row(first), K, x.distance, rows, y);
+        const auto* w = (const typename Dot::W*)linear.weight + int64_t(n) * K;
+        if constexpr (TileLayout<X>::PARTS > 0) {
+            if (x.tiled) tiled_outputs(w, x.tiles.data(), K, first, T, y);
+            else sixteen_outputs<Dot>(w, x.row(first), K, x.distance, rows, y);
+        } else
+            sixteen_outputs<Dot>(w, x.row(first), K, x.distance, rows, y);
         if (linear.scale)
             for (int t = 0; t < rows; t++) y[t] *= x.scales[first + t] * load(linear.scale + n);
         if (linear.bias)
@@ -494,14 +675,14 @@ template <class Dot, class Lanes> struct Runner {
     }
 
     // Keys and values of one layer; `unit` counts key heads, then value heads.
-    void key_or_value(int layer, int unit, int past, Rows<X>& x, f16v* y, float* head_TE) const {
+    void key_or_value(int layer, int unit, Rows<X>& x, f16v* y, float* head_TE) const {
         const Layer& l = s.layers[layer];
         const bool value = unit >= s.kv_heads;
         const int head = unit - value * s.kv_heads, E = s.head_dim;
         project_head(value ? l.v : l.k, head, x, y, head_TE, l.k_norm, !value);
-        KV* to = cached(layer, value, head);
         for (int t = 0; t < T; t++) {
-            const int64_t position = past + t;
+            KV* to = cached(segments.all[rows[t].segment].cache, layer, value, head);
+            const int64_t position = rows[t].position;
             for (int e = 0; e < E; e++)
                 put(to + (value ? (position / N * E + e) * N + position % N
                                 : (position / 16 * (E / N) + e / N) * 16 * N + position % 16 * N + e % N),
@@ -572,25 +753,26 @@ template <class Dot, class Lanes> struct Runner {
         Aligned<KV> weights;
     };
 
-    // Up to eight rows of the queries of one key head over the cache; `unit` counts query heads, T rows each. Row t
-    // sees positions below past + t + 1, or all of them. A row's arithmetic is the same whatever rows are beside it.
-    void attend(int layer, int unit, int count, const Pass& p, const KV* q, float* out, Scratch& scratch) const {
-        const int E = s.head_dim, HE = s.heads * E, kv = unit / T / (s.heads / s.kv_heads);
-        const int total = p.past + T, padded = (total + 15) / 16 * 16;
+    // Up to eight rows of the queries of one key head over a request's cache; `unit` counts the request's query heads, its R
+    // rows each, of which the pass has the first as row `base`. A row sees the positions up to its own, or all of
+    // the request's. Its arithmetic is the same whatever rows are beside it.
+    void attend(int layer, const Segment& segment, int base, int unit, int count, bool causal, const KV* q, float* out, Scratch& scratch) const {
+        const int E = s.head_dim, HE = s.heads * E, R = segment.num_rows, kv = unit / R / (s.heads / s.kv_heads);
+        const int total = segment.past + R, padded = (total + 15) / 16 * 16;
         scratch.scores.resize(size_t(8) * padded);
         scratch.weights.resize(size_t(8) * padded);
         const KV *queries[8], *weights[8];
         float *scores[8], *to[8], share[8];
         int seen[8], most = 0;
         for (int m = 0; m < 8; m++) {  // rows past `count` repeat the first and are not stored
-            const int row = unit + (m < count ? m : 0), head = row / T, t = row % T;
-            queries[m] = q + int64_t(t) * HE + head * E;
-            to[m] = out + int64_t(t) * HE + head * E;
+            const int row = unit + (m < count ? m : 0), head = row / R, t = row % R;
+            queries[m] = q + int64_t(base + t) * HE + head * E;
+            to[m] = out + int64_t(base + t) * HE + head * E;
             scores[m] = &scratch.scores[size_t(m) * padded];
             weights[m] = &scratch.weights[size_t(m < count ? m : 0) * padded];
-            seen[m] = p.causal ? p.past + t + 1 : total;
+            seen[m] = causal ? segment.past + t + 1 : total;
         }
-        const KV *keys = cached(layer, 0, kv), *values = cached(layer, 1, kv);
+        const KV *keys = cached(segment.cache, layer, 0, kv), *values = cached(segment.cache, layer, 1, kv);
         if (count == 1) score<1>(keys, queries, count, padded / 16, scores);
         else if (count == 2) score<2>(keys, queries, count, padded / 16, scores);
         else if (count <= 4) score<4>(keys, queries, count, padded / 16, scores);
@@ -604,6 +786,26 @@ template <class Dot, class Lanes> struct Runner {
         for (int m = 0; m < count; m += 4) mix<4>(values, weights + m, count - m < 4 ? count - m : 4, most, share + m, to + m);
     }
 
+    // This thread's part of a layer's attention: an equal part of all keys that are to be read.
+    void attend_to_all(int layer, bool causal, const KV* q, float* out, Scratch& scratch) const {
+        const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+        auto cost = [&](const Segment& segment) { return int64_t(segment.past + segment.num_rows + 32); };  // of one unit
+        int64_t total = 0, before = 0;
+        for (int i = 0; i < segments.count; i++) total += cost(segments.all[i]) * segments.all[i].num_rows * s.heads;
+        const int64_t first = total * me / threads, last = total * (me + 1) / threads;
+        for (int i = 0, base = 0; i < segments.count; base += segments.all[i++].num_rows) {
+            const Segment& segment = segments.all[i];
+            const int units = s.heads * segment.num_rows, group = units / s.kv_heads;  // units of one group share keys and values
+            auto unit_at = [&](int64_t place) { return int(std::clamp<int64_t>((place - before) / cost(segment), 0, units)); };
+            const int end = unit_at(last);
+            for (int unit = unit_at(first), count; unit < end; unit += count) {
+                count = std::min({8, end - unit, (unit / group + 1) * group - unit});
+                attend(layer, segment, base, unit, count, causal, q, out, scratch);
+            }
+            before += cost(segment) * units;
+        }
+    }
+
     void forward(const Pass& p) {
         const int D = s.hidden, E = s.head_dim, HE = s.heads * E, V = s.output.num_out;
         Aligned<KV> q(size_t(T) * HE);
@@ -613,6 +815,7 @@ template <class Dot, class Lanes> struct Runner {
 #pragma omp parallel num_threads(p.threads)
         {
             Rows<X> normed(T, D), attention_rows(T, HE), inner_rows(T, s.inner);
+            const TileConfig tiles(normed.tiled);
             Aligned<float> one_row(D), head_TE(size_t(T) * E);
             Scratch scratch;
             std::vector<f16v> ys(2 * T);
@@ -640,7 +843,7 @@ template <class Dot, class Lanes> struct Runner {
                 const Range heads = share(s.heads + 2 * s.kv_heads);
                 for (int unit = heads.first; unit < heads.last; unit++) {
                     if (unit >= s.heads) {
-                        key_or_value(layer, unit - s.heads, p.past, normed, y, head_TE.data());
+                        key_or_value(layer, unit - s.heads, normed, y, head_TE.data());
                         continue;
                     }
                     project_head(l.q, unit, normed, y, head_TE.data(), l.q_norm, true);
@@ -649,13 +852,7 @@ template <class Dot, class Lanes> struct Runner {
                 }
                 warm(l.o, share(D / 16).first * 16);
                 barrier.meet();
-                const Range mine = share(s.heads * T);
-                const int group = s.heads / s.kv_heads * T;  // rows that share keys and values
-                for (int unit = mine.first, count; unit < mine.last; unit += count) {
-                    const int end = std::min(mine.last, (unit / group + 1) * group);
-                    count = std::min(8, end - unit);
-                    attend(layer, unit, count, p, q.data(), attended.data(), scratch);
-                }
+                attend_to_all(layer, p.causal, q.data(), attended.data(), scratch);
                 barrier.meet();
                 attention_rows.take_all(attended);
                 add_to_stream(l.o, attention_rows, nullptr);
@@ -699,13 +896,14 @@ template <class Dot, class Lanes> struct Runner {
     }
 
     // A head's context (paper eq. 2): keys and values of every layer from the target's features [T, M * D].
-    void context(const Linear& fc, const float* norm, const float* features, int past, int threads) {
+    void context(const Linear& fc, const float* norm, const float* features, int threads) {
         const int D = s.hidden;
         Aligned<float> mixed(size_t(T) * D);
         Barrier barrier;
 #pragma omp parallel num_threads(threads)
         {
             Rows<X> input(T, fc.num_in), normed(T, D);
+            const TileConfig tiles(normed.tiled);
             Aligned<float> one_row(D), head_TE(size_t(T) * s.head_dim);
             std::vector<f16v> y(T);
             for (int t = 0; t < T; t++) input.take(t, features + int64_t(t) * fc.num_in);
@@ -722,55 +920,58 @@ template <class Dot, class Lanes> struct Runner {
             const int per_layer = 2 * s.kv_heads;
             const Range units = share(s.num_layers * per_layer);
             for (int unit = units.first; unit < units.last; unit++)
-                key_or_value(unit / per_layer, unit % per_layer, past, normed, y.data(), head_TE.data());
+                key_or_value(unit / per_layer, unit % per_layer, normed, y.data(), head_TE.data());
         }
     }
 
-    // Adds a sequential head's bias, W2 z (paper eq. 4), to a row of logits; returns where the largest sum is, or -1.
-    int32_t bias(const Linear& w2, const float* z, float* logits, int threads) {
-        std::vector<Largest> largest(threads);
+    // Adds a sequential head's bias, W2 z (paper eq. 4), to rows of logits, one of each request; and where each largest sum is,
+    // or -1.
+    void bias(const Linear& w2, const float* z, float* const* logits, int32_t* best, int threads) {
+        std::vector<Largest> largest(size_t(threads) * T);
 #pragma omp parallel num_threads(threads)
         {
-            Rows<X> row(1, w2.num_in);
-            row.take(0, z);
+            Rows<X> x(T, w2.num_in);
+            const TileConfig tiles(x.tiled);
+            std::vector<f16v> y(T);
+            Largest* top = &largest[size_t(omp_get_thread_num()) * T];
+            for (int t = 0; t < T; t++) x.take(t, z + int64_t(t) * w2.num_in);
             const Range mine = share(w2.num_out / 16);
             for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
-                f16v y;
-                outputs(w2, n, row, &y);
-                y += load(logits + n);
-                store(logits + n, y);
-                largest[omp_get_thread_num()].see(y, n);
+                outputs(w2, n, x, y.data());
+                for (int t = 0; t < T; t++) {
+                    const f16v sum = y[t] + load(logits[t] + n);
+                    store(logits[t] + n, sum);
+                    top[t].see(sum, n);
+                }
             }
         }
-        return Largest::of(largest.data(), threads, 1);
+        for (int t = 0; t < T; t++) best[t] = Largest::of(&largest[t], threads, T);
     }
 };
 
 // Calls `run` with the runner of this stack's kind.
-template <class Run> void with_runner(const Stack& stack, const Cache& cache, int num_rows, int past, Run run) {
-    if (stack.kind == INT8) { Runner<I8Dot, Bf16Lanes> r(stack, cache, num_rows, past); run(r); }
-    else if (stack.kind == BF16) { Runner<Bf16Dot, Bf16Lanes> r(stack, cache, num_rows, past); run(r); }
-    else { Runner<F32Dot, F32Lanes> r(stack, cache, num_rows, past); run(r); }
+template <class Run> void with_runner(const Stack& stack, const Segments& segments, Run run) {
+    if (stack.kind == INT8) { Runner<I8Dot, Bf16Lanes> r(stack, segments); run(r); }
+    else if (stack.kind == BF16) { Runner<Bf16Dot, Bf16Lanes> r(stack, segments); run(r); }
+    else { Runner<F32Dot, F32Lanes> r(stack, segments); run(r); }
 }
 
 }  // namespace
 
 extern "C" {
 
-// Rows of one request after `past` cached ones; writes their keys and values, taps, and the last rows' logits.
-void stack_forward(const Stack* stack, const Cache* cache, const Pass* pass) {
-    with_runner(*stack, *cache, pass->num_rows, pass->past, [&](auto& runner) { runner.forward(*pass); });
+// Rows of requests after their cached ones; writes their keys and values, taps, and the last rows' logits.
+void stack_forward(const Stack* stack, const Pass* pass) {
+    with_runner(*stack, pass->segments, [&](auto& runner) { runner.forward(*pass); });
 }
 
-void stack_context(const Stack* stack, const Cache* cache, const Linear* fc, const float* norm, const float* features,
-                   int num_rows, int past, int threads) {
-    with_runner(*stack, *cache, num_rows, past, [&](auto& runner) { runner.context(*fc, norm, features, past, threads); });
+void stack_context(const Stack* stack, const Segments* segments, const Linear* fc, const float* norm, const float* features, int threads) {
+    with_runner(*stack, *segments, [&](auto& runner) { runner.context(*fc, norm, features, threads); });
 }
 
-int32_t stack_bias(const Stack* stack, const Linear* w2, const float* z, float* logits, int threads) {
-    int32_t best = -1;
-    with_runner(*stack, Cache{}, 1, 0, [&](auto& runner) { best = runner.bias(*w2, z, logits, threads); });
-    return best;
+void stack_bias(const Stack* stack, const Linear* w2, int num_rows, const float* z, float* const* logits, int32_t* best, int threads) {
+    const Segment rows{{}, num_rows, 0};
+    with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.bias(*w2, z, logits, best, threads); });
 }
 
 }  // extern "C"

@@ -3,9 +3,9 @@
 Shapes: T rows, M tapped layers, D hidden, V vocabulary, E head dim."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,13 +44,18 @@ class Stack(ctypes.Structure):
     ]
 
 
-class CacheView(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("capacity", ctypes.c_int64)]
+class Segment(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("capacity", ctypes.c_int64), ("num_rows", ctypes.c_int32), ("past", ctypes.c_int32)]
+
+
+class Segments(ctypes.Structure):
+    _fields_ = [("all", ctypes.POINTER(Segment)), ("count", ctypes.c_int32)]
 
 
 class Pass(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int32) for name in ("num_rows", "past", "causal", "num_logits", "num_taps", "threads")],
+        ("segments", Segments),
+        *[(name, ctypes.c_int32) for name in ("causal", "num_logits", "num_taps", "threads")],
         *[(name, ctypes.c_void_p) for name in ("tap_layers", "x", "taps", "logits", "normed", "best")],
     ]
 
@@ -79,8 +84,28 @@ class Cache:
             grown[:, :, :, :capacity] = self.data
             self.data = grown
 
-    def view(self) -> CacheView:
-        return CacheView(self.data.data_ptr(), self.data.shape[3])
+    def fork(self, num_tokens: int) -> "Cache":
+        """A copy of its first tokens. They lie in whole blocks of 16; what a block holds besides is never read."""
+        capacity = (num_tokens + 15) // 16 * 16
+        copy = self.data.new_zeros(*self.data.shape[:3], max(FIRST_CAPACITY, capacity), self.data.shape[4])
+        copy[:, :, :, :capacity] = self.data[:, :, :, :capacity]
+        return Cache(copy)
+
+
+class Rows(NamedTuple):
+    """So many rows of a pass belong to the request of this cache, after `past` cached tokens. The caller counts those."""
+
+    cache: Cache
+    past: int
+    num_rows: int
+
+
+def segments(parts: Sequence[Rows]) -> Segments:
+    """As stack.cpp reads them. Makes room in the caches, so it comes right before the pass."""
+    for part in parts:
+        part.cache.reserve(part.past + (part.num_rows + 15) // 16 * 16)
+    described = [Segment(p.cache.data.data_ptr(), p.cache.data.shape[3], p.num_rows, p.past) for p in parts]
+    return Segments((Segment * len(parts))(*described), len(parts))
 
 
 class NativeStack:
@@ -125,37 +150,57 @@ class NativeStack:
     def new_cache(self) -> Cache:
         return Cache(torch.zeros(self.cache_shape, dtype=torch.float32 if self.dtype == torch.float32 else torch.bfloat16))
 
-    def forward(
-        self, cache: Cache, x_TD: torch.Tensor, past: int, num_logits: int, taps: Sequence[int] = (), causal: bool = True
-    ) -> Passed:
-        """Rows after `past` cached ones. `x_TD` holds embeddings in float32 and is overwritten. The caller counts the cached rows."""
+    def forward(self, parts: Sequence[Rows], x_TD: torch.Tensor, num_logits: int, taps: Sequence[int] = (), causal: bool = True) -> Passed:
+        """One pass over rows of requests, those of each after those of the one before it; logits of the last `num_logits`.
+
+        `x_TD` holds embeddings in float32 and is overwritten. `causal`: a row sees its request's rows before it and itself;
+        otherwise all of them. A request may come twice, with rows that follow each other."""
         T = len(x_TD)
-        cache.reserve(past + (T + 15) // 16 * 16)
         logits = torch.empty(num_logits, self.num_out)
         tapped, normed = torch.empty(T, len(taps), self.hidden), torch.empty(num_logits, self.hidden)
         layers, best = (ctypes.c_int32 * len(taps))(*taps), (ctypes.c_int32 * num_logits)()
         x_TD = x_TD.contiguous()
         described = Pass(
-            T, past, causal, num_logits, len(taps), torch.get_num_threads(), ctypes.addressof(layers), x_TD.data_ptr(),
+            segments(parts), causal, num_logits, len(taps), torch.get_num_threads(), ctypes.addressof(layers), x_TD.data_ptr(),
             tapped.data_ptr(), logits.data_ptr(), normed.data_ptr(), ctypes.addressof(best),
         )  # fmt: skip
-        compiled().stack_forward(ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(described))
+        compiled().stack_forward(ctypes.byref(self.stack), ctypes.byref(described))
         return Passed(logits, tapped, normed, list(best))
 
-    def context(self, cache: Cache, fc: Linear, norm: torch.Tensor, features: torch.Tensor, past: int) -> None:
-        """Keys and values of a head's context from the target's features [T, M * D], float32, after `past` cached ones."""
-        for start in range(0, len(features), MAX_ROWS):
-            rows = features[start : start + MAX_ROWS].contiguous()
-            cache.reserve(past + start + (len(rows) + 15) // 16 * 16)
+    def context(self, parts: Sequence[Rows], fc: Linear, norm: torch.Tensor, features: torch.Tensor) -> None:
+        """Keys and values of heads' contexts from the target's features [T, M * D], float32."""
+        for piece, first, last in passes(parts):
+            rows = features[first:last].contiguous()
+            described = segments(piece)
             compiled().stack_context(
-                ctypes.byref(self.stack), ctypes.byref(cache.view()), ctypes.byref(fc), ctypes.c_void_p(norm.data_ptr()),
-                ctypes.c_void_p(rows.data_ptr()), len(rows), past + start, torch.get_num_threads(),
+                ctypes.byref(self.stack), ctypes.byref(described), ctypes.byref(fc), ctypes.c_void_p(norm.data_ptr()),
+                ctypes.c_void_p(rows.data_ptr()), torch.get_num_threads(),
             )  # fmt: skip
 
-    def bias(self, w2: Linear, z_r: torch.Tensor, logits_V: torch.Tensor) -> int:
-        """Add W2 z to a row of float32 logits, in place; where the largest sum is (-1: nowhere, or one is no number)."""
-        z_r = z_r.float().contiguous()
-        return compiled().stack_bias(
-            ctypes.byref(self.stack), ctypes.byref(w2), ctypes.c_void_p(z_r.data_ptr()), ctypes.c_void_p(logits_V.data_ptr()),
+    def bias(self, w2: Linear, z_Rr: torch.Tensor, logits_R: Sequence[torch.Tensor]) -> list[int]:
+        """Add W2 z to rows of float32 logits, in place; where each largest sum is (-1: nowhere, or one is no number)."""
+        z_Rr = z_Rr.float().contiguous()
+        rows = (ctypes.c_void_p * len(logits_R))(*[row_V.data_ptr() for row_V in logits_R])
+        best = (ctypes.c_int32 * len(logits_R))()
+        compiled().stack_bias(
+            ctypes.byref(self.stack), ctypes.byref(w2), len(logits_R), ctypes.c_void_p(z_Rr.data_ptr()), rows, best,
             torch.get_num_threads(),
         )  # fmt: skip
+        return list(best)
+
+
+def passes(parts: Sequence[Rows]) -> Iterator[tuple[list[Rows], int, int]]:
+    """The rows in order, `MAX_ROWS` at most at a time: the requests' rows of each pass, and which of all rows they are."""
+    piece: list[Rows] = []
+    first = size = 0
+    for part in parts:
+        done = 0
+        while done < part.num_rows:
+            count = min(part.num_rows - done, MAX_ROWS - size)
+            piece.append(Rows(part.cache, part.past + done, count))
+            done, size = done + count, size + count
+            if size == MAX_ROWS:
+                yield piece, first, first + size
+                piece, first, size = [], first + size, 0
+    if piece:
+        yield piece, first, first + size

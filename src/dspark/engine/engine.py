@@ -1,0 +1,415 @@
+"""Many requests at once: each step drafts, plans, scores, verifies and commits for all of them, in one target pass.
+
+A step also takes a piece of one new prompt along. What a request says never depends on who runs beside it: natively its
+rows have the same bits in any company, its randomness is its own, and its plan decides about its own tokens only. With a
+seed the answer does not depend on plans and drafts either (`Coupled`), so it replays whatever the load."""
+
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dspark.core.planner import always
+from dspark.core.verifier import Draft
+from dspark.drafters import Arbiter, DSparkDrafter
+from dspark.drafters.arbiter import LOOKUP_TOKENS
+from dspark.drafters.dspark import Ask, draft_many, flush_many
+from dspark.engine.load import Load, measured_load
+from dspark.engine.prefix import Entry, PrefixCache
+from dspark.engine.request import Event, Failed, Finished, Request, Round, Step, Tokens
+from dspark.engine.running import NOTHING, Running
+from dspark.errors import Busy, SettingError
+from dspark.generation import check_request, usual_acceptance
+from dspark.head.context import make_runner
+from dspark.head.head import Head
+from dspark.target.target import Target
+
+# Prompt tokens of a step: beside others few enough that their next tokens come soon, alone enough for one large product.
+CHUNK_BESIDE, CHUNK_ALONE = 64, 512
+FLUSH_TOKENS = 256  # features of so many tokens are kept at most before they become context keys
+SHARE_OF_MEMORY = 0.5  # of what is free at the start, for caches
+NEWEST = 1 / 32  # weight of the newest step in the running mean of measured over expected time
+
+
+class Engine:
+    """Serves requests from a thread of its own (`start`); `step` does one by hand.
+
+    `speculate=False` decodes everything plainly; `plan` is auto, or for study fixed, length:N or threshold:P. `cache_bytes` bounds keys and values of running requests and of the prefix
+    cache together (None: half of the memory that is free now). `on_step` hears of every step."""
+
+    def __init__(
+        self,
+        target: Target,
+        head: Head | None = None,
+        *,
+        max_running: int = 32,
+        max_waiting: int = 256,
+        cache_bytes: int | None = None,
+        speculate: bool = True,
+        plan: str = "auto",
+        say: Callable[[str], None] = lambda text: None,
+        on_step: Callable[[Step], None] | None = None,
+    ):
+        for name, value in (("max_running", max_running), ("max_waiting", max_waiting)):
+            if value < (name == "max_running"):
+                raise SettingError(f"{name} is {value}", "ask for at least 1 running and 0 waiting requests")
+        self.lengths = None if plan == "auto" else always(plan)
+        if self.lengths is None and plan != "auto":
+            raise SettingError(f"unknown plan {plan!r}", "choose auto, fixed, length:N or threshold:P")
+        self.target, self.head, self.speculate = target, head if speculate else None, speculate
+        self.max_running, self.max_waiting, self.on_step = max_running, max_waiting, on_step
+        self.runner = None if self.head is None else make_runner(self.head, target)
+        if self.head is None:
+            target.untap()
+        else:
+            target.tap(self.head.config.target_layer_ids)
+        block = max(self.head.config.block_size if self.head else 0, LOOKUP_TOKENS) if speculate else 0
+        self.load: Load | None = measured_load(target, self.head, max_running, block + 1, say) if speculate else None
+        self.token_bytes = self._bytes_per_token()
+        self.cache_bytes = int(SHARE_OF_MEMORY * free_memory()) if cache_bytes is None else cache_bytes
+        if self.capacity < 64:
+            raise SettingError(
+                f"{self.cache_bytes / 1e6:.0f} MB of cache hold {self.capacity} tokens",
+                f"a token takes {self.token_bytes} bytes: give more",
+            )
+        self.prefixes = PrefixCache(target)
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+        self.numbers = itertools.count(1)
+        self.drift = 1.0  # measured over expected time of late
+        self.changed = threading.Condition()
+        self.threads = torch.get_num_threads()
+        self.thread: threading.Thread | None = None
+        self.closing = False
+
+    # From any thread ---------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """Tokens whose keys and values fit."""
+        return self.cache_bytes // self.token_bytes
+
+    def start(self) -> "Engine":
+        self.thread = threading.Thread(target=self._serve, name="dspark-engine", daemon=True)
+        self.thread.start()
+        return self
+
+    def __enter__(self) -> "Engine":
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.close(0.0)
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
+        """Queue a request; its number. `on_event` is called from the engine's thread: `Tokens`, and at last `Finished` or `Failed`.
+
+        Raises `UserError` for a request that cannot be served, `Busy` when the queue is full or the engine closing."""
+        seed = 0 if request.seed is None else request.seed
+        check_request(self.target, request.prompt_ids, request.max_new_tokens, seed, request.stop)
+        if request.logprobs is not None and not 0 <= request.logprobs <= self.target.vocab_size:
+            raise SettingError(f"logprobs is {request.logprobs}", f"ask for 0 to {self.target.vocab_size} alternatives")
+        needed = len(request.prompt_ids) + request.max_new_tokens + LOOKUP_TOKENS + 1
+        if needed > self.capacity:
+            raise SettingError(
+                f"prompt and answer take up to {needed} tokens of cache; {self.capacity} fit",
+                "ask for fewer tokens, or start with more cache",
+            )
+        with self.changed:
+            if self.closing:
+                raise Busy("the engine is closing", "send the request to another one")
+            if len(self.waiting) >= self.max_waiting + max(0, self.max_running - len(self.running)):
+                raise Busy(f"{len(self.waiting)} requests are waiting", "try again a little later")
+            new = Running(next(self.numbers), request, on_event, self.target)
+            self.waiting.append(new)
+            self.changed.notify()
+        return new.number
+
+    def cancel(self, number: int) -> None:
+        """End a request; it hears `Finished` with reason cancelled. One that is over, or unknown, is left alone."""
+        with self.changed:
+            for running in [*self.waiting, *self.running]:
+                if running.number == number:
+                    running.cancelled = True
+            self.changed.notify()
+
+    def generate(self, request: Request) -> tuple[list[int], Finished]:
+        """Serve one request and wait for it. Raises its error."""
+        done, ids, last = threading.Event(), [], []  # type: tuple[threading.Event, list[int], list[Finished | Failed]]
+
+        def hear(event: Event) -> None:
+            if isinstance(event, Tokens):
+                ids.extend(event.ids)
+            else:
+                last.append(event)
+                done.set()
+
+        self.submit(request, hear)
+        while not done.is_set():
+            if self.thread is None:
+                self.step()
+            else:
+                done.wait(1.0)
+        if isinstance(last[0], Failed):
+            raise last[0].error
+        return ids, last[0]
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Take no more requests; let those that are here finish for so long, cancel the rest."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        if self.thread is None:
+            return
+        self.thread.join(drain_seconds)
+        with self.changed:
+            for running in [*self.waiting, *self.running]:
+                running.cancelled = True
+            self.changed.notify()
+        self.thread.join()
+
+    # From the engine's thread ------------------------------------------------------------
+
+    def _serve(self) -> None:
+        torch.set_num_threads(self.threads)  # OpenMP keeps that number by thread
+        while True:
+            with self.changed:
+                while not (self.waiting or self.running or self.closing):
+                    self.changed.wait()
+                if self.closing and not (self.waiting or self.running):
+                    return
+            try:
+                self.step()
+            except Exception as error:  # a mistake of ours: whoever was here hears of it, and the next are served
+                for r in list(self.running):
+                    self._fail(r, error)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One target pass for everybody, if there is anything to do."""
+        self._admit()
+        if not self.running:
+            return
+        began = time.perf_counter()
+        filling = self._start_prompt()
+        beside = sum(1 for r in self.running if r.missing == 0)
+        chunk = 0 if filling is None else min(filling.missing, CHUNK_BESIDE if beside else CHUNK_ALONE)
+        self._make_room(filling, chunk)
+        decoding = [r for r in self.running if r.state is not None and r.missing == 0]
+        if filling is not None and filling not in self.running:
+            filling = None  # preempted
+        if self.load is not None and self.load.set_running(len(decoding)):
+            for r in self.running:
+                if r.arbiter is not None:
+                    r.arbiter.costs_changed()
+        drafts = self._draft(decoding)
+        planned = [r.plan(draft) for r, draft in zip(decoding, drafts, strict=True)]
+        pieces: list[tuple[Any, Sequence[int], int]] = [
+            (r.state, [r.ids[-1], *draft.tokens[:count]], count + 1) for r, draft, count in zip(decoding, drafts, planned, strict=True)
+        ]
+        if filling is not None and filling.state is not None and chunk:
+            begin = filling.state.num_tokens
+            pieces.append((filling.state, filling.ids[begin : begin + chunk], 0))
+        if not pieces:
+            return
+        try:
+            scored = self.target.score_many(pieces)
+        except Exception as error:  # memory, or a broken model: nobody's state can be trusted
+            for r in [*decoding, *([filling] if filling else [])]:
+                self._fail(r, error)
+            return
+        if filling is not None and chunk:
+            self._take_prompt(filling, scored[-1].features_TMD)
+        rounds = [self._take(*each) for each in zip(decoding, drafts, planned, scored[: len(decoding)], strict=True)]
+        elapsed = 1e3 * (time.perf_counter() - began)
+        self._tell(elapsed, decoding, rounds, planned, chunk)
+        for r in decoding:
+            if r in self.running and (r.stopped or r.left <= 0):
+                self._finish(r, "stop" if r.stopped else "length")
+
+    def _admit(self) -> None:
+        """Cancelled requests end; waiting ones come in while there is place."""
+        with self.changed:
+            gone = [r for r in [*self.waiting, *self.running] if r.cancelled]
+            self.waiting = deque(r for r in self.waiting if not r.cancelled)
+            while self.waiting and len(self.running) - sum(r.cancelled for r in self.running) < self.max_running:
+                self.running.append(self.waiting.popleft())
+        for r in gone:
+            self._finish(r, "cancelled")
+
+    def _start_prompt(self) -> Running | None:
+        """The first request whose prompt is not all in; if none of it is, it begins with what is known of its beginning."""
+        filling = next((r for r in self.running if r.state is None or r.missing), None)
+        if filling is None or filling.state is not None:
+            return filling
+        others = [r for r in self.running if r.state is not None]
+        flush_many([r.head for r in others if r.head is not None])
+        beside = [Entry(np.asarray(r.ids[: r.state.num_tokens]), r.state, r.head.context if r.head else None) for r in others if r.state]
+        known = self.prefixes.take(filling.ids[:-1], beside)
+        filling.state, context = known or (self.target.start(), None)
+        if not filling.num_new:
+            filling.cached_tokens = filling.state.num_tokens
+        if self.head is not None:
+            filling.head = DSparkDrafter(self.head, self.target, runner=self.runner)
+            if context is not None:
+                filling.head.context = context
+        if self.load is not None and filling.arbiter is None and filling.request.speculate:
+            acceptance, trust = usual_acceptance(filling.head) if filling.head else ([0.5], 1.0)
+            filling.arbiter = Arbiter(filling.head, filling.lookup(), acceptance, trust).plan_with(self.load, self.lengths)
+            filling.arbiter.lookup.start()
+            if self.load.running > 1:
+                filling.arbiter.costs_changed()
+        elif filling.arbiter is not None:
+            filling.arbiter.head = filling.head  # a preempted request has a new one
+        return filling
+
+    def _make_room(self, filling: Running | None, chunk: int) -> None:
+        """Before caches grow past the bound: old prefixes go, then the newest request goes back to the queue."""
+        while True:
+            growth = sum(self._growth(r, chunk if r is filling else LOOKUP_TOKENS + 1) for r in self.running if r.state is not None)
+            held = self.prefixes.num_bytes + sum(r.num_bytes for r in self.running)
+            if held + growth <= self.cache_bytes:
+                return
+            if self.prefixes.drop_oldest():
+                continue
+            newest = max((r for r in self.running if r.state is not None), key=lambda r: r.number)
+            if sum(r.state is not None for r in self.running) == 1:
+                return  # alone it fits, or nearly: `submit` has seen to that
+            self._release(newest)
+            self.running.remove(newest)
+            with self.changed:
+                self.waiting.appendleft(newest)
+
+    def _growth(self, r: Running, rows: int) -> int:
+        """Bytes that its caches may take more: they grow by doubling."""
+        assert r.state is not None
+        needed = self.token_bytes * (r.state.num_tokens + rows + 16)
+        return 0 if needed <= r.num_bytes else max(r.num_bytes, needed - r.num_bytes)
+
+    def _draft(self, decoding: Sequence[Running]) -> list[Draft]:
+        """Of every request: what it proposes itself, or its head's draft, those of all in one pass."""
+        drafts: list[Draft | None] = []
+        for r in decoding:
+            try:
+                drafts.append(r.propose())
+            except Exception:  # a draft may fail; the answer goes on without
+                r.source = ""
+                drafts.append(NOTHING)
+        asks = {
+            i: Ask(r.head, r.ids, min(r.left - 1, r.head.block_size), r.request.law, r.noise.draft)
+            for i, r in enumerate(decoding)
+            if drafts[i] is None and r.head is not None
+        }
+        try:
+            found = draft_many(list(asks.values()))
+        except Exception:  # one of them: each for itself then
+            found = [self._draft_alone(decoding[i], ask) for i, ask in asks.items()]
+        by_request = dict(zip(asks, found, strict=True))
+        return [by_request.get(i, NOTHING) if draft is None else draft for i, draft in enumerate(drafts)]
+
+    def _draft_alone(self, r: Running, ask: Ask) -> Draft:
+        try:
+            return draft_many([ask])[0]
+        except Exception:  # broken numbers in the head, say
+            return NOTHING
+
+    def _take_prompt(self, filling: Running, features_TMD: torch.Tensor) -> None:
+        if filling.head is not None:
+            filling.head.commit(features_TMD)
+            filling.head.flush()
+
+    def _take(self, r: Running, draft: Draft, num_planned: int, scored: Any) -> Round | None:
+        """One request's verdict; what its tokens are goes out. An error is its own."""
+        try:
+            new, sources, verdict = r.take(draft, num_planned, scored)
+            self._emit(r, Tokens(new, sources, r.logprobs(new, scored)))
+        except Exception as error:
+            self._fail(r, error)
+            return None
+        if r.head is not None and sum(map(len, r.head.pending)) > FLUSH_TOKENS:
+            r.head.flush()
+        return Round(r.source, len(draft.tokens), num_planned, verdict.num_accepted, draft.confidences)
+
+    def _finish(self, r: Running, reason: str) -> None:
+        """What is known of its text stays as a prefix for others."""
+        if r.state is not None and r.state.num_tokens:
+            if r.head is not None:
+                r.head.flush()
+            known = min(len(r.ids), r.state.num_tokens, r.head.context.num_tokens if r.head else len(r.ids))
+            self.target.rollback(r.state, r.state.num_tokens - known)
+            if r.head is not None:
+                r.head.context.num_tokens = known
+            self.prefixes.add(r.ids[:known], r.state, r.head.context if r.head else None)
+        self._leave(r)
+        self._emit(r, r.finished(reason))
+
+    def _fail(self, r: Running, error: Exception) -> None:
+        self._leave(r)
+        self._emit(r, Failed(error))
+
+    def _leave(self, r: Running) -> None:
+        if r in self.running:
+            self.running.remove(r)
+        self._release(r)
+
+    def _release(self, r: Running) -> None:
+        r.state = r.head = None
+
+    def _emit(self, r: Running, event: Event) -> None:
+        try:
+            r.on_event(event)
+        except Exception:  # the listener's trouble; it will hear nothing more
+            r.cancelled = True
+
+    def _tell(
+        self, elapsed: float, decoding: Sequence[Running], rounds: Sequence[Round | None], planned: Sequence[int], chunk: int
+    ) -> None:
+        """Account for the step: time saved against a plain step of the same load, scaled by how this machine runs now."""
+        plain = 0.0
+        num_new = sum(1 + done.accepted for done in rounds if done is not None)
+        if self.load is not None and decoding:
+            contexts = [len(r.ids) for r in decoding]
+            costs = self.load.at(max(contexts))
+            expected = sum(
+                costs.score(count) + (costs.draft if done is not None and done.drafter == "dspark" else 0.0)
+                for count, done in zip(planned, rounds, strict=True)
+            )
+            if not chunk:
+                self.drift += NEWEST * (elapsed / expected - self.drift)
+            one = self.load.plain(max(contexts)) * self.drift
+            plain = one * num_new / len(decoding)
+            for r, done in zip(decoding, rounds, strict=True):
+                if done is not None and not chunk:
+                    r.saved_seconds += 1e-3 * (one * (1 + done.accepted) - elapsed)
+        if self.on_step is not None:
+            known = [done for done in rounds if done is not None]
+            tokens = self.prefixes.num_tokens + sum(r.state.num_tokens for r in self.running if r.state is not None)
+            self.on_step(Step(
+                sum(planned) + len(decoding) + chunk, chunk, elapsed, plain if not chunk else elapsed, known, len(self.running),
+                len(self.waiting), sum(done.drafted == 0 for done in known), tokens, self.capacity,
+            ))  # fmt: skip
+
+    def _bytes_per_token(self) -> int:
+        """Of keys and values, the head's too."""
+        state = self.target.start()
+        features = self.target.score(state, [0] * 16, num_logits=1).features_TMD
+        size = state.num_bytes / max(16, 0 if self.target.runtime is None else 256)
+        if self.runner is not None:
+            context = self.runner.start()
+            self.runner.commit([(context, features)])
+            size += context.num_bytes / 256
+        return max(1, round(size))
+
+
+def free_memory() -> int:
+    """Bytes that programs can have now."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server. Needs `pip install 'dspark[serve]'`."""
