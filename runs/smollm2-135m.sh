@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The shipped head `heads/smollm2-135m`, from nothing: prompts, answers, training.
+# A head for the demo target on two CPU cores, from nothing: prompts, answers, training. It was shipped until the one of
+# runs/smollm2-135m-gpu.sh took its place.
 #
 #   runs/smollm2-135m.sh OUT [PROMPTS.jsonl]
 #
@@ -8,7 +9,7 @@
 # mathematics that the given prompts are full of, and training that goes on with a larger rank.
 # Everything resumes: run the script again after a kill.
 #
-# The shipped head came out of these steps, with one difference that keeps this script from giving the same
+# That head came out of these steps, with one difference that keeps this script from giving the same
 # bytes: the first stage's answers were drawn with other seeds (1500 and 2500), and sampling was stopped at 3,199 and 2,943.
 set -euo pipefail
 out=$1 prompts=${2:-}

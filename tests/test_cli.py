@@ -95,7 +95,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["train", "{target}", "--out", "{new}", "--start-from", "{head}", "--rank", "1"], "cannot be widened to rank 1"),
         (["train", "{target}", "--out", "{new}", "--kinds", "code,poems"], "--kinds names 'poems'"),
         (["train", "{target}", "--out", "{new}", "--start-from", "/nowhere"], "no head at /nowhere"),
-        (["train", "{target}", "--out", "{new}", "--device", "cuda"], "training runs on the CPU"),
+        (["train", "{target}", "--out", "{new}", "--device", "cuda:99"], "on cuda:99: "),
         (["train", "{target}", "--out", "{new}", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
         (["generate", "{target}", "hi", "--threads", "99999999999999999999"], "--threads is 99999999999999999999"),
         (["generate", "{target}", "hi", "--runtime", "warp"], "unknown runtime 'warp'"),
