@@ -32,6 +32,8 @@ from tiny import NATIVE_SHAPE, tiny_head, tiny_model
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+# Of 16 as in the tiny shapes, and of whole tiles of the matrix unit: one, more, the most.
+HEAD_DIMS = (16, 32, 64, 128)
 # 48 is no multiple of the 32 products of one bfloat16 step, 3 query heads are no multiple of the threads.
 ROUNDING = 3e-5
 ODD = NATIVE_SHAPE | {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 80}
@@ -132,8 +134,9 @@ def test_numbers_are_those_of_transformers(family, shape):
     assert error(found.features_TMD, expected.features_TMD) < ROUNDING
 
 
-def test_bfloat16_is_as_near_to_float32_as_transformers_is():
-    target = native("llama", torch.bfloat16)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(head_dim):
+    target = native("llama", torch.bfloat16, head_dim=head_dim)
     ids = ids_of(60)
     exact = target.model.float()(torch.tensor([ids])).logits[0]
     target.model.bfloat16()
@@ -272,11 +275,12 @@ def test_blocks_of_several_requests_are_those_of_each_alone(runtime, dtype):
             assert error(logits[0], logits_RGV[r]) < (1e-6 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_bits_of_a_request_are_the_same_whatever_requests_are_beside_it(family, dtype):
+def test_the_bits_of_a_request_are_the_same_whatever_requests_are_beside_it(family, dtype, head_dim):
     """Prompts of all lengths, prompt rows without logits among them, more rows than one pass takes."""
-    target = native(family, dtype)
+    target = native(family, dtype, head_dim=head_dim)
     target.tap([0, 1])
     prompts = [ids_of(size, seed=size) for size in (1, 7, 40, 100, 3, 66, 2)]
     nexts = [ids_of(size, seed=100 + size) for size in (1, 6, 2, 70, 33, 1, 8)]
