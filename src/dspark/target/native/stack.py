@@ -16,7 +16,7 @@ KINDS = (torch.float32, torch.bfloat16, torch.int8)  # of weights, in the order 
 BLOCK = 32  # tokens that stack.cpp reads together: a cache's capacity is a multiple
 FIRST_CAPACITY = 256
 # Rows of one pass: enough to read the weights from cache for most of them, few enough for small buffers.
-MAX_ROWS = 64
+MAX_ROWS = 128
 
 
 class Linear(ctypes.Structure):
