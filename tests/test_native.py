@@ -174,16 +174,17 @@ def test_8_bit_weights_are_as_near_to_their_float32_values_as_torchao_is(family,
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD, {"head_dim": 64}], ids=["even", "odd", "tiles"])
 def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(shape, dtype, threads):
     target = native("qwen3", dtype, **shape)
     target.tap((0, 3))
-    ids = ids_of(90)
+    ids = ids_of(MAX_ROWS + 26)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        logits, features = rows_in_passes(target, ids, [1] * 90)
-        for sizes in ([90], [2] * 45, [3] * 30, [4, 5, 6, 7, 8, 9, 10, 11, 12, 18], [MAX_ROWS, 26], [17] * 5 + [5]):
+        logits, features = rows_in_passes(target, ids, [1] * len(ids))
+        for sizes in ([len(ids)], [2] * 77, [3] * 51 + [1], [*range(4, 17), 24], [MAX_ROWS, 26], [17] * 9 + [1], [33, 65, 56]):
+            assert sum(sizes) == len(ids)
             again = rows_in_passes(target, ids, sizes)
             assert torch.equal(again[0], logits), sizes
             assert torch.equal(again[1], features), sizes
