@@ -175,6 +175,26 @@ def test_the_second_turn_takes_the_first_ones_cache_and_says_what_a_cold_start_s
     assert forked == reference(make_target(), elsewhere)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("head", [True, False])
+def test_a_turn_after_an_answer_that_ended_within_its_draft(family, head):
+    """What a sliding window has forgotten cannot be brought back: the state is rolled back once, to where the answer ends."""
+    target = make_target("eager", family)
+    prompt = list(range(30))
+    told = reference(target, Request(prompt, 30, eos_ids=frozenset()))
+    for last in (3, 7, 9):
+        served = make_target("eager", family)
+        engine = Engine(served, tiny_head(served, head_dim=16) if head else None, max_running=2, plan="fixed")
+        first = Request(prompt, 30, eos_ids=frozenset([told[last]]), propose=lambda ids: told[len(ids) - 30 :][:8])
+        ids, finished = engine.generate(first)
+        assert ids == reference(target, first)
+        assert finished.accepted >= len(ids)  # the draft went on
+        second = Request([*prompt, *ids, 5, 6], 12, eos_ids=frozenset())
+        found, finished = engine.generate(second)
+        assert found == reference(target, second)
+        assert finished.cached_tokens >= 30
+
+
 def test_an_entry_within_a_longer_one_is_not_kept_twice():
     engine = make_engine()
     for length in (60, 100, 80):

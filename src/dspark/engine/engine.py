@@ -319,6 +319,8 @@ class Engine:
             return NOTHING
 
     def _take_prompt(self, filling: Running, features_TMD: torch.Tensor) -> None:
+        assert filling.state is not None
+        self.target.rollback(filling.state, 0)
         if filling.head is not None:
             filling.head.commit(features_TMD)
             filling.head.flush()
@@ -340,11 +342,7 @@ class Engine:
         if r.state is not None and r.state.num_tokens:
             if r.head is not None:
                 r.head.flush()
-            known = min(len(r.ids), r.state.num_tokens, r.head.context.num_tokens if r.head else len(r.ids))
-            self.target.rollback(r.state, r.state.num_tokens - known)
-            if r.head is not None:
-                r.head.context.num_tokens = known
-            self.prefixes.add(r.ids[:known], r.state, r.head.context if r.head else None)
+            self.prefixes.add(r.ids[: r.state.num_tokens], r.state, r.head.context if r.head else None)
         self._leave(r)
         self._emit(r, r.finished(reason))
 
