@@ -332,6 +332,20 @@ def test_a_head_of_broken_numbers_costs_speed_only():
     assert told.rounds == 30 > told.drafted
 
 
+def test_a_draft_that_breaks_after_its_own_token_keeps_the_law():
+    """The head breaks after one token only, which it often draws: drafts that hold it must not be dropped for that."""
+    prompt, token, law = [13, 112], 9, make_law(1.0)
+    target = make_target()
+    head = tiny_head(target, head_dim=16, block_size=3)
+    engine = Engine(target, head, max_running=32, max_waiting=2000, plan="fixed")
+    head.markov_head.markov_w1.weight[token] = float("nan")
+    ears = serve(engine, [Request(prompt, 4, law, eos_ids=frozenset()) for _ in range(500)])
+    chance = float(make_target().score(make_target().start(), prompt).logits_TV[-1].softmax(-1)[token])
+    count = sum(ear.ids[0] == token for ear in ears)
+    assert abs(count - chance * len(ears)) < 3.9 * (chance * (1 - chance) * len(ears)) ** 0.5  # one in ten thousand
+    assert any(ear.last.accepted for ear in ears)
+
+
 def test_a_pass_that_fails_fails_its_requests_and_the_next_are_served():
     engine = make_engine()
     score_many, engine.target.score_many = engine.target.score_many, lambda pieces: 1 / 0

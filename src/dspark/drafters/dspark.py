@@ -164,7 +164,12 @@ def draft_many(asks: Sequence[Ask]) -> list[Draft]:
                 for r in going:
                     blocks[r].add_bias(k, z_Rr[r])
         for r, choice in zip(going, choices, strict=True):
-            blocks[r].take(k, choice)
+            try:
+                blocks[r].take(k, choice)
+            except Exception:  # broken numbers, or a processor's
+                if k == 0:
+                    raise
+                blocks[r].ended = True  # tokens that led here stay: to drop a draft for what it drew would change the law
     for i, block, h_GD, w_Kr in zip(wanting, blocks, h_RGD, w_RKr, strict=True):
         drafts[i] = block.finish(h_GD, torch.stack(w_Kr) if w_Kr else None)
     return drafts
