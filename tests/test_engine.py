@@ -258,6 +258,40 @@ def test_cancelled_requests_end_and_free_what_they_held():
     assert [ear.last.reason for ear in ears] == ["cancelled", "length", "length", "length", "cancelled"]
 
 
+def test_a_request_is_cancelled_even_while_it_goes_back_to_the_queue():
+    engine = make_engine(head=False)
+    engine.cache_bytes = engine.token_bytes * 600
+
+    class Watched(list):
+        def remove(self, r):
+            super().remove(r)
+            cancels.append(threading.Thread(target=engine.cancel, args=(r.number,)))
+            cancels[-1].start()
+            cancels[-1].join(0.1)
+
+    cancels: list[threading.Thread] = []
+    ears = [Ear() for _ in range(3)]
+    for i, ear in enumerate(ears):
+        engine.submit(Request([i, 2, 3], 240, eos_ids=frozenset()), ear)
+    engine.running = Watched()
+    for _ in range(1000):
+        engine.step()
+    for thread in cancels:
+        thread.join(5)
+    assert [ear.last.reason for ear in ears] == ["length", "cancelled", "cancelled"]
+
+
+def test_prefixes_that_cannot_be_kept_or_copied_cost_time_only(monkeypatch):
+    engine = make_engine()
+    requests = [Request([*range(60), i], 5, eos_ids=frozenset()) for i in range(3)]
+    answers = [reference(make_target(), request) for request in requests]
+    monkeypatch.setattr(engine.target, "fork", lambda state, num_tokens: 1 / 0)
+    assert [ear.ids for ear in serve(engine, requests)] == answers
+    monkeypatch.setattr(engine.prefixes, "add", lambda *entry: 1 / 0)
+    assert [ear.ids for ear in serve(engine, requests)] == answers
+    assert not engine.running
+
+
 def test_a_full_queue_and_a_closing_engine_are_busy():
     engine = make_engine(max_running=1, max_waiting=2)
     for _ in range(3):

@@ -5,6 +5,7 @@ rows have the same bits in any company, its randomness is its own, and its plan 
 seed the answer does not depend on plans and drafts either (`Coupled`), so it replays whatever the load."""
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ from dspark.generation import check_request, usual_acceptance
 from dspark.head.context import make_runner
 from dspark.head.head import Head
 from dspark.target.target import Target
+
+log = logging.getLogger(__name__)
 
 # Prompt tokens of a step: beside others few enough that their next tokens come soon, alone enough for one large product.
 CHUNK_BESIDE, CHUNK_ALONE = 64, 512
@@ -250,7 +253,11 @@ class Engine:
         others = [r for r in self.running if r.state is not None]
         flush_many([r.head for r in others if r.head is not None])
         beside = [Entry(np.asarray(r.ids[: r.state.num_tokens]), r.state, r.head.context if r.head else None) for r in others if r.state]
-        known = self.prefixes.take(filling.ids[:-1], beside)
+        try:
+            known = self.prefixes.take(filling.ids[:-1], beside)
+        except Exception:  # memory, say: the prompt is computed anew
+            log.warning("a known beginning cannot be copied", exc_info=True)
+            known = None
         filling.state, context = known or (self.target.start(), None)
         if not filling.num_new:
             filling.cached_tokens = filling.state.num_tokens
@@ -281,8 +288,8 @@ class Engine:
             if sum(r.state is not None for r in self.running) == 1:
                 return  # alone it fits, or nearly: `submit` has seen to that
             self._release(newest)
-            self.running.remove(newest)
-            with self.changed:
+            with self.changed:  # in one of the two whenever `cancel` looks
+                self.running.remove(newest)
                 self.waiting.appendleft(newest)
 
     def _growth(self, r: Running, rows: int) -> int:
@@ -340,9 +347,12 @@ class Engine:
     def _finish(self, r: Running, reason: str) -> None:
         """What is known of its text stays as a prefix for others."""
         if r.state is not None and r.state.num_tokens:
-            if r.head is not None:
-                r.head.flush()
-            self.prefixes.add(r.ids[: r.state.num_tokens], r.state, r.head.context if r.head else None)
+            try:
+                if r.head is not None:
+                    r.head.flush()
+                self.prefixes.add(r.ids[: r.state.num_tokens], r.state, r.head.context if r.head else None)
+            except Exception:  # memory, say: the answer is whole all the same
+                log.warning("a finished text is not kept as a prefix", exc_info=True)
         self._leave(r)
         self._emit(r, r.finished(reason))
 
