@@ -380,7 +380,7 @@ def test_a_completion_with_a_fault_is_refused(http, body, says):
         (b"[" * 5000, "application/json", "too deeply"),
         (b'{"seed": ' + b"1" * 5000 + b"}", "application/json", "too long"),
         (b"\xff\xfe", "application/json", "JSON"),
-        (b"{\"a\": \"\xff\"}", "application/json", "not UTF-8"),
+        (b'{"a": "\xff"}', "application/json", "not UTF-8"),
     ],
 )
 def test_a_body_that_is_no_json_object_is_refused(http, content, kind, says):

@@ -130,8 +130,10 @@ class Block:
         # logits_KC has the biases in it by now
         margins = (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist() if recording else None
         if law.greedy and not law.processors:
-            return Draft(self.tokens, FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device), confidences, margins)
-        return Draft(self.tokens, FewTokens(self.ids_KC[:num], torch.stack(self.laws), head.config.vocab_size), confidences, margins)
+            laws = FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device)
+        else:
+            laws = FewTokens(self.ids_KC[:num], torch.stack(self.laws), head.config.vocab_size)
+        return Draft(self.tokens, laws, confidences, margins, len(self.logits_KC) if self.ended else 0)
 
 
 @torch.inference_mode()

@@ -91,7 +91,7 @@ class Running:
         """How many of its tokens to verify."""
         if self.source in ("", "grammar") or self.arbiter is None:
             return len(draft.tokens)
-        return self.arbiter.plan(draft.confidences, len(draft.tokens))
+        return draft.planned(self.arbiter.plan)
 
     def take(self, draft: Draft, num_planned: int, scored: Scored) -> tuple[list[int], list[str], Verdict]:
         """Verify, commit and learn; the new tokens and how each came."""
