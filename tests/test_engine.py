@@ -129,6 +129,16 @@ def test_little_memory_preempts_and_changes_nothing(runtime):
     assert sum(r.num_bytes for r in tight.running) + tight.prefixes.num_bytes <= tight.cache_bytes
 
 
+def test_what_memory_has_no_place_for_is_not_begun_again_in_each_step():
+    steps = []
+    engine = make_engine(head=False, speculate=False, on_step=steps.append)
+    engine.cache_bytes = engine.token_bytes * 520
+    requests = [Request([*range(i, i + 100), i], 100, eos_ids=frozenset()) for i in range(5)]
+    ears = serve(engine, requests)
+    assert [ear.ids for ear in ears] == [reference(make_target(), request) for request in requests]
+    assert sum(step.prompt_rows for step in steps) < 2 * 5 * 200  # prompts, and answers that were begun
+
+
 def test_unseeded_requests_have_the_laws_frequencies():
     """The first two tokens of many requests that run together, against the law enumerated."""
     engine = make_engine(max_running=32, max_waiting=2000, plan="fixed")

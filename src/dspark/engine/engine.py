@@ -85,6 +85,7 @@ class Engine:
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
         self.numbers = itertools.count(1)
+        self.full = False  # a request went back to the queue, and none has left since
         self.drift = 1.0  # measured over expected time of late
         self.changed = threading.Condition()
         self.threads = torch.get_num_threads()
@@ -236,11 +237,11 @@ class Engine:
                 self._finish(r, "stop" if r.stopped else "length")
 
     def _admit(self) -> None:
-        """Cancelled requests end; waiting ones come in while there is place."""
+        """Cancelled requests end; waiting ones come in while there is place, not to be sent back at once for want of memory."""
         with self.changed:
             gone = [r for r in [*self.waiting, *self.running] if r.cancelled]
             self.waiting = deque(r for r in self.waiting if not r.cancelled)
-            while self.waiting and len(self.running) - sum(r.cancelled for r in self.running) < self.max_running:
+            while self.waiting and not self.full and len(self.running) - sum(r.cancelled for r in self.running) < self.max_running:
                 self.running.append(self.waiting.popleft())
         for r in gone:
             self._finish(r, "cancelled")
@@ -288,6 +289,7 @@ class Engine:
             if sum(r.state is not None for r in self.running) == 1:
                 return  # alone it fits, or nearly: `submit` has seen to that
             self._release(newest)
+            self.full = True
             with self.changed:  # in one of the two whenever `cancel` looks
                 self.running.remove(newest)
                 self.waiting.appendleft(newest)
@@ -363,6 +365,7 @@ class Engine:
     def _leave(self, r: Running) -> None:
         if r in self.running:
             self.running.remove(r)
+            self.full = False
         self._release(r)
 
     def _release(self, r: Running) -> None:
