@@ -445,3 +445,16 @@ def test_torch_threads_are_the_callers():
     assert ear.over.wait(30)
     engine.close()
     assert set(seen) == {before}
+
+
+def test_a_step_listener_that_raises_costs_nobody_an_answer():
+    request = Request([5, 6], 9, eos_ids=frozenset())
+    engine = make_engine(on_step=lambda step: 1 / 0)
+    assert engine.generate(request)[0] == reference(make_target(), request)
+
+
+def test_an_engine_has_one_thread():
+    engine = make_engine().start()
+    thread = engine.thread
+    assert engine.start().thread is thread
+    engine.close()

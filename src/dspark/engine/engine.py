@@ -100,6 +100,9 @@ class Engine:
         return self.cache_bytes // self.token_bytes
 
     def start(self) -> "Engine":
+        """Serve from now on; once is enough."""
+        if self.thread is not None:
+            return self
         self.thread = threading.Thread(target=self._serve, name="dspark-engine", daemon=True)
         self.thread.start()
         return self
@@ -400,10 +403,14 @@ class Engine:
         if self.on_step is not None:
             known = [done for done in rounds if done is not None]
             tokens = self.prefixes.num_tokens + sum(r.state.num_tokens for r in self.running if r.state is not None)
-            self.on_step(Step(
+            step = Step(
                 sum(planned) + len(decoding) + chunk, chunk, elapsed, plain if not chunk else elapsed, known, len(self.running),
                 len(self.waiting), sum(done.drafted == 0 for done in known), tokens, self.capacity,
-            ))  # fmt: skip
+            )  # fmt: skip
+            try:
+                self.on_step(step)
+            except Exception:  # a listener's mistake is nobody's answer
+                logger.exception("on_step failed")
 
     def _bytes_per_token(self) -> int:
         """Of keys and values, the head's too."""
