@@ -410,7 +410,7 @@ class Engine:
             try:
                 self.on_step(step)
             except Exception:  # a listener's mistake is nobody's answer
-                logger.exception("on_step failed")
+                log.exception("on_step failed")
 
     def _bytes_per_token(self) -> int:
         """Of keys and values, the head's too."""
