@@ -129,6 +129,16 @@ def test_little_memory_preempts_and_changes_nothing(runtime):
     assert sum(r.num_bytes for r in tight.running) + tight.prefixes.num_bytes <= tight.cache_bytes
 
 
+def test_what_memory_has_no_place_for_is_not_begun_again_in_each_step():
+    steps = []
+    engine = make_engine(head=False, speculate=False, on_step=steps.append)
+    engine.cache_bytes = engine.token_bytes * 520
+    requests = [Request([*range(i, i + 100), i], 100, eos_ids=frozenset()) for i in range(5)]
+    ears = serve(engine, requests)
+    assert [ear.ids for ear in ears] == [reference(make_target(), request) for request in requests]
+    assert sum(step.prompt_rows for step in steps) < 2 * 5 * 200  # prompts, and answers that were begun
+
+
 def test_unseeded_requests_have_the_laws_frequencies():
     """The first two tokens of many requests that run together, against the law enumerated."""
     engine = make_engine(max_running=32, max_waiting=2000, plan="fixed")
@@ -173,6 +183,26 @@ def test_the_second_turn_takes_the_first_ones_cache_and_says_what_a_cold_start_s
     forked, finished = engine.generate(elsewhere)
     assert finished.cached_tokens == 60
     assert forked == reference(make_target(), elsewhere)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("head", [True, False])
+def test_a_turn_after_an_answer_that_ended_within_its_draft(family, head):
+    """What a sliding window has forgotten cannot be brought back: the state is rolled back once, to where the answer ends."""
+    target = make_target("eager", family)
+    prompt = list(range(30))
+    told = reference(target, Request(prompt, 30, eos_ids=frozenset()))
+    for last in (3, 7, 9):
+        served = make_target("eager", family)
+        engine = Engine(served, tiny_head(served, head_dim=16) if head else None, max_running=2, plan="fixed")
+        first = Request(prompt, 30, eos_ids=frozenset([told[last]]), propose=lambda ids: told[len(ids) - 30 :][:8])
+        ids, finished = engine.generate(first)
+        assert ids == reference(target, first)
+        assert finished.accepted >= len(ids)  # the draft went on
+        second = Request([*prompt, *ids, 5, 6], 12, eos_ids=frozenset())
+        found, finished = engine.generate(second)
+        assert found == reference(target, second)
+        assert finished.cached_tokens >= 30
 
 
 def test_an_entry_within_a_longer_one_is_not_kept_twice():
@@ -236,6 +266,40 @@ def test_cancelled_requests_end_and_free_what_they_held():
     for _ in range(1000):
         engine.step()
     assert [ear.last.reason for ear in ears] == ["cancelled", "length", "length", "length", "cancelled"]
+
+
+def test_a_request_is_cancelled_even_while_it_goes_back_to_the_queue():
+    engine = make_engine(head=False)
+    engine.cache_bytes = engine.token_bytes * 600
+
+    class Watched(list):
+        def remove(self, r):
+            super().remove(r)
+            cancels.append(threading.Thread(target=engine.cancel, args=(r.number,)))
+            cancels[-1].start()
+            cancels[-1].join(0.1)
+
+    cancels: list[threading.Thread] = []
+    ears = [Ear() for _ in range(3)]
+    for i, ear in enumerate(ears):
+        engine.submit(Request([i, 2, 3], 240, eos_ids=frozenset()), ear)
+    engine.running = Watched()
+    for _ in range(1000):
+        engine.step()
+    for thread in cancels:
+        thread.join(5)
+    assert [ear.last.reason for ear in ears] == ["length", "cancelled", "cancelled"]
+
+
+def test_prefixes_that_cannot_be_kept_or_copied_cost_time_only(monkeypatch):
+    engine = make_engine()
+    requests = [Request([*range(60), i], 5, eos_ids=frozenset()) for i in range(3)]
+    answers = [reference(make_target(), request) for request in requests]
+    monkeypatch.setattr(engine.target, "fork", lambda state, num_tokens: 1 / 0)
+    assert [ear.ids for ear in serve(engine, requests)] == answers
+    monkeypatch.setattr(engine.prefixes, "add", lambda *entry: 1 / 0)
+    assert [ear.ids for ear in serve(engine, requests)] == answers
+    assert not engine.running
 
 
 def test_a_full_queue_and_a_closing_engine_are_busy():
@@ -312,6 +376,20 @@ def test_a_head_of_broken_numbers_costs_speed_only():
     assert told.rounds == 30 > told.drafted
 
 
+def test_a_draft_that_breaks_after_its_own_token_keeps_the_law():
+    """The head breaks after one token only, which it often draws: drafts that hold it must not be dropped for that."""
+    prompt, token, law = [13, 112], 9, make_law(1.0)
+    target = make_target()
+    head = tiny_head(target, head_dim=16, block_size=3)
+    engine = Engine(target, head, max_running=32, max_waiting=2000, plan="fixed")
+    head.markov_head.markov_w1.weight[token] = float("nan")
+    ears = serve(engine, [Request(prompt, 4, law, eos_ids=frozenset()) for _ in range(500)])
+    chance = float(make_target().score(make_target().start(), prompt).logits_TV[-1].softmax(-1)[token])
+    count = sum(ear.ids[0] == token for ear in ears)
+    assert abs(count - chance * len(ears)) < 3.9 * (chance * (1 - chance) * len(ears)) ** 0.5  # one in ten thousand
+    assert any(ear.last.accepted for ear in ears)
+
+
 def test_a_pass_that_fails_fails_its_requests_and_the_next_are_served():
     engine = make_engine()
     score_many, engine.target.score_many = engine.target.score_many, lambda pieces: 1 / 0
@@ -367,3 +445,16 @@ def test_torch_threads_are_the_callers():
     assert ear.over.wait(30)
     engine.close()
     assert set(seen) == {before}
+
+
+def test_a_step_listener_that_raises_costs_nobody_an_answer():
+    request = Request([5, 6], 9, eos_ids=frozenset())
+    engine = make_engine(on_step=lambda step: 1 / 0)
+    assert engine.generate(request)[0] == reference(make_target(), request)
+
+
+def test_an_engine_has_one_thread():
+    engine = make_engine().start()
+    thread = engine.thread
+    assert engine.start().thread is thread
+    engine.close()

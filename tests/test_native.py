@@ -32,6 +32,8 @@ from tiny import NATIVE_SHAPE, tiny_head, tiny_model
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+# Of 16 as in the tiny shapes, and of whole tiles of the matrix unit: one, more, the most.
+HEAD_DIMS = (16, 32, 64, 128)
 # 48 is no multiple of the 32 products of one bfloat16 step, 3 query heads are no multiple of the threads.
 ROUNDING = 3e-5
 ODD = NATIVE_SHAPE | {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 80}
@@ -132,8 +134,9 @@ def test_numbers_are_those_of_transformers(family, shape):
     assert error(found.features_TMD, expected.features_TMD) < ROUNDING
 
 
-def test_bfloat16_is_as_near_to_float32_as_transformers_is():
-    target = native("llama", torch.bfloat16)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(head_dim):
+    target = native("llama", torch.bfloat16, head_dim=head_dim)
     ids = ids_of(60)
     exact = target.model.float()(torch.tensor([ids])).logits[0]
     target.model.bfloat16()
@@ -171,16 +174,17 @@ def test_8_bit_weights_are_as_near_to_their_float32_values_as_torchao_is(family,
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD, {"head_dim": 64}], ids=["even", "odd", "tiles"])
 def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(shape, dtype, threads):
     target = native("qwen3", dtype, **shape)
     target.tap((0, 3))
-    ids = ids_of(90)
+    ids = ids_of(MAX_ROWS + 26)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        logits, features = rows_in_passes(target, ids, [1] * 90)
-        for sizes in ([90], [2] * 45, [3] * 30, [4, 5, 6, 7, 8, 9, 10, 11, 12, 18], [MAX_ROWS, 26], [17] * 5 + [5]):
+        logits, features = rows_in_passes(target, ids, [1] * len(ids))
+        for sizes in ([len(ids)], [2] * 77, [3] * 51 + [1], [*range(4, 17), 24], [MAX_ROWS, 26], [17] * 9 + [1], [33, 65, 56]):
+            assert sum(sizes) == len(ids)
             again = rows_in_passes(target, ids, sizes)
             assert torch.equal(again[0], logits), sizes
             assert torch.equal(again[1], features), sizes
@@ -272,11 +276,12 @@ def test_blocks_of_several_requests_are_those_of_each_alone(runtime, dtype):
             assert error(logits[0], logits_RGV[r]) < (1e-6 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_bits_of_a_request_are_the_same_whatever_requests_are_beside_it(family, dtype):
+def test_the_bits_of_a_request_are_the_same_whatever_requests_are_beside_it(family, dtype, head_dim):
     """Prompts of all lengths, prompt rows without logits among them, more rows than one pass takes."""
-    target = native(family, dtype)
+    target = native(family, dtype, head_dim=head_dim)
     target.tap([0, 1])
     prompts = [ids_of(size, seed=size) for size in (1, 7, 40, 100, 3, 66, 2)]
     nexts = [ids_of(size, seed=100 + size) for size in (1, 6, 2, 70, 33, 1, 8)]

@@ -8,6 +8,9 @@ import pytest
 import torch
 from transformers import NoRepeatNGramLogitsProcessor
 
+from dspark.core.decode import decode
+from dspark.core.planner import Always, Costs, worth
+from dspark.core.sampling import Law, Streams
 from dspark.drafters import DSparkDrafter, PromptLookup
 from dspark.errors import LogitsError, PromptError, SettingError, TargetError
 from dspark.generation import generate, make_law, stream
@@ -382,6 +385,30 @@ def test_a_draft_has_the_law_of_the_whole_draft_vocabulary(kind, runtime):
     logits, _ = head(h_GD[None, None], previous[None, None])
     for k, law_C in enumerate(logits[0, 0].softmax(-1)):
         assert torch.allclose(draft.probs_KV[k][head.draft_ids], law_C, atol=1e-5)
+
+
+def test_a_plan_does_not_see_that_a_draft_ended_for_what_it_drew(target):
+    """After one token the processor allows none that the head can draft. A plan that heeds the length of the draft would then
+    leave that token unverified more often than others."""
+    head, prompt, token = tiny_head(target, draft_vocab=64), [114, 24], 56
+    rule = worth(Costs(0.1, (1.0, 2.2, 2.2, 2.2, 2.2)), 1.0, [1.0] * 4)  # one token more never pays, four may
+    assert (rule([0.9], 1), rule([0.9] * 4, 4)) == (0, 4)
+    drafter = DSparkDrafter(head, target)
+
+    def odd_after(ids, logits):
+        allowed = torch.arange(logits.shape[-1]) % 2 == 1
+        return logits.masked_fill(~allowed, float("-inf")) if ids[0, -1] == token and ids.shape[1] > len(prompt) else logits
+
+    law = Law(processors=(odd_after,))
+    head.confidence_head = None
+    chance = float(target.score(target.start(), prompt).logits_TV[-1].softmax(-1)[token])
+    count, accepted, num = 0, 0, 600
+    for seed in range(num):
+        first = next(decode(target, drafter, prompt, law, Streams(seed), 6, planner=Always(rule)))
+        count += first.tokens[0] == token
+        accepted += first.num_accepted
+    assert accepted
+    assert abs(count - chance * num) < 3.9 * (chance * (1 - chance) * num) ** 0.5  # one in ten thousand
 
 
 def test_a_head_that_gives_no_numbers_is_reported(target):

@@ -331,6 +331,8 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
         ({"logit_bias": {"3": 101}}, "logit_bias.3", "100"),
         ({"response_format": {"type": "xml"}}, "response_format", "xml"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a+"}, None, "only one of"),
+        ({"guided_regex": ""}, "guided_regex", "at least 1 character"),
+        ({"guided_grammar": ""}, "guided_grammar", "at least 1 character"),
         ({"tool_choice": "required"}, None, "no tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "sun"}}}, None, "sun"),
         ({"tools": [WEATHER, WEATHER]}, None, "same name"),
@@ -378,6 +380,7 @@ def test_a_completion_with_a_fault_is_refused(http, body, says):
         (b"[" * 5000, "application/json", "too deeply"),
         (b'{"seed": ' + b"1" * 5000 + b"}", "application/json", "too long"),
         (b"\xff\xfe", "application/json", "JSON"),
+        (b'{"a": "\xff"}', "application/json", "not UTF-8"),
     ],
 )
 def test_a_body_that_is_no_json_object_is_refused(http, content, kind, says):

@@ -3,7 +3,7 @@
     python bench/serving/structured.py --url http://127.0.0.1:8101/v1 --prompts FILE.jsonl --json OUT.json
 
 Each prompt gets the schema that its text asks for, else one of a list in turn. An answer counts if it ended by itself and
-jsonschema finds it valid. Exits 1 unless all do."""
+jsonschema_rs finds it valid. Exits 1 unless all do."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import jsonschema
+import jsonschema_rs
 import openai
 
 from dspark.prompts import read_prompts
@@ -84,9 +84,9 @@ def main() -> int:
                 tokens[temperature] += usage.completion_tokens
                 rounds[temperature] += usage.dspark["rounds"]
                 try:
-                    jsonschema.validate(json.loads(answer), schema)
+                    jsonschema_rs.validate(schema, json.loads(answer))
                     verdict = "valid" if reason == "stop" else "cut"
-                except (ValueError, jsonschema.ValidationError) as error:
+                except (ValueError, jsonschema_rs.ValidationError) as error:
                     verdict = "invalid" if reason == "stop" else "cut"
                     faults.append([number, temperature, streamed, reason, answer, str(error).splitlines()[0]])
                 counts[temperature, streamed, verdict] += 1

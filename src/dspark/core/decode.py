@@ -131,7 +131,7 @@ def decode(
         # The round yields at least one token besides the accepted ones: more would never be used.
         limit = min(drafter.block_size, num_prompt + max_new_tokens - len(ids) - 1)
         draft = drafter.draft(ids, planner.ask(limit, len(ids)), law, streams.draft)
-        num_planned = planner.plan(draft.confidences, len(draft.tokens))
+        num_planned = draft.planned(planner.plan)
         scored = target.score(state, [ids[-1], *draft.tokens[:num_planned]])
         verdict = judge(law, ids, draft, num_planned, scored, streams)
         target.rollback(state, num_planned - verdict.num_accepted)

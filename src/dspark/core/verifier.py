@@ -4,7 +4,7 @@ Leviathan et al. 2023, as in the paper's section 2: accept x with probability mi
 at the first rejection draw from the residual max(0, p - q), after a full acceptance from p.
 Shapes: K verified tokens, V vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,12 +48,22 @@ class Draft:
     """Proposed tokens with the law each was drawn from, `probs_KV` (rows [V]), and its estimated chance of
     acceptance given that all before it were accepted (None: the drafter has no opinion).
 
-    `margins` (best draft logit of each row minus the second) are noted for calibration only."""
+    `margins` (best draft logit of each row minus the second) are noted for calibration only. `num_asked` is set where
+    the draft ended early for what it drew: it was to have so many tokens."""
 
     tokens: list[int]
     probs_KV: Rows
     confidences: list[float] | None = None
     margins: list[float] | None = None
+    num_asked: int = 0
+
+    def planned(self, plan: Callable[[Sequence[float] | None, int], int]) -> int:
+        """How many of its tokens to verify by `plan(confidences, limit)`.
+
+        That its own tokens ended it must not be seen when the first of them are decided about: plans may look at the limit."""
+        num, limit = len(self.tokens), max(len(self.tokens), self.num_asked)
+        confidences = self.confidences and [*self.confidences, *[0.0] * (limit - num)]
+        return min(num, plan(confidences, limit))
 
 
 @dataclass(frozen=True)

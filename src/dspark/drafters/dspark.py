@@ -130,8 +130,10 @@ class Block:
         # logits_KC has the biases in it by now
         margins = (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist() if recording else None
         if law.greedy and not law.processors:
-            return Draft(self.tokens, FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device), confidences, margins)
-        return Draft(self.tokens, FewTokens(self.ids_KC[:num], torch.stack(self.laws), head.config.vocab_size), confidences, margins)
+            laws = FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device)
+        else:
+            laws = FewTokens(self.ids_KC[:num], torch.stack(self.laws), head.config.vocab_size)
+        return Draft(self.tokens, laws, confidences, margins, len(self.logits_KC) if self.ended else 0)
 
 
 @torch.inference_mode()
@@ -164,7 +166,12 @@ def draft_many(asks: Sequence[Ask]) -> list[Draft]:
                 for r in going:
                     blocks[r].add_bias(k, z_Rr[r])
         for r, choice in zip(going, choices, strict=True):
-            blocks[r].take(k, choice)
+            try:
+                blocks[r].take(k, choice)
+            except Exception:  # broken numbers, or a processor's
+                if k == 0:
+                    raise
+                blocks[r].ended = True  # tokens that led here stay: to drop a draft for what it drew would change the law
     for i, block, h_GD, w_Kr in zip(wanting, blocks, h_RGD, w_RKr, strict=True):
         drafts[i] = block.finish(h_GD, torch.stack(w_Kr) if w_Kr else None)
     return drafts

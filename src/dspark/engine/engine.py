@@ -5,6 +5,7 @@ rows have the same bits in any company, its randomness is its own, and its plan 
 seed the answer does not depend on plans and drafts either (`Coupled`), so it replays whatever the load."""
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ from dspark.generation import check_request, usual_acceptance
 from dspark.head.context import make_runner
 from dspark.head.head import Head
 from dspark.target.target import Target
+
+log = logging.getLogger(__name__)
 
 # Prompt tokens of a step: beside others few enough that their next tokens come soon, alone enough for one large product.
 CHUNK_BESIDE, CHUNK_ALONE = 64, 512
@@ -82,6 +85,7 @@ class Engine:
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
         self.numbers = itertools.count(1)
+        self.full = False  # a request went back to the queue, and none has left since
         self.drift = 1.0  # measured over expected time of late
         self.changed = threading.Condition()
         self.threads = torch.get_num_threads()
@@ -96,6 +100,9 @@ class Engine:
         return self.cache_bytes // self.token_bytes
 
     def start(self) -> "Engine":
+        """Serve from now on; once is enough."""
+        if self.thread is not None:
+            return self
         self.thread = threading.Thread(target=self._serve, name="dspark-engine", daemon=True)
         self.thread.start()
         return self
@@ -233,11 +240,11 @@ class Engine:
                 self._finish(r, "stop" if r.stopped else "length")
 
     def _admit(self) -> None:
-        """Cancelled requests end; waiting ones come in while there is place."""
+        """Cancelled requests end; waiting ones come in while there is place, not to be sent back at once for want of memory."""
         with self.changed:
             gone = [r for r in [*self.waiting, *self.running] if r.cancelled]
             self.waiting = deque(r for r in self.waiting if not r.cancelled)
-            while self.waiting and len(self.running) - sum(r.cancelled for r in self.running) < self.max_running:
+            while self.waiting and not self.full and len(self.running) - sum(r.cancelled for r in self.running) < self.max_running:
                 self.running.append(self.waiting.popleft())
         for r in gone:
             self._finish(r, "cancelled")
@@ -250,7 +257,11 @@ class Engine:
         others = [r for r in self.running if r.state is not None]
         flush_many([r.head for r in others if r.head is not None])
         beside = [Entry(np.asarray(r.ids[: r.state.num_tokens]), r.state, r.head.context if r.head else None) for r in others if r.state]
-        known = self.prefixes.take(filling.ids[:-1], beside)
+        try:
+            known = self.prefixes.take(filling.ids[:-1], beside)
+        except Exception:  # memory, say: the prompt is computed anew
+            log.warning("a known beginning cannot be copied", exc_info=True)
+            known = None
         filling.state, context = known or (self.target.start(), None)
         if not filling.num_new:
             filling.cached_tokens = filling.state.num_tokens
@@ -281,8 +292,9 @@ class Engine:
             if sum(r.state is not None for r in self.running) == 1:
                 return  # alone it fits, or nearly: `submit` has seen to that
             self._release(newest)
-            self.running.remove(newest)
-            with self.changed:
+            self.full = True
+            with self.changed:  # in one of the two whenever `cancel` looks
+                self.running.remove(newest)
                 self.waiting.appendleft(newest)
 
     def _growth(self, r: Running, rows: int) -> int:
@@ -319,6 +331,8 @@ class Engine:
             return NOTHING
 
     def _take_prompt(self, filling: Running, features_TMD: torch.Tensor) -> None:
+        assert filling.state is not None
+        self.target.rollback(filling.state, 0)
         if filling.head is not None:
             filling.head.commit(features_TMD)
             filling.head.flush()
@@ -338,13 +352,12 @@ class Engine:
     def _finish(self, r: Running, reason: str) -> None:
         """What is known of its text stays as a prefix for others."""
         if r.state is not None and r.state.num_tokens:
-            if r.head is not None:
-                r.head.flush()
-            known = min(len(r.ids), r.state.num_tokens, r.head.context.num_tokens if r.head else len(r.ids))
-            self.target.rollback(r.state, r.state.num_tokens - known)
-            if r.head is not None:
-                r.head.context.num_tokens = known
-            self.prefixes.add(r.ids[:known], r.state, r.head.context if r.head else None)
+            try:
+                if r.head is not None:
+                    r.head.flush()
+                self.prefixes.add(r.ids[: r.state.num_tokens], r.state, r.head.context if r.head else None)
+            except Exception:  # memory, say: the answer is whole all the same
+                log.warning("a finished text is not kept as a prefix", exc_info=True)
         self._leave(r)
         self._emit(r, r.finished(reason))
 
@@ -355,6 +368,7 @@ class Engine:
     def _leave(self, r: Running) -> None:
         if r in self.running:
             self.running.remove(r)
+            self.full = False
         self._release(r)
 
     def _release(self, r: Running) -> None:
@@ -389,10 +403,14 @@ class Engine:
         if self.on_step is not None:
             known = [done for done in rounds if done is not None]
             tokens = self.prefixes.num_tokens + sum(r.state.num_tokens for r in self.running if r.state is not None)
-            self.on_step(Step(
+            step = Step(
                 sum(planned) + len(decoding) + chunk, chunk, elapsed, plain if not chunk else elapsed, known, len(self.running),
                 len(self.waiting), sum(done.drafted == 0 for done in known), tokens, self.capacity,
-            ))  # fmt: skip
+            )  # fmt: skip
+            try:
+                self.on_step(step)
+            except Exception:  # a listener's mistake is nobody's answer
+                log.exception("on_step failed")
 
     def _bytes_per_token(self) -> int:
         """Of keys and values, the head's too."""

@@ -67,7 +67,10 @@ class Grammar:
         """JSON texts that satisfy a JSON schema; keys in the schema's order."""
         if not isinstance(schema, dict | bool):
             raise SettingError(f"a JSON schema is an object, this is {type(schema).__name__}")
-        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_STYLE)  # type: ignore[arg-type]
+        try:
+            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_STYLE)  # type: ignore[arg-type]
+        except (ValueError, RecursionError) as error:
+            raise SettingError(f"this JSON schema cannot be followed: {error}", "nest it less deeply") from error
         return cls(tokenizer, text, end_ids, "JSON schema")
 
     @classmethod
@@ -157,7 +160,8 @@ class State:
     @staticmethod
     def refuse_failure(matcher: LLMatcher) -> None:
         if matcher.is_error():
-            raise SettingError(f"the grammar cannot be followed further: {matcher.get_error().strip()}", "simplify it")
+            reason = matcher.get_error().partition("<state>")[0].strip()  # what follows is llguidance's own state
+            raise SettingError(f"the grammar cannot be followed further: {reason}", "simplify it")
 
 
 class Matcher:

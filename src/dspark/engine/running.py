@@ -91,7 +91,7 @@ class Running:
         """How many of its tokens to verify."""
         if self.source in ("", "grammar") or self.arbiter is None:
             return len(draft.tokens)
-        return self.arbiter.plan(draft.confidences, len(draft.tokens))
+        return draft.planned(self.arbiter.plan)
 
     def take(self, draft: Draft, num_planned: int, scored: Scored) -> tuple[list[int], list[str], Verdict]:
         """Verify, commit and learn; the new tokens and how each came."""
@@ -99,12 +99,6 @@ class Running:
         assert state is not None
         self.target.refuse_broken(scored, len(self.ids) - 1)
         verdict = self.judge(self.request.law, self.ids, draft, num_planned, scored, self.noise)
-        self.target.rollback(state, num_planned - verdict.num_accepted)
-        if self.head is not None:
-            self.head.commit(scored.features_TMD[: verdict.num_accepted + 1])
-        if self.arbiter is not None and self.source != "grammar" and self.request.speculate:
-            self.arbiter.learn(len(draft.tokens), num_planned, verdict.num_accepted)
-        last = "plain" if num_planned == 0 else "bonus" if verdict.num_accepted == num_planned else "corrected"
         new: list[int] = []
         for token in [*draft.tokens[: verdict.num_accepted], verdict.next_token]:
             self.ids.append(token)
@@ -112,6 +106,14 @@ class Running:
             self.stopped = self.ends(self.ids[self.num_prompt :])
             if self.stopped:
                 break
+        # Once, to where the text ends, which may be within the draft: a sliding window cannot be rolled back again later.
+        kept = min(verdict.num_accepted, len(new))
+        self.target.rollback(state, num_planned - kept)
+        if self.head is not None:
+            self.head.commit(scored.features_TMD[: kept + 1])
+        if self.arbiter is not None and self.source != "grammar" and self.request.speculate:
+            self.arbiter.learn(len(draft.tokens), num_planned, verdict.num_accepted)
+        last = "plain" if num_planned == 0 else "bonus" if verdict.num_accepted == num_planned else "corrected"
         sources = [*["accepted"] * verdict.num_accepted, last][: len(new)]
         self.rounds += 1
         self.drafted += len(draft.tokens)

@@ -52,7 +52,11 @@ def refusal(error: BaseException, closing: bool = False, retry_seconds: float = 
             return of_validation(error.errors())
         case HTTPException():
             # FastAPI's only 400: what Python's JSON reader cannot take
-            message = "the body is not JSON that can be read: nested too deeply, or a number too long" if error.status_code == 400 else None
+            message = (
+                "the body is not JSON that can be read: not UTF-8, nested too deeply, or a number too long"
+                if error.status_code == 400
+                else None
+            )
             return Refusal(error.status_code, message or str(error.detail), headers=dict(error.headers or {}))
         case RecursionError():
             return Refusal(400, "the request is nested too deeply")

@@ -174,8 +174,8 @@ class Sampling(Fields):
     repetition_penalty: Annotated[float | None, Field(gt=0, description="as in transformers: prompt and answer")] = None
     logit_bias: Annotated[dict[TokenId, Bias] | None, Field(description="token id -> added to its logit")] = None
     response_format: ResponseFormat | None = None
-    guided_regex: Annotated[str | None, Field(description="the answer matches this regular expression")] = None
-    guided_grammar: Annotated[str | None, Field(description="the answer matches this grammar, in Lark's notation")] = None
+    guided_regex: Annotated[str | None, Field(min_length=1, description="the answer matches this regular expression")] = None
+    guided_grammar: Annotated[str | None, Field(min_length=1, description="the answer matches this grammar, in Lark's notation")] = None
     speculation: Annotated[Literal["auto", "off"] | None, Field(description="changes the speed only; header: X-Dspark-Speculation")] = None
     dspark: Extras | None = None
     user: Annotated[str | None, Field(description="ignored")] = None

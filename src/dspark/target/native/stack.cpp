@@ -504,7 +504,7 @@ struct Stack {
 };
 // The keys and values of one request: [layer][key or value][kv head], then capacity * E numbers, laid out so that
 // sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
-// values [position / N][E][N]. The capacity is a multiple of 16.
+// values [position / N][E][N]. The capacity is a multiple of 32, and what no token has filled is finite.
 struct Cache { void* data; int64_t capacity; };
 struct Segment { Cache cache; int32_t num_rows, past; };  // rows of one request, after `past` cached ones
 struct Segments { const Segment* all; int32_t count; };
@@ -703,14 +703,14 @@ template <class Dot, class Lanes> struct Runner {
                 for (int m = 0; m < MR; m++)
 #pragma GCC unroll 8
                     for (int b = 0; b < NB; b++) acc[m][b] = Lanes::step(acc[m][b], k[b] + e * 16, q[m] + e);
-            const float scale = 1.0f / std::sqrt(float(E));
             for (int m = 0; m < count; m++)
-                for (int b = 0; b < NB && block + b < num_blocks; b++) store(scores[m] + (block + b) * 16, acc[m][b] * scale);
+                for (int b = 0; b < NB && block + b < num_blocks; b++) store(scores[m] + (block + b) * 16, acc[m][b]);
         }
     }
 
-    // Scores of `padded` positions become weights that are not yet divided by their sum, which is returned.
-    static float soften(float* scores, int seen, int padded, KV* weights) {
+    // Scores of `padded` positions, times `scale`, become weights that are not yet divided by their sum, which is returned.
+    static float soften(float* scores, float scale, int seen, int padded, KV* weights) {
+        for (int j = 0; j < seen; j += 16) store(scores + j, load(scores + j) * scale);
         for (int j = seen; j < padded; j++) scores[j] = -INFINITY;
         f16v largest = load(scores);
         for (int j = 16; j < padded; j += 16) {
@@ -748,23 +748,73 @@ template <class Dot, class Lanes> struct Runner {
         for (; e < s.head_dim; e += 16) mix<MR, 1>(values, weights, count, seen, e, share, out);
     }
 
-    struct Scratch {  // of one thread's attention: up to eight rows
+#if TILES
+    // Sixteen rows of queries at most, in tiles: keys and values lie as the matrix unit wants them.
+    void attend_tiled(const KV* keys, const KV* values, const KV* const* q, int count, const int* seen, int padded, float* const* to, float* scores, KV* weights) const {
+        const int E = s.head_dim;
+        alignas(64) KV rows[4][512] = {};  // [E / 32][row][32]
+        for (int m = 0; m < count; m++)
+            for (int e = 0; e < E; e += 32) memcpy(&rows[e / 32][m * 32], q[m] + e, 64);
+        _tile_loadd(4, rows[0], 64);
+        if (E > 32) _tile_loadd(5, rows[1], 64);
+        if (E > 64) _tile_loadd(6, rows[2], 64);
+        if (E > 96) _tile_loadd(7, rows[3], 64);
+        for (int j = 0; j < padded; j += 16) {
+            const KV* k = keys + int64_t(j) * E;
+            _tile_zero(0);
+            _tile_loadd(1, k, 64);
+            _tile_dpbf16ps(0, 4, 1);
+            if (E > 32) { _tile_loadd(2, k + 512, 64); _tile_dpbf16ps(0, 5, 2); }
+            if (E > 64) { _tile_loadd(3, k + 1024, 64); _tile_dpbf16ps(0, 6, 3); }
+            if (E > 96) { _tile_loadd(1, k + 1536, 64); _tile_dpbf16ps(0, 7, 1); }
+            _tile_stored(0, scores + j, 4 * padded);
+        }
+        int most = 0;
+        float share[16];
+        for (int m = 0; m < count; m++) {
+            share[m] = 1.0f / soften(scores + int64_t(m) * padded, 1.0f / std::sqrt(float(E)), seen[m], padded, weights + int64_t(m) * padded);
+            most = std::max(most, seen[m]);
+        }
+        alignas(64) float sums[2][256];
+        for (int e = 0; e < E; e += 32) {
+            _tile_zero(0);
+            _tile_zero(1);
+            for (int j = 0; j < most; j += 32) {
+                const KV* v = values + int64_t(j) * E + 2 * e;
+                _tile_loadd(4, weights + j, 2 * padded);
+                _tile_loadd(5, v, 4 * E);
+                _tile_dpbf16ps(0, 4, 5);
+                _tile_loadd(6, v + 32, 4 * E);
+                _tile_dpbf16ps(1, 4, 6);
+            }
+            _tile_stored(0, sums[0], 64);
+            _tile_stored(1, sums[1], 64);
+            for (int m = 0; m < count; m++)
+                for (int half = 0; half < 2; half++) store(to[m] + e + 16 * half, load(sums[half] + 16 * m) * share[m]);
+        }
+    }
+#endif
+
+    // Rows that attention takes at once; with tiles where the sizes allow.
+    bool tiles_fit() const { return TileLayout<X>::PARTS > 0 && tiles_allowed() && s.head_dim % 32 == 0 && s.head_dim <= 128; }
+
+    struct Scratch {  // of one thread's attention
         Aligned<float> scores;
         Aligned<KV> weights;
     };
 
-    // Up to eight rows of the queries of one key head over a request's cache; `unit` counts the request's query heads, its R
+    // Up to eight rows (with tiles sixteen) of the queries of one key head over a request's cache; `unit` counts the request's query heads, its R
     // rows each, of which the pass has the first as row `base`. A row sees the positions up to its own, or all of
     // the request's. Its arithmetic is the same whatever rows are beside it.
     void attend(int layer, const Segment& segment, int base, int unit, int count, bool causal, const KV* q, float* out, Scratch& scratch) const {
         const int E = s.head_dim, HE = s.heads * E, R = segment.num_rows, kv = unit / R / (s.heads / s.kv_heads);
-        const int total = segment.past + R, padded = (total + 15) / 16 * 16;
-        scratch.scores.resize(size_t(8) * padded);
-        scratch.weights.resize(size_t(8) * padded);
-        const KV *queries[8], *weights[8];
-        float *scores[8], *to[8], share[8];
-        int seen[8], most = 0;
-        for (int m = 0; m < 8; m++) {  // rows past `count` repeat the first and are not stored
+        const int total = segment.past + R, padded = (total + 31) / 32 * 32;
+        scratch.scores.resize(size_t(16) * padded);
+        scratch.weights.resize(size_t(16) * padded);
+        const KV *queries[16], *weights[16];
+        float *scores[16], *to[16], share[16];
+        int seen[16], most = 0;
+        for (int m = 0; m < 16; m++) {  // rows past `count` repeat the first and are not stored
             const int row = unit + (m < count ? m : 0), head = row / R, t = row % R;
             queries[m] = q + int64_t(base + t) * HE + head * E;
             to[m] = out + int64_t(base + t) * HE + head * E;
@@ -773,12 +823,16 @@ template <class Dot, class Lanes> struct Runner {
             seen[m] = causal ? segment.past + t + 1 : total;
         }
         const KV *keys = cached(segment.cache, layer, 0, kv), *values = cached(segment.cache, layer, 1, kv);
+#if TILES
+        if constexpr (TileLayout<X>::PARTS > 0)
+            if (tiles_fit()) return attend_tiled(keys, values, queries, count, seen, padded, to, scratch.scores.data(), scratch.weights.data());
+#endif
         if (count == 1) score<1>(keys, queries, count, padded / 16, scores);
         else if (count == 2) score<2>(keys, queries, count, padded / 16, scores);
         else if (count <= 4) score<4>(keys, queries, count, padded / 16, scores);
         else score<8>(keys, queries, count, padded / 16, scores);
         for (int m = 0; m < count; m++) {
-            share[m] = 1.0f / soften(scores[m], seen[m], padded, (KV*)weights[m]);
+            share[m] = 1.0f / soften(scores[m], 1.0f / std::sqrt(float(E)), seen[m], padded, (KV*)weights[m]);
             most = seen[m] > most ? seen[m] : most;
         }
         if (count == 1) return mix<1>(values, weights, count, most, share, to);
@@ -790,6 +844,7 @@ template <class Dot, class Lanes> struct Runner {
     void attend_to_all(int layer, bool causal, const KV* q, float* out, Scratch& scratch) const {
         const int threads = omp_get_num_threads(), me = omp_get_thread_num();
         auto cost = [&](const Segment& segment) { return int64_t(segment.past + segment.num_rows + 32); };  // of one unit
+        const int at_once = tiles_fit() ? 16 : 8;
         int64_t total = 0, before = 0;
         for (int i = 0; i < segments.count; i++) total += cost(segments.all[i]) * segments.all[i].num_rows * s.heads;
         const int64_t first = total * me / threads, last = total * (me + 1) / threads;
@@ -799,7 +854,7 @@ template <class Dot, class Lanes> struct Runner {
             auto unit_at = [&](int64_t place) { return int(std::clamp<int64_t>((place - before) / cost(segment), 0, units)); };
             const int end = unit_at(last);
             for (int unit = unit_at(first), count; unit < end; unit += count) {
-                count = std::min({8, end - unit, (unit / group + 1) * group - unit});
+                count = std::min({at_once, end - unit, (unit / group + 1) * group - unit});
                 attend(layer, segment, base, unit, count, causal, q, out, scratch);
             }
             before += cost(segment) * units;

@@ -13,9 +13,10 @@ from dspark.target.native.build import compiled
 from dspark.target.quantize import is_int8
 
 KINDS = (torch.float32, torch.bfloat16, torch.int8)  # of weights, in the order of stack.cpp's
+BLOCK = 32  # tokens that stack.cpp reads together: a cache's capacity is a multiple
 FIRST_CAPACITY = 256
 # Rows of one pass: enough to read the weights from cache for most of them, few enough for small buffers.
-MAX_ROWS = 64
+MAX_ROWS = 128
 
 
 class Linear(ctypes.Structure):
@@ -71,6 +72,10 @@ class Passed:
     best: list[int]
 
 
+def whole_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK) * BLOCK
+
+
 @dataclass
 class Cache:
     """Keys and values of one request, [layers, 2, key heads, capacity, E]; grows by doubling."""
@@ -80,13 +85,13 @@ class Cache:
     def reserve(self, num_tokens: int) -> None:
         capacity = self.data.shape[3]
         if num_tokens > capacity:
-            grown = self.data.new_zeros(*self.data.shape[:3], max(2 * capacity, (num_tokens + 15) // 16 * 16), self.data.shape[4])
+            grown = self.data.new_zeros(*self.data.shape[:3], max(2 * capacity, whole_blocks(num_tokens)), self.data.shape[4])
             grown[:, :, :, :capacity] = self.data
             self.data = grown
 
     def fork(self, num_tokens: int) -> "Cache":
-        """A copy of its first tokens. They lie in whole blocks of 16; what a block holds besides is never read."""
-        capacity = (num_tokens + 15) // 16 * 16
+        """A copy of its first tokens. They lie in whole blocks; what a block holds besides is never read."""
+        capacity = whole_blocks(num_tokens)
         copy = self.data.new_zeros(*self.data.shape[:3], max(FIRST_CAPACITY, capacity), self.data.shape[4])
         copy[:, :, :, :capacity] = self.data[:, :, :, :capacity]
         return Cache(copy)
@@ -103,7 +108,7 @@ class Rows(NamedTuple):
 def segments(parts: Sequence[Rows]) -> Segments:
     """As stack.cpp reads them. Makes room in the caches, so it comes right before the pass."""
     for part in parts:
-        part.cache.reserve(part.past + (part.num_rows + 15) // 16 * 16)
+        part.cache.reserve(part.past + part.num_rows)
     described = [Segment(p.cache.data.data_ptr(), p.cache.data.shape[3], p.num_rows, p.past) for p in parts]
     return Segments((Segment * len(parts))(*described), len(parts))
 
