@@ -11,6 +11,7 @@ from dspark.core.decode import decode, judge_coupled
 from dspark.core.sampling import GREEDY, Coupled, Streams
 from dspark.drafters import NoDrafter
 from dspark.engine.engine import Engine
+from dspark.engine.load import Guard
 from dspark.engine.request import SOURCES, Failed, Finished, Request, Tokens
 from dspark.errors import Busy, LogitsError, PromptError, SettingError
 from dspark.generation import make_law, stopping_rule
@@ -61,6 +62,20 @@ def mixed_requests(count: int, seed: int = 0) -> list[Request]:
         eos = frozenset([rng.randrange(128)]) if i % 4 == 0 else frozenset()
         requests.append(Request(prompt, rng.choice((1, 2, 9, 30)), law, seeded, eos_ids=eos, speculate=i % 7 != 0))
     return requests
+
+
+def test_the_guard_keeps_to_the_better_mode_and_looks_at_the_other_seldom():
+    for better in (True, False):
+        guard = Guard(drafting=not better)
+        modes = []
+        for step in range(6000):
+            modes.append(guard.drafting)
+            guard.learn((1.1 if guard.drafting == better else 1.0) + 0.05 * (-1) ** step)
+        assert modes[200:].count(not better) < 0.02 * len(modes)
+        assert modes[3000:].count(not better) >= 2 * Guard.LOOK  # it goes on looking
+        for _ in range(6000):
+            guard.learn(1.0 if guard.drafting == better else 1.1)
+        assert guard.in_force != better
 
 
 class Ear:

@@ -41,6 +41,8 @@ class Arbiter:
             size: Adaptive(free, [FOUND_AGAIN[size]] * self.lookup.block_size, trust=4, pace=self.pace) for size in SIZES
         }
         self.chosen: Adaptive | None = None
+        self.awake: list[Adaptive] = []
+        self.found: list[int] = []
         self.num_choices = 0
         return self
 
@@ -69,13 +71,24 @@ class Arbiter:
         tokens, size = self.lookup.follow(ids, min(limit, self.lookup.block_size))
         choices = [self.head_planner] if self.head is not None and limit else []
         choices += [self.found_planners[size]] if tokens else []
-        self.chosen = self.choose(choices, limit, len(ids))
+        self.found = tokens
+        self.awake = self.choose(choices, limit, len(ids))
+        return self.take_turn(self.awake)
+
+    def take_turn(self, order: list[Adaptive]) -> Draft | None:
+        self.chosen = order[0] if order else None
         if self.chosen is None:
             return Draft([], torch.empty(0, 0))
-        return None if self.chosen is self.head_planner else self.lookup.proposal(tokens)
+        return None if self.chosen is self.head_planner else self.lookup.proposal(self.found)
 
-    def choose(self, choices: list[Adaptive], limit: int, num_tokens: int) -> Adaptive | None:
-        """The one that gains most of those that are not parked; none is while a rule decides lengths."""
+    def without_head(self) -> Draft:
+        """In place of the head's draft that `propose` asked for: the lookup's proposal, or nothing."""
+        draft = self.take_turn([planner for planner in self.awake if planner is not self.head_planner])
+        assert draft is not None
+        return draft
+
+    def choose(self, choices: list[Adaptive], limit: int, num_tokens: int) -> list[Adaptive]:
+        """Those that are not parked (none is while a rule decides lengths), the one that gains most first."""
         awake = []
         for planner in choices:
             if planner.ask(limit, num_tokens) or self.lengths is not None:
@@ -84,8 +97,7 @@ class Arbiter:
                 planner.wait -= 1
         awake.sort(key=lambda planner: planner.lately.value, reverse=True)
         self.num_choices += len(awake) > 1
-        second = len(awake) > 1 and self.num_choices % self.EXPLORE == 0
-        return awake[second] if awake else None
+        return awake[::-1] if len(awake) > 1 and self.num_choices % self.EXPLORE == 0 else awake
 
     # As a planner
 

@@ -21,7 +21,7 @@ from dspark.core.verifier import Draft
 from dspark.drafters import Arbiter, DSparkDrafter
 from dspark.drafters.arbiter import LOOKUP_TOKENS
 from dspark.drafters.dspark import Ask, draft_many, flush_many
-from dspark.engine.load import Load, measured_load
+from dspark.engine.load import Guard, Load, measured_load
 from dspark.engine.prefix import Entry, PrefixCache
 from dspark.engine.request import Event, Failed, Finished, Request, Round, Step, Tokens
 from dspark.engine.running import NOTHING, Running
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 CHUNK_BESIDE, CHUNK_ALONE = 64, 512
 FLUSH_TOKENS = 256  # features of so many tokens are kept at most before they become context keys
 SHARE_OF_MEMORY = 0.5  # of what is free at the start, for caches
+PROBE_STEPS = 32  # steps from one draft pass of few requests to the next
+SURELY_PAYS = 8  # requests: fewer draft until it is known not to pay, more do not until it is known to pay
 NEWEST = 1 / 32  # weight of the newest step in the running mean of measured over expected time
 
 
@@ -86,6 +88,8 @@ class Engine:
         self.running: list[Running] = []
         self.numbers = itertools.count(1)
         self.full = False  # a request went back to the queue, and none has left since
+        self.steps = 0
+        self.guards: dict[int, Guard] = {}  # by the number of requests, in doublings
         self.drift = 1.0  # measured over expected time of late
         self.changed = threading.Condition()
         self.threads = torch.get_num_threads()
@@ -214,7 +218,8 @@ class Engine:
             for r in self.running:
                 if r.arbiter is not None:
                     r.arbiter.costs_changed()
-        drafts = self._draft(decoding)
+        guard = self._guard(len(decoding))
+        drafts = self._draft(decoding, guard is None or guard.drafting)
         planned = [r.plan(draft) for r, draft in zip(decoding, drafts, strict=True)]
         pieces: list[tuple[Any, Sequence[int], int]] = [
             (r.state, [r.ids[-1], *draft.tokens[:count]], count + 1) for r, draft, count in zip(decoding, drafts, planned, strict=True)
@@ -234,7 +239,7 @@ class Engine:
             self._take_prompt(filling, scored[-1].features_TMD)
         rounds = [self._take(*each) for each in zip(decoding, drafts, planned, scored[: len(decoding)], strict=True)]
         elapsed = 1e3 * (time.perf_counter() - began)
-        self._tell(elapsed, decoding, rounds, planned, chunk)
+        self._tell(elapsed, decoding, rounds, planned, chunk, guard)
         for r in decoding:
             if r in self.running and (r.stopped or r.left <= 0):
                 self._finish(r, "stop" if r.stopped else "length")
@@ -303,15 +308,27 @@ class Engine:
         needed = self.token_bytes * (r.state.num_tokens + rows + 16)
         return 0 if needed <= r.num_bytes else max(r.num_bytes, needed - r.num_bytes)
 
-    def _draft(self, decoding: Sequence[Running]) -> list[Draft]:
-        """Of every request: what it proposes itself, or its head's draft, those of all in one pass."""
+    def _guard(self, num_decoding: int) -> Guard | None:
+        """Of this load. One request alone has its planner, which knows what it gained."""
+        if num_decoding < 2 or self.lengths is not None or not self.speculate:
+            return None
+        return self.guards.setdefault(num_decoding.bit_length(), Guard(drafting=num_decoding < SURELY_PAYS))
+
+    def _draft(self, decoding: Sequence[Running], freely: bool) -> list[Draft]:
+        """Of every request: what it proposes itself, or its head's draft, those of all in one pass.
+
+        A pass for few costs nearly what one for all does: unless half of them want it, they wait for the next common probe."""
         drafts: list[Draft | None] = []
         for r in decoding:
             try:
-                drafts.append(r.propose())
+                drafts.append(r.propose(freely))
             except Exception:  # a draft may fail; the answer goes on without
                 r.source = ""
                 drafts.append(NOTHING)
+        self.steps += 1
+        wanting = sum(draft is None for draft in drafts)
+        if self.lengths is None and 2 * wanting < len(decoding) and self.steps % PROBE_STEPS:
+            drafts = [r.without_head() if draft is None else draft for r, draft in zip(decoding, drafts, strict=True)]
         asks = {
             i: Ask(r.head, r.ids, min(r.left - 1, r.head.block_size), r.request.law, r.noise.draft)
             for i, r in enumerate(decoding)
@@ -381,21 +398,21 @@ class Engine:
             r.cancelled = True
 
     def _tell(
-        self, elapsed: float, decoding: Sequence[Running], rounds: Sequence[Round | None], planned: Sequence[int], chunk: int
-    ) -> None:
-        """Account for the step: time saved against a plain step of the same load, scaled by how this machine runs now."""
+        self, elapsed: float, decoding: Sequence[Running], rounds: Sequence[Round | None], planned: Sequence[int], chunk: int,
+        guard: Guard | None,
+    ) -> None:  # fmt: skip
+        """Account for the step: time saved against a plain step of the same load, as this machine runs now."""
         plain = 0.0
         num_new = sum(1 + done.accepted for done in rounds if done is not None)
         if self.load is not None and decoding:
-            contexts = [len(r.ids) for r in decoding]
-            costs = self.load.at(max(contexts))
-            expected = sum(
-                costs.score(count) + (costs.draft if done is not None and done.drafter == "dspark" else 0.0)
-                for count, done in zip(planned, rounds, strict=True)
-            )
+            context = sum(len(r.ids) for r in decoding) // len(decoding)
+            costs, one = self.load.at(context), self.load.plain(context)
+            drafted = sum(costs.draft for done in rounds if done is not None and done.drafter == "dspark")
             if not chunk:
-                self.drift += NEWEST * (elapsed / expected - self.drift)
-            one = self.load.plain(max(contexts)) * self.drift
+                self.drift += NEWEST * (elapsed / (sum(costs.score(count) for count in planned) + drafted) - self.drift)
+                if guard is not None:
+                    guard.learn(num_new / len(decoding) * one / elapsed)
+            one = one * self.drift if guard is None or guard.worth[False].weight == 0 else one / guard.worth[False].value
             plain = one * num_new / len(decoding)
             for r, done in zip(decoding, rounds, strict=True):
                 if done is not None and not chunk:

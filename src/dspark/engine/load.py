@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from dspark.core.planner import Costs, CostTable
+from dspark.core.planner import Costs, CostTable, Mean
 from dspark.core.sampling import GREEDY
 from dspark.drafters.dspark import Ask, DSparkDrafter, draft_many
 from dspark.head.context import make_runner
@@ -30,11 +30,17 @@ REPEATS = 3
 class Load:
     """A planners' table that follows the number of running requests: `set_running` before each step."""
 
+    CAUTION = 1.15  # times what drafts and their rows were measured to cost: gains are small here, and losses are everybody's
+    LEAST = 0.5  # of a measured cost, whatever the context: a line through two points is not to be trusted far below them
+
     def __init__(self, alone: CostTable, together: dict[int, Costs]):
         self.alone, self.together = alone, dict(sorted(together.items()))
         self.counts = list(self.together)
         self.running = 1
         self.shares: Costs | None = None
+        first, last = alone.contexts[0], alone.contexts[-1]
+        # Milliseconds that one token more of a text adds to each of its passes.
+        self.per_token = (alone.at(last).plain - alone.at(first).plain) / (last - first) if last > first else 0.0
 
     def set_running(self, running: int) -> bool:
         """True if planners have to think again: twice as many requests, or half."""
@@ -44,7 +50,10 @@ class Load:
         return self.running.bit_length() != before.bit_length()
 
     def at(self, context: int) -> Costs:
-        return self.shares or self.alone.at(context)
+        if self.shares is None:
+            return self.alone.at(context)
+        longer = self.per_token * (context - CONTEXT)  # its own keys and values, however many rows read them
+        return Costs(self.shares.draft, tuple(max(cost + longer, self.LEAST * cost) for cost in self.shares.rows))
 
     def plain(self, context: int) -> float:
         """Milliseconds of a step that gives every running request one token."""
@@ -62,7 +71,42 @@ class Load:
             return (a + share * (b - a)) / running
 
         rows = [between(first.score(k), second.score(k)) for k in range(len(one.rows))]
-        return Costs(between(first.draft, second.draft), ascending(rows))
+        rows = [rows[0] + self.CAUTION * (cost - rows[0]) for cost in ascending(rows)]
+        return Costs(self.CAUTION * between(first.draft, second.draft), tuple(rows))
+
+
+class Guard:
+    """Whether drafting pays while several requests run, by the clock: what one step brought in each of two modes, drafting as
+    planned and plainly, in plain steps' worth. The better one is in force; now and then the other is looked at for a few steps,
+    ever more seldom while the verdict stays. One guard for each doubling of the load.
+
+    Planners go by costs that were measured once; this is for what they do not know, the rest of the machine among it. Steps that
+    are over decide, so the law of no answer is touched."""
+
+    LOOK, STAYS = 8, (48, 768)  # steps: in the mode that is not in force; in the other one between two looks, at first and at most
+
+    def __init__(self, drafting: bool = True) -> None:
+        self.worth = {True: Mean(1 / 64, 1.0, 0.0), False: Mean(1 / 64, 1.0, 0.0)}
+        self.in_force, self.looking = drafting, False
+        self.stay = self.left = self.STAYS[0]
+
+    @property
+    def drafting(self) -> bool:
+        return self.in_force != self.looking
+
+    def learn(self, worth: float) -> None:
+        """Of the step that is over, in the present mode."""
+        self.worth[self.drafting].add(worth)
+        self.left -= 1
+        if self.left > 0:
+            return
+        if not self.looking:
+            self.looking, self.left = True, self.LOOK
+            return
+        self.looking = False
+        better = self.worth[True].value > self.worth[False].value
+        self.stay = min(2 * self.stay, self.STAYS[1]) if better == self.in_force else self.STAYS[0]
+        self.in_force, self.left = better, self.stay
 
 
 def measured_load(target: Target, head: Head | None, most_running: int, most_rows: int, say: Callable[[str], None]) -> Load:

@@ -40,6 +40,7 @@ class Running:
         self.first_token: float | None = None
         self.saved_seconds = 0.0
         self.source = ""  # who made the draft of the present round
+        self.planning = False  # did its planner have a say in it
 
     @property
     def num_new(self) -> int:
@@ -66,11 +67,12 @@ class Running:
         before = [*self.request.prompt_ids[-16:], *predicted] if predicted else ()
         return PromptLookup(self.target.vocab_size, LOOKUP_TOKENS, self.target.device, before)
 
-    def propose(self) -> Draft | None:
-        """A draft that costs nothing, an empty one if nobody shall draft; None: the head shall."""
+    def propose(self, freely: bool = True) -> Draft | None:
+        """A draft that costs nothing, an empty one if nobody shall draft; None: the head shall. Not `freely`: what a grammar
+        forces, and nothing else."""
         # The round yields at least one token besides the accepted ones: more would never be used.
         limit = self.left - 1
-        self.source = ""
+        self.source, self.planning = "", False
         if limit <= 0 or not self.request.speculate:
             return NOTHING
         forced = self.request.propose(self.ids)[: min(limit, LOOKUP_TOKENS)] if self.request.propose else []
@@ -78,14 +80,25 @@ class Running:
         if len(forced) >= (FORCED_BEFORE_HEAD if self.head is not None else 1):
             self.source = "grammar"
             return Draft(forced, FewTokens.certain(forced, self.target.vocab_size, self.target.device))
-        if self.arbiter is None:
+        if self.arbiter is None or not freely:
             return NOTHING
+        self.planning = True
         draft = self.arbiter.propose(self.ids, min(limit, self.arbiter.block_size))
         if draft is None:
             self.source = "dspark"
         elif draft.tokens:
-            self.source = "prediction" if self.request.predicted_ids else "lookup"
+            self.source = self.lookup_name
         return draft
+
+    def without_head(self) -> Draft:
+        """What it proposes if its head shall not draft."""
+        draft = NOTHING if self.arbiter is None else self.arbiter.without_head()
+        self.source = self.lookup_name if draft.tokens else ""
+        return draft
+
+    @property
+    def lookup_name(self) -> str:
+        return "prediction" if self.request.predicted_ids else "lookup"
 
     def plan(self, draft: Draft) -> int:
         """How many of its tokens to verify."""
@@ -111,7 +124,7 @@ class Running:
         self.target.rollback(state, num_planned - kept)
         if self.head is not None:
             self.head.commit(scored.features_TMD[: kept + 1])
-        if self.arbiter is not None and self.source != "grammar" and self.request.speculate:
+        if self.arbiter is not None and self.planning:
             self.arbiter.learn(len(draft.tokens), num_planned, verdict.num_accepted)
         last = "plain" if num_planned == 0 else "bonus" if verdict.num_accepted == num_planned else "corrected"
         sources = [*["accepted"] * verdict.num_accepted, last][: len(new)]
