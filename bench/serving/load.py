@@ -23,7 +23,6 @@ from pathlib import Path
 
 import httpx
 
-from dspark.cli.bench import first_of_each_set
 from dspark.prompts import read_prompts
 
 READY_SECONDS = 900
@@ -138,15 +137,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", action="append", required=True, metavar="NAME=COMMAND")
     parser.add_argument("--prompts", action="append", required=True, type=Path, metavar="FILE.jsonl", help="may be given again")
-    parser.add_argument("--limit", type=int, default=8, metavar="N", help="prompts of each set (default 8)")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="prompts of each file (default 8)")
     parser.add_argument("--clients", default="1,2,4,8,16,32")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server (default 3)")
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--least-requests", type=int, default=8, help="requests of a turn, and at least two a client (default 8)")
+    parser.add_argument("--least-requests", type=int, default=8, help="of a turn (default 8)")
+    parser.add_argument("--requests-per-client", type=int, default=4, help="of a turn (default 4)")
     parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the servers' output")
     parser.add_argument("--json", type=Path, metavar="OUT.json")
     options = parser.parse_args()
-    prompts = [p for file in options.prompts for p in first_of_each_set(read_prompts(file), options.limit)]
+    prompts = [p for file in options.prompts for p in read_prompts(file)[: options.limit]]
     texts = [p.content if isinstance(p.content, str) else p.content[-1]["content"] for p in prompts]
     texts = [text for i in range(options.limit) for text in texts[i :: options.limit]]  # sets take turns
     clients = [int(count) for count in options.clients.split(",")]
@@ -158,7 +158,7 @@ def main() -> int:
             asyncio.run(turn(server, texts[:2], 2, 16))
             server.send(signal.SIGSTOP)
         for count in clients:
-            size = max(options.least_requests, 2 * count)
+            size = max(options.least_requests, options.requests_per_client * count)
             for number in range(options.rounds):
                 chosen = [texts[(number * size + i) % len(texts)] for i in range(size)]
                 for server in servers:

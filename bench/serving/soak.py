@@ -20,7 +20,6 @@ from pathlib import Path
 import httpx
 import torch
 
-from dspark.cli.bench import first_of_each_set
 from dspark.generation import generate
 from dspark.prompts import read_prompts
 from dspark.target.load import load_target
@@ -164,13 +163,13 @@ def main() -> int:
     parser.add_argument("--target", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompts", action="append", required=True, type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--limit", type=int, default=6, metavar="N", help="prompts of each set (default 6)")
+    parser.add_argument("--limit", type=int, default=6, metavar="N", help="prompts of each file (default 6)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     target = load_target(options.target, options.dtype)
-    prompts = [p for file in options.prompts for p in first_of_each_set(read_prompts(file), options.limit)]
+    prompts = [p for file in options.prompts for p in read_prompts(file)[: options.limit]]
     contents = [p.content if isinstance(p.content, str) else p.content[-1]["content"] for p in prompts]
     contents += [" ".join(contents[i : i + 5]) for i in range(0, len(contents), 5)]  # long ones
     expected = []

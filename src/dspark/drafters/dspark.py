@@ -31,6 +31,7 @@ class DSparkDrafter:
         self.tap()
         self.context = self.runner.start()
         self.pending: list[torch.Tensor] = []
+        self.num_pending = 0
 
     def tap(self) -> None:
         """Another drafter may have tapped other layers since this one's last round."""
@@ -40,6 +41,13 @@ class DSparkDrafter:
     def commit(self, features_TMD: torch.Tensor) -> None:
         """Kept until the next draft: while others draft, or nobody does, the head costs nothing."""
         self.pending.append(features_TMD)
+        self.num_pending += len(features_TMD)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes for its request."""
+        some = next((features for features in self.pending if len(features)), None)
+        return self.context.num_bytes + (0 if some is None else some.nbytes // len(some) * self.num_pending)
 
     def flush(self) -> None:
         """Turn what was committed into context keys and values."""
@@ -70,7 +78,7 @@ def flush_many(drafters: Sequence[DSparkDrafter]) -> None:
     if new:
         drafters[0].runner.commit(new)
     for drafter in drafters:
-        drafter.pending = []
+        drafter.pending, drafter.num_pending = [], 0
 
 
 @dataclass

@@ -20,7 +20,7 @@ from dspark.core.planner import always
 from dspark.core.verifier import Draft
 from dspark.drafters import Arbiter, DSparkDrafter
 from dspark.drafters.arbiter import LOOKUP_TOKENS
-from dspark.drafters.dspark import Ask, draft_many, flush_many
+from dspark.drafters.dspark import Ask, draft_many
 from dspark.engine.load import Guard, Load, measured_load
 from dspark.engine.prefix import Entry, PrefixCache
 from dspark.engine.request import Event, Failed, Finished, Request, Round, Step, Tokens
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # Prompt tokens of a step: beside others few enough that their next tokens come soon, alone enough for one large product.
 CHUNK_BESIDE, CHUNK_ALONE = 64, 512
-FLUSH_TOKENS = 256  # features of so many tokens are kept at most before they become context keys
+PENDING_TOKENS = 1024  # tokens of a request whose features wait, at most, to become the head's context keys
 SHARE_OF_MEMORY = 0.5  # of what is free at the start, for caches
 PROBE_STEPS = 32  # steps from one draft pass of few requests to the next
 SURELY_PAYS = 8  # requests: fewer draft until it is known not to pay, more do not until it is known to pay
@@ -89,6 +89,7 @@ class Engine:
         self.numbers = itertools.count(1)
         self.full = False  # a request went back to the queue, and none has left since
         self.steps = 0
+        self.loads = 0  # how often planners had to think again
         self.guards: dict[int, Guard] = {}  # by the number of requests, in doublings
         self.drift = 1.0  # measured over expected time of late
         self.changed = threading.Condition()
@@ -214,10 +215,8 @@ class Engine:
         decoding = [r for r in self.running if r.state is not None and r.missing == 0]
         if filling is not None and filling not in self.running:
             filling = None  # preempted
-        if self.load is not None and self.load.set_running(len(decoding)):
-            for r in self.running:
-                if r.arbiter is not None:
-                    r.arbiter.costs_changed()
+        if self.load is not None:
+            self.loads += self.load.set_running(len(decoding))
         guard = self._guard(len(decoding))
         drafts = self._draft(decoding, guard is None or guard.drafting)
         planned = [r.plan(draft) for r, draft in zip(decoding, drafts, strict=True)]
@@ -260,8 +259,7 @@ class Engine:
         if filling is None or filling.state is not None:
             return filling
         others = [r for r in self.running if r.state is not None]
-        flush_many([r.head for r in others if r.head is not None])
-        beside = [Entry(np.asarray(r.ids[: r.state.num_tokens]), r.state, r.head.context if r.head else None) for r in others if r.state]
+        beside = [Entry(np.asarray(r.ids[: r.state.num_tokens]), r.state, r.head) for r in others if r.state]
         try:
             known = self.prefixes.take(filling.ids[:-1], beside)
         except Exception:  # memory, say: the prompt is computed anew
@@ -274,15 +272,22 @@ class Engine:
             filling.head = DSparkDrafter(self.head, self.target, runner=self.runner)
             if context is not None:
                 filling.head.context = context
-        if self.load is not None and filling.arbiter is None and filling.request.speculate:
-            acceptance, trust = usual_acceptance(filling.head) if filling.head else ([0.5], 1.0)
-            filling.arbiter = Arbiter(filling.head, filling.lookup(), acceptance, trust).plan_with(self.load, self.lengths)
-            filling.arbiter.lookup.start()
-            if self.load.running > 1:
-                filling.arbiter.costs_changed()
-        elif filling.arbiter is not None:
+        if filling.arbiter is not None:
             filling.arbiter.head = filling.head  # a preempted request has a new one
         return filling
+
+    def _prepare(self, r: Running) -> None:
+        """Its planner and lookup, made when it first may draft, and told when the load has changed since it last did."""
+        if self.load is None or not r.request.speculate:
+            return
+        if r.arbiter is None:
+            acceptance, trust = usual_acceptance(r.head) if r.head else ([0.5], 1.0)
+            r.arbiter = Arbiter(r.head, r.lookup(), acceptance, trust).plan_with(self.load, self.lengths)
+            r.arbiter.lookup.start()
+            r.loads_seen = self.loads if self.load.running == 1 else -1
+        if r.loads_seen != self.loads:
+            r.arbiter.costs_changed()
+            r.loads_seen = self.loads
 
     def _make_room(self, filling: Running | None, chunk: int) -> None:
         """Before caches grow past the bound: old prefixes go, then the newest request goes back to the queue."""
@@ -321,6 +326,8 @@ class Engine:
         drafts: list[Draft | None] = []
         for r in decoding:
             try:
+                if freely:
+                    self._prepare(r)
                 drafts.append(r.propose(freely))
             except Exception:  # a draft may fail; the answer goes on without
                 r.source = ""
@@ -352,7 +359,12 @@ class Engine:
         self.target.rollback(filling.state, 0)
         if filling.head is not None:
             filling.head.commit(features_TMD)
-            filling.head.flush()
+            self._bound_pending(filling.head)
+
+    def _bound_pending(self, head: DSparkDrafter) -> None:
+        """A head that does not draft costs nothing but the memory of features, up to a bound."""
+        if head.num_pending > PENDING_TOKENS:
+            head.flush()
 
     def _take(self, r: Running, draft: Draft, num_planned: int, scored: Any) -> Round | None:
         """One request's verdict; what its tokens are goes out. An error is its own."""
@@ -362,17 +374,15 @@ class Engine:
         except Exception as error:
             self._fail(r, error)
             return None
-        if r.head is not None and sum(map(len, r.head.pending)) > FLUSH_TOKENS:
-            r.head.flush()
+        if r.head is not None:
+            self._bound_pending(r.head)
         return Round(r.source, len(draft.tokens), num_planned, verdict.num_accepted, draft.confidences)
 
     def _finish(self, r: Running, reason: str) -> None:
         """What is known of its text stays as a prefix for others."""
         if r.state is not None and r.state.num_tokens:
             try:
-                if r.head is not None:
-                    r.head.flush()
-                self.prefixes.add(r.ids[: r.state.num_tokens], r.state, r.head.context if r.head else None)
+                self.prefixes.add(r.ids[: r.state.num_tokens], r.state, r.head)
             except Exception:  # memory, say: the answer is whole all the same
                 log.warning("a finished text is not kept as a prefix", exc_info=True)
         self._leave(r)

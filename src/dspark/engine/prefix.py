@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dspark.drafters import DSparkDrafter
 from dspark.head.context import Context
 from dspark.target.target import State, Target
 
@@ -17,16 +18,17 @@ SHORTEST = 16  # a shorter beginning is computed as fast as copied
 
 @dataclass
 class Entry:
-    """`ids` are the tokens that the target's state holds; the head's context (None without a head) holds as many."""
+    """`ids` are the tokens that the target's state holds; the head's drafter (None without a head) knows as many, some perhaps as
+    features that it has had no use for yet."""
 
     ids: np.ndarray
     state: State
-    context: Context | None
+    head: DSparkDrafter | None
     used: int = 0
 
     @property
     def num_bytes(self) -> int:
-        return self.state.num_bytes + (0 if self.context is None else self.context.num_bytes)
+        return self.state.num_bytes + (0 if self.head is None else self.head.num_bytes)
 
     def common(self, ids: np.ndarray) -> int:
         return common_prefix(self.ids, ids)
@@ -55,9 +57,9 @@ class PrefixCache:
     def num_tokens(self) -> int:
         return sum(len(entry.ids) for entry in self.entries)
 
-    def add(self, ids: Sequence[int], state: State, context: Context | None) -> None:
+    def add(self, ids: Sequence[int], state: State, head: DSparkDrafter | None) -> None:
         """Keep a finished text. Entries that it begins with are no longer needed."""
-        new = Entry(np.asarray(ids, dtype=np.int64), state, context, next(self.clock))
+        new = Entry(np.asarray(ids, dtype=np.int64), state, head, next(self.clock))
         self.entries = [e for e in self.entries if e.common(new.ids) < len(e.ids)]
         if all(new.common(e.ids) < len(new.ids) for e in self.entries):
             self.entries.append(new)
@@ -75,11 +77,12 @@ class PrefixCache:
         mine = any(entry is found for entry in self.entries)
         if mine and size == len(found.ids):
             self.entries = [entry for entry in self.entries if entry is not found]
-            return found.state, found.context
+            return found.state, context_of(found)
         state = self.target.fork(found.state, size)
         if state is None:
             return None
-        return state, None if found.context is None else found.context.fork(size)
+        context = context_of(found)
+        return state, None if context is None else context.fork(size)
 
     def drop_oldest(self) -> bool:
         """Free the entry that was not used for longest; False if there is none."""
@@ -88,3 +91,11 @@ class PrefixCache:
         oldest = min(self.entries, key=lambda entry: entry.used)
         self.entries = [entry for entry in self.entries if entry is not oldest]
         return True
+
+
+def context_of(entry: Entry) -> Context | None:
+    """The head's, of all its tokens."""
+    if entry.head is None:
+        return None
+    entry.head.flush()
+    return entry.head.context

@@ -30,6 +30,7 @@ class Running:
         self.state: State | None = None
         self.head: DSparkDrafter | None = None
         self.arbiter: Arbiter | None = None
+        self.loads_seen = -1  # the change of load that its planner was last told of
         self.noise: Streams | Coupled = Streams(randbits(32)) if request.seed is None else Coupled(request.seed)
         self.judge: Judge = judge_fast if request.seed is None else judge_coupled
         self.ends = stopping_rule(target, target.eos_ids if request.eos_ids is None else request.eos_ids, request.stop)
@@ -58,8 +59,8 @@ class Running:
 
     @property
     def num_bytes(self) -> int:
-        context = 0 if self.head is None else self.head.context.num_bytes
-        return context if self.state is None else context + self.state.num_bytes
+        head = 0 if self.head is None else self.head.num_bytes
+        return head if self.state is None else head + self.state.num_bytes
 
     def lookup(self) -> PromptLookup:
         """Prompt lookup, for which an expected answer stands before the prompt, behind the prompt's own ending."""
