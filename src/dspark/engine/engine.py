@@ -218,7 +218,8 @@ class Engine:
         if self.load is not None:
             self.loads += self.load.set_running(len(decoding))
         guard = self._guard(len(decoding))
-        drafts = self._draft(decoding, guard is None or guard.drafting)
+        # The mode that is not in force is looked at in steps that can be compared: those without a piece of a prompt.
+        drafts = self._draft(decoding, guard is None or (guard.in_force if chunk else guard.drafting))
         planned = [r.plan(draft) for r, draft in zip(decoding, drafts, strict=True)]
         pieces: list[tuple[Any, Sequence[int], int]] = [
             (r.state, [r.ids[-1], *draft.tokens[:count]], count + 1) for r, draft, count in zip(decoding, drafts, planned, strict=True)

@@ -83,7 +83,7 @@ class Guard:
     Planners go by costs that were measured once; this is for what they do not know, the rest of the machine among it. Steps that
     are over decide, so the law of no answer is touched."""
 
-    LOOK, STAYS = 8, (48, 768)  # steps: in the mode that is not in force; in the other one between two looks, at first and at most
+    LOOK, STAYS = 6, (48, 1536)  # steps: in the mode that is not in force; in the other one between two looks, at first and at most
 
     def __init__(self, drafting: bool = True) -> None:
         self.worth = {True: Mean(1 / 64, 1.0, 0.0), False: Mean(1 / 64, 1.0, 0.0)}
@@ -105,7 +105,7 @@ class Guard:
             return
         self.looking = False
         better = self.worth[True].value > self.worth[False].value
-        self.stay = min(2 * self.stay, self.STAYS[1]) if better == self.in_force else self.STAYS[0]
+        self.stay = min(4 * self.stay, self.STAYS[1]) if better == self.in_force else self.STAYS[0]
         self.in_force, self.left = better, self.stay
 
 
