@@ -100,7 +100,10 @@ async def turn(server: Server, prompts: list[str], clients: int, num_tokens: int
     async def one(client: httpx.AsyncClient) -> None:
         while todo:
             i, content = todo.pop(0)
-            answers[i] = await ask(client, server, content, num_tokens)
+            try:
+                answers[i] = await ask(client, server, content, num_tokens)
+            except httpx.RemoteProtocolError:  # uvicorn closes a connection that came while it was stopped: once more
+                answers[i] = await ask(client, server, content, num_tokens)
 
     began = time.perf_counter()
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
