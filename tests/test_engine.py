@@ -473,3 +473,11 @@ def test_an_engine_has_one_thread():
     thread = engine.thread
     assert engine.start().thread is thread
     engine.close()
+
+
+def test_plain_steps_save_nothing_and_lose_nothing():
+    steps = []
+    engine = make_engine(on_step=steps.append)
+    ears = serve(engine, [Request([i, 2, 3], 12, eos_ids=frozenset(), speculate=False) for i in range(4)])
+    assert [ear.last.saved_seconds for ear in ears] == [0.0] * 4
+    assert all(step.plain_milliseconds == pytest.approx(step.milliseconds) for step in steps if step.rounds)

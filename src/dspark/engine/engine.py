@@ -424,6 +424,8 @@ class Engine:
                 if guard is not None:
                     guard.learn(num_new / len(decoding) * one / elapsed)
             one = one * self.drift if guard is None or guard.worth[False].weight == 0 else one / guard.worth[False].value
+            if not any(done is not None and done.drafted for done in rounds):
+                one = elapsed  # a plain step saves nothing, however long it took
             plain = one * num_new / len(decoding)
             for r, done in zip(decoding, rounds, strict=True):
                 if done is not None and not chunk:
