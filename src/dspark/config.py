@@ -5,6 +5,7 @@ from dataclasses import dataclass
 # Most multiplications of one token's bias that are done for the whole draft vocabulary. The demo target's head needs
 # 1.3 million; the bound itself was not measured.
 CHEAP_BIAS = 2**22
+MAX_BLOCK = 64  # tokens of a block: far more than ever stand
 SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
 
 

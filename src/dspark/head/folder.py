@@ -21,13 +21,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dspark.config import SEQUENTIAL_HEADS, HeadConfig
+from dspark.config import MAX_BLOCK, SEQUENTIAL_HEADS, HeadConfig
 from dspark.errors import HeadError
 from dspark.head import calibration
 from dspark.head.head import Head
 from dspark.prompts import read_json
 from dspark.target import demo, hub
-from dspark.target.native.stack import MAX_ROWS  # of one block: what the native runtime passes at once
 from dspark.target.quantize import is_int8
 from dspark.target.target import Target
 
@@ -36,7 +35,7 @@ IN_SECTION = ("draft_vocab_size", "shortlist")  # DeepSpec has no such keys
 # The calibration comes last: not every head has one, so no failure can leave a new one with an old head.
 FILES = ("model.safetensors", "golden.safetensors", "config.json", "provenance.json", "README.md", calibration.NAME)
 # Sizes beyond these come from a damaged file; their products still are numbers that torch can hold.
-MOST = {"block_size": MAX_ROWS, "num_hidden_layers": 256}
+MOST = {"block_size": MAX_BLOCK, "num_hidden_layers": 256}
 MOST_OF_A_SIZE = 2**20
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec saves copies of the target's; we need none
 GOLDEN_TOKENS = 48

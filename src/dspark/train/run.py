@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dspark.config import HeadConfig, TrainConfig
+from dspark.config import MAX_BLOCK, HeadConfig, TrainConfig
 from dspark.core.calibration import Calibration
 from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
@@ -24,7 +24,6 @@ from dspark.head.head import Head
 from dspark.measure.calibrate import LAWS, calibrate
 from dspark.profiling import device_name
 from dspark.prompts import Prompt, read_json
-from dspark.target.native.stack import MAX_ROWS
 from dspark.target.target import Target
 from dspark.train.answers import BATCH, INVENT_TOKENS, answer_prompts, invent_prompts, read_answers, read_records, write_records
 from dspark.train.card import write_card
@@ -291,8 +290,8 @@ def check_shape(target: Target, config: TrainConfig, shape: dict) -> None:
         raise SettingError(
             f"a draft vocabulary of {draft_size} has no room for the {kept} special and byte tokens", "ask for more, or 0 for all"
         )
-    if not 1 <= shape.get("block_size", 5) <= MAX_ROWS:
-        raise SettingError(f"a block of {shape['block_size']} tokens", f"use 1 to {MAX_ROWS}")
+    if not 1 <= shape.get("block_size", 5) <= MAX_BLOCK:
+        raise SettingError(f"a block of {shape['block_size']} tokens", f"use 1 to {MAX_BLOCK}")
     if not 0 <= config.cache_gigabytes < float("inf"):
         raise SettingError(f"--cache-gb is {config.cache_gigabytes}", "use a number of gigabytes, 0 for no cache")
     for name in ("learning_rate", "muon_learning_rate"):
