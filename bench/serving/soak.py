@@ -78,6 +78,7 @@ class Soak:
             self.wrong.append(f"{response.status_code}: {response.text[:300]}")
             return None
         self.tokens += response.json()["usage"]["completion_tokens"]
+        self.reason = response.json()["choices"][0]["finish_reason"]
         return response.json()["choices"][0]["message"]["content"]
 
     async def greedy(self, rng: random.Random, http: httpx.AsyncClient) -> None:
@@ -121,7 +122,7 @@ class Soak:
         _, _, body = self.body(rng)
         form = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
         text = await self.post(http, body | {"max_tokens": 100, "response_format": form, "temperature": rng.choice((0, 1))})
-        if text is not None:
+        if text is not None and self.reason == "stop":  # set without a pause in between
             try:
                 json.loads(text)
             except ValueError:
