@@ -224,7 +224,7 @@ def test_an_entry_within_a_longer_one_is_not_kept_twice():
     engine = make_engine()
     for length in (60, 100, 80):
         engine.generate(Request(list(range(length)), 1))
-    assert [len(entry.ids) for entry in engine.prefixes.entries] == [99] or engine.prefixes.num_tokens < 200
+    assert [len(entry.ids) for entry in engine.prefixes.entries] == [100]  # the prompt; the answer was never fed
 
 
 def test_requests_with_one_prompt_share_it():

@@ -45,8 +45,9 @@ NEWEST = 1 / 32  # weight of the newest step in the running mean of measured ove
 class Engine:
     """Serves requests from a thread of its own (`start`); `step` does one by hand.
 
-    `speculate=False` decodes everything plainly; `plan` is auto, or for study fixed, length:N or threshold:P. `cache_bytes` bounds keys and values of running requests and of the prefix
-    cache together (None: half of the memory that is free now). `on_step` hears of every step."""
+    `speculate=False` decodes everything plainly; `plan` is auto, or for study fixed, length:N or threshold:P. `cache_bytes` bounds keys and
+    values of running requests and of the prefix cache together (None: half of the memory that is free now); one request alone may
+    exceed it while its cache doubles. `on_step` hears of every step."""
 
     def __init__(
         self,
@@ -61,9 +62,9 @@ class Engine:
         say: Callable[[str], None] = lambda text: None,
         on_step: Callable[[Step], None] | None = None,
     ):
-        for name, value in (("max_running", max_running), ("max_waiting", max_waiting)):
-            if value < (name == "max_running"):
-                raise SettingError(f"{name} is {value}", "ask for at least 1 running and 0 waiting requests")
+        for name, value, least in (("max_running", max_running, 1), ("max_waiting", max_waiting, 0)):
+            if value < least:
+                raise SettingError(f"{name} is {value}", f"give at least {least}")
         self.lengths = None if plan == "auto" else always(plan)
         if self.lengths is None and plan != "auto":
             raise SettingError(f"unknown plan {plan!r}", "choose auto, fixed, length:N or threshold:P")

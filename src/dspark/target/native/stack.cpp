@@ -295,8 +295,8 @@ inline void sixteen_outputs(const typename Dot::W* w, const typename Dot::X* x, 
 }
 
 #if TILES
-// The processor's matrix unit (Intel's AMX): a tile of sixteen weight rows meets sixteen activation rows at once, and up to 64
-// rows cost what one does, for reading the weights takes longer. A row's sums run in one order in all of these as well.
+// The processor's matrix unit (Intel's AMX): a tile of sixteen weight rows meets sixteen activation rows at once, which takes
+// less time than reading the weights does. A row's sums run in one order in all of these as well.
 
 // The kernel grants the use of tiles once for the process; without, and for other precisions, `tile` does the work.
 inline bool tiles_allowed() {
