@@ -72,6 +72,7 @@ def tiny_head(
     draft_vocab: int | None = None,
     seed: int = 0,
     head_dim: int = 8,
+    with_markov: bool = True,
 ) -> Head:
     """A random head for this target; rank 0 is DFlash, `draft_vocab` keeps every n-th id only."""
     num_draft = draft_vocab or target.vocab_size
@@ -92,6 +93,7 @@ def tiny_head(
         num_target_layers=target.num_layers,
         markov_rank=rank,
         markov_head_type=kind,
+        confidence_head_with_markov=with_markov,
     )
     draft_ids = torch.arange(num_draft) * target.vocab_size // num_draft
     rows = target.output_rows(draft_ids).to(target.model.dtype)

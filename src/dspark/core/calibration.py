@@ -30,6 +30,17 @@ class Fit:
     prompts: int
 
 
+def chances(logits: Sequence[float], fit: Fit | None) -> list[float]:
+    """Confidences of the first positions from their logits: sigmoid(z / T + b), as they are without a fit."""
+    if fit is None:
+        return [sigmoid(z) for z in logits]
+    return [sigmoid(z / T + b) for z, T, b in zip(logits, fit.temperatures, fit.biases, strict=False)]
+
+
+def sigmoid(z: float) -> float:
+    return 0.0 if z < -700 else 1 / (1 + exp(-z))
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The fits of one head, and what they were measured on: the target's name and precision, and digests that tell the

@@ -6,7 +6,7 @@ Shapes: R requests, T tokens, M tapped layers, G block size, D hidden, Vd draft 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,15 @@ class Context:
         return Context([t[:, :, :num_tokens].clone() for t in self.kv], num_tokens)
 
 
+class Chained(NamedTuple):
+    """A greedy draft: where its tokens are in the draft vocabulary (-1: no number was finite, from there on), the logits of their
+    confidences if the head has any, and by how much each token's logit leads the next best."""
+
+    choices: list[int]
+    confidences: list[float] | None
+    margins: list[float]
+
+
 class Runner(Protocol):
     """Runs a head over the contexts of requests; none of its results depends on the other requests."""
 
@@ -48,6 +57,11 @@ class Runner(Protocol):
 
     def add_bias(self, logits_R: Sequence[torch.Tensor], z_Rr: torch.Tensor) -> list[int]:
         """Add the sequential head's bias W2 z to rows of logits [Vd], in place; where each largest sum is (-1: nowhere)."""
+        ...
+
+    def chain(self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor]) -> list[Chained] | None:
+        """Greedy drafts after the anchors from hidden states [K, D] and base logits [K, Vd] of each request, to which the biases are
+        added in place. None: this runner takes one token at a time."""
         ...
 
 
@@ -97,6 +111,9 @@ class EagerRunner:
     def add_bias(self, logits_R: Sequence[torch.Tensor], z_Rr: torch.Tensor) -> list[int]:
         return add_bias(self.head, logits_R, z_Rr)
 
+    def chain(self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor]) -> list[Chained] | None:
+        return None
+
     def _views(self, context: Context, like: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if not context.kv:  # a prompt of one token has nothing before its anchor
             config = self.head.config
@@ -116,6 +133,7 @@ class NativeRunner:
         # stack.cpp takes sixteen numbers at a time
         w2_rows = None if head.markov_head is None or head.config.markov_rank % 16 else head.markov_head.markov_w2.weight
         self.w2 = None if w2_rows is None else self.stack.linear(w2_rows)
+        self.confidence = confidence_row(head)
         self.masks = head.mask_embedding.float().expand(config.block_size - 1, config.hidden_size)
 
     def start(self) -> Context:
@@ -137,6 +155,22 @@ class NativeRunner:
 
     def add_bias(self, logits_R: Sequence[torch.Tensor], z_Rr: torch.Tensor) -> list[int]:
         return add_bias(self.head, logits_R, z_Rr) if self.w2 is None else self.stack.bias(self.w2, z_Rr, logits_R)
+
+    def chain(self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor]) -> list[Chained] | None:
+        markov = self.head.markov_head
+        if self.w2 is None or markov is None or self.head.config.markov_head_type != "vanilla":
+            return None
+        found = self.stack.chain(markov.markov_w1.weight, self.w2, self.head.draft_ids, self.confidence, anchors, h_R, logits_R)
+        return [Chained(choices, c if self.confidence is not None else None, margins) for choices, c, margins in zip(*found, strict=True)]
+
+
+def confidence_row(head: Head) -> torch.Tensor | None:
+    """Weights over [h; W1[x_prev]] and bias of the confidence head, float32 [D + r + 1]."""
+    if head.confidence_head is None:
+        return None
+    proj, config = head.confidence_head.proj, head.config
+    unused = proj.weight.new_zeros(config.hidden_size + config.markov_rank - proj.in_features)
+    return torch.cat([proj.weight[0], unused, proj.bias]).detach().float()
 
 
 def add_bias(head: Head, logits_R: Sequence[torch.Tensor], z_Rr: torch.Tensor) -> list[int]:

@@ -518,6 +518,20 @@ struct Pass {
     float* normed;   // [num_logits, D] the states behind the logits
     int32_t* best;   // [num_logits] where the largest logit is, the first of equals; -1 where none is or one is no number
 };
+// Greedy drafts of R requests, G tokens each, through a sequential head whose bias is W2 W1[previous token] (paper eq. 5).
+struct Chain {
+    Linear w2;                // [Vd, r]
+    const void* w1;           // [V, r], in the precision of the stack's weights
+    const int64_t* draft_ids; // [Vd] target ids
+    const float* confidence;  // [D + r + 1] weights and bias of the confidence head (paper eq. 7); null for none
+    const float* const* hidden;  // [R] of [G, D]
+    const int64_t* anchors;   // [R] the token before each draft
+    float* const* logits;     // [R] of [G, Vd] base logits; the bias is added
+    int32_t* choices;         // [R, G] which draft tokens are the largest, as `best` above; -1 also for all after a -1
+    float *confidences;       // [R, G] logits
+    float *margins;           // [R, G] the largest logit less the second
+    int32_t num_requests, num_tokens, threads;
+};
 
 }  // extern "C"
 
@@ -582,13 +596,15 @@ template <class X> struct Rows {
     }
 };
 
-// The largest of many numbers that come sixteen at a time, and where it was: the first of equals.
+// The largest of many numbers that come sixteen at a time, and where it was: the first of equals; and the second largest.
 struct Largest {
-    f16v value = f16v{} - INFINITY;
+    f16v value = f16v{} - INFINITY, second = value;
     i16v index{}, broken{};
     void see(f16v x, int n) {
         const i16v lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         const i16v better = x > value;
+        const f16v less = better ? value : x;
+        second = less > second ? less : second;
         value = better ? x : value;
         index = better ? lanes + n : index;
         broken |= x != x;
@@ -604,6 +620,17 @@ struct Largest {
                 if (part.value[i] > most || (part.value[i] == most && part.index[i] < where)) most = part.value[i], where = part.index[i];
             }
         return most == INFINITY ? -1 : where;
+    }
+    // The largest of all less the second.
+    static float margin(const Largest* parts, int count, int distance) {
+        float most = -INFINITY, next = -INFINITY;
+        for (int p = 0; p < count; p++)
+            for (int i = 0; i < 16; i++)
+                for (const float x : {parts[int64_t(p) * distance].value[i], parts[int64_t(p) * distance].second[i]}) {
+                    next = std::max(next, std::min(x, most));
+                    most = std::max(most, x);
+                }
+        return most - next;
     }
 };
 
@@ -1002,6 +1029,61 @@ template <class Dot, class Lanes> struct Runner {
         }
         for (int t = 0; t < T; t++) best[t] = Largest::of(&largest[t], threads, T);
     }
+
+    // Each token is the best of its row under the bias of the one before: `bias` over and over, with no word to the caller in between.
+    void chain(const Chain& c) {
+        const int R = c.num_requests, G = c.num_tokens, Vd = c.w2.num_out, r = c.w2.num_in, D = s.hidden;
+        std::vector<Largest> largest(size_t(2) * c.threads * R);  // of this step and the one before, which others may still read
+        Barrier barrier;
+#pragma omp parallel num_threads(c.threads)
+        {
+            Rows<X> x(R, r);
+            const TileConfig tiles(x.tiled);
+            std::vector<f16v> y(R);
+            std::vector<int64_t> last(c.anchors, c.anchors + R);
+            std::vector<int32_t> choices(R, 0);
+            Aligned<float> z(r);
+            for (int k = 0; k < G; k++) {
+                Largest* all = &largest[size_t(k % 2) * c.threads * R];
+                Largest* mine_of = all + size_t(omp_get_thread_num()) * R;
+                for (int t = 0; t < R; t++) {
+                    mine_of[t] = Largest{};
+                    const auto* row = (const typename Dot::W*)c.w1 + last[t] * r;
+                    if constexpr (!std::is_same_v<typename Dot::W, int8_t>)  // heads have no 8-bit weights
+                        for (int i = 0; i < r; i += 16) store(z.data() + i, load(row + i));
+                    x.take(t, z.data());
+                    if (c.confidence && omp_get_thread_num() == 0)
+                        c.confidences[t * G + k] = dot(c.confidence, c.hidden[t] + int64_t(k) * D, D) + dot(c.confidence + D, z.data(), r)
+                            + c.confidence[D + r];
+                }
+                const Range mine = share(Vd / 16);
+                for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
+                    outputs(c.w2, n, x, y.data());
+                    for (int t = 0; t < R; t++) {
+                        float* row = c.logits[t] + int64_t(k) * Vd + n;
+                        const f16v sum = y[t] + load(row);
+                        store(row, sum);
+                        mine_of[t].see(sum, n);
+                    }
+                }
+                barrier.meet();
+                for (int t = 0; t < R; t++) {
+                    if (choices[t] >= 0) choices[t] = Largest::of(all + t, c.threads, R);
+                    if (choices[t] >= 0) last[t] = c.draft_ids[choices[t]];
+                    if (omp_get_thread_num() == 0) {
+                        c.choices[t * G + k] = choices[t];
+                        c.margins[t * G + k] = Largest::margin(all + t, c.threads, R);
+                    }
+                }
+            }
+        }
+    }
+
+    static float dot(const float* a, const float* b, int n) {
+        f16v total{};
+        for (int i = 0; i < n; i += 16) total = multiply_add(load(a + i), load(b + i), total);
+        return sum(total);
+    }
 };
 
 // Calls `run` with the runner of this stack's kind.
@@ -1027,6 +1109,11 @@ void stack_context(const Stack* stack, const Segments* segments, const Linear* f
 void stack_bias(const Stack* stack, const Linear* w2, int num_rows, const float* z, float* const* logits, int32_t* best, int threads) {
     const Segment rows{{}, num_rows, 0};
     with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.bias(*w2, z, logits, best, threads); });
+}
+
+void stack_chain(const Stack* stack, const Chain* chain) {
+    const Segment rows{{}, chain->num_requests, 0};
+    with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.chain(*chain); });
 }
 
 }  // extern "C"
