@@ -109,7 +109,9 @@ def tiny_head(
 
 
 # for a block of 4
-TINY_FIT = Fit(0.0, 0, 1.0, (2.0, 3.0, 4.0, 5.0), (0.0, 0.5, 0.0, -1.0), (0.5,) * 4, (0.1,) * 4, (0.01, 0.02, 0.03, None), 400, 200, 20)
+TINY_FIT = Fit(
+    0.0, 0, 1.0, (2.0, 3.0, 4.0, 5.0), (0.0, 0.5, 0.0, -1.0), (0.0,) * 4, (0.5,) * 4, (0.1,) * 4, (0.01, 0.02, 0.03, None), 400, 200, 20
+)
 
 
 def tiny_calibration(head: Head, target: Target, *fits: Fit) -> Calibration:

@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Round, decode
 from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, always
 from dspark.core.sampling import Law, Streams
@@ -30,7 +31,8 @@ PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinP
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
 DRAFTERS = ("auto", "dspark", "dflash", "lookup", "none")
-PLANS = ("auto", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
+PLANS = ("auto", "online", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
+ADAPTIVE = ("auto", "online")
 DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
 
 
@@ -151,12 +153,12 @@ def usual_acceptance(drafter: Drafter) -> tuple[Sequence[float], float]:
 def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callable[[str], None] = lambda text: None) -> Planner:
     """The planner that `spec` names, one of `PLANS`; None: auto. Raises `SettingError` for another.
 
-    auto, early-stop and lagged need this machine's costs, which are measured at first use (profiling.py).
+    online is auto with confidences corrected by what was accepted so far. Both, early-stop and lagged need this machine's costs, which are measured at first use (profiling.py).
     An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
     a name to start each call alike, which is what lets a seed replay at a temperature above 0."""
     spec = DEFAULT_PLAN if spec is None else spec
     lengths: Planner | None = always(spec)
-    if lengths is None and spec not in ("auto", "early-stop", "lagged"):
+    if lengths is None and spec not in (*ADAPTIVE, "early-stop", "lagged"):
         raise SettingError(
             f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
         )
@@ -167,11 +169,13 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     source = drafter.head if isinstance(drafter, Arbiter) else drafter
     head = source.head if isinstance(source, DSparkDrafter) else None
     table = planning_costs(target, head, 1 + drafter.block_size, say)
-    if spec != "auto":
+    if spec not in ADAPTIVE:
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)
     if isinstance(drafter, Arbiter):
-        return drafter.plan_with(table, lengths)
-    return lengths or Adaptive(table, *usual_acceptance(drafter))
+        return drafter.plan_with(table, lengths, online=spec == "online")
+    return lengths or Adaptive(
+        table, *usual_acceptance(drafter), online=OnlineCalibration(drafter.block_size) if spec == "online" else None
+    )
 
 
 def stream(

@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="of the laws above T=0: keep the K best tokens (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the laws above T=0: keep this mass (1: all)")
-    parser.add_argument(
-        "--bias", action="store_true", help="fit a bias beside each temperature (default: temperatures alone, as the paper)"
-    )
+    fit = parser.add_mutually_exclusive_group()
+    fit.add_argument("--bias", action="store_true", help="fit a bias beside each temperature (default: temperatures alone, as the paper)")
+    fit.add_argument("--margin", action="store_true", help="fit a bias, and a weight of the margin between the two best draft logits")
     parser.add_argument("--json", action="store_true", help="end with one JSON document on the last line")
 
 
@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
         ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     else:
         ids = invented(target, options.num_prompts or INVENTED, bar)
-    found, reports = calibrate(target, head, ids, laws, options.max_new_tokens, bar, options.bias)
+    curve = "margin" if options.margin else "bias" if options.bias else "temperatures"
+    found, reports = calibrate(target, head, ids, laws, options.max_new_tokens, bar, curve)
     write_calibration(found, folder)
     print(table(reports))
     print(f"\nwritten to {folder / 'calibration.json'}")

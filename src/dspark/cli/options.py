@@ -32,7 +32,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--plan",
         default=None,
         metavar="PLAN",
-        help="how much to speculate: auto, fixed, length:N, threshold:P, early-stop or lagged (default auto: what gains most time here)",
+        help="how much to speculate: auto, online (auto, and confidences are corrected on the way), fixed, length:N, threshold:P, early-stop "
+        "or lagged (default auto: what gains most time here)",
     )
 
 

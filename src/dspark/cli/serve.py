@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", default=None, metavar="KEY", help=f"clients must send it (default: ${KEY}; else none is needed)")
     parser.add_argument("--speculation", choices=("auto", "off"), default="auto", help="for requests that do not say (default auto)")
     parser.add_argument(
-        "--plan", choices=("auto", "fixed"), default="auto", help="how much to speculate (default auto: what gains most time)"
+        "--plan",
+        choices=("auto", "online", "fixed"),
+        default="auto",
+        help="how much to speculate (default auto: what gains most time; online: and confidences are corrected on the way)",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-running", type=int, default=32, metavar="N", help="answers decoded together (default 32)")

@@ -156,12 +156,13 @@ class Block:
             logits = self.chained.confidences
         elif head.confidence_head is not None:
             logits = head.confidence_head(h_GD[:num], None if w_Kr is None else w_Kr[:num]).tolist()
-        confidences = None
-        if logits is not None:
-            fit = None if head.calibration is None or recording else head.calibration.nearest(law.temperature)
-            confidences = chances(logits[:num], fit)
-        # logits_KC has the biases in it by now
-        margins = (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist() if recording else None
+        fit = None if head.calibration is None or recording else head.calibration.nearest(law.temperature)
+        margins = None
+        if recording or (fit is not None and any(fit.margin_weights)):
+            # logits_KC has the biases in it by now
+            chained = self.chained and self.chained.margins[:num]
+            margins = chained or (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist()
+        confidences = None if logits is None else chances(logits[:num], margins, fit)
         if self.greedy:
             laws = FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device)
         else:

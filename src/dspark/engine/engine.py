@@ -45,7 +45,7 @@ NEWEST = 1 / 32  # weight of the newest step in the running mean of measured ove
 class Engine:
     """Serves requests from a thread of its own (`start`); `step` does one by hand.
 
-    `speculate=False` decodes everything plainly; `plan` is auto, or for study fixed, length:N or threshold:P. `cache_bytes` bounds keys and
+    `speculate=False` decodes everything plainly; `plan` is auto or online (`make_planner`), or for study fixed, length:N or threshold:P. `cache_bytes` bounds keys and
     values of running requests and of the prefix cache together (None: half of the memory that is free now); one request alone may
     exceed it while its cache doubles. `on_step` hears of every step."""
 
@@ -65,9 +65,9 @@ class Engine:
         for name, value, least in (("max_running", max_running, 1), ("max_waiting", max_waiting, 0)):
             if value < least:
                 raise SettingError(f"{name} is {value}", f"give at least {least}")
-        self.lengths = None if plan == "auto" else always(plan)
-        if self.lengths is None and plan != "auto":
-            raise SettingError(f"unknown plan {plan!r}", "choose auto, fixed, length:N or threshold:P")
+        self.lengths, self.online = always(plan), plan == "online"
+        if self.lengths is None and plan not in ("auto", "online"):
+            raise SettingError(f"unknown plan {plan!r}", "choose auto, online, fixed, length:N or threshold:P")
         self.target, self.head, self.speculate = target, head if speculate else None, speculate
         self.max_running, self.max_waiting, self.on_step = max_running, max_waiting, on_step
         self.runner = None if self.head is None else make_runner(self.head, target)
@@ -284,7 +284,7 @@ class Engine:
             return
         if r.arbiter is None:
             acceptance, trust = usual_acceptance(r.head) if r.head else ([0.5], 1.0)
-            r.arbiter = Arbiter(r.head, r.lookup(), acceptance, trust).plan_with(self.load, self.lengths)
+            r.arbiter = Arbiter(r.head, r.lookup(), acceptance, trust).plan_with(self.load, self.lengths, self.online)
             r.arbiter.lookup.start()
             r.loads_seen = self.loads if self.load.running == 1 else -1
         if r.loads_seen != self.loads:

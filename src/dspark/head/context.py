@@ -161,7 +161,7 @@ class NativeRunner:
         if self.w2 is None or markov is None or self.head.config.markov_head_type != "vanilla":
             return None
         found = self.stack.chain(markov.markov_w1.weight, self.w2, self.head.draft_ids, self.confidence, anchors, h_R, logits_R)
-        return [Chained(choices, c if self.confidence is not None else None, margins) for choices, c, margins in zip(*found, strict=True)]
+        return [Chained(choices, c if self.confidence is not None else None, margins) for choices, c, margins in found]
 
 
 def confidence_row(head: Head) -> torch.Tensor | None:

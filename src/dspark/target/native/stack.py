@@ -205,9 +205,9 @@ class NativeStack:
     def chain(
         self, w1: torch.Tensor, w2: Linear, draft_ids: torch.Tensor, confidence: torch.Tensor | None,
         anchors: Sequence[int], hidden_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor],
-    ) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:  # fmt: skip
+    ) -> list[tuple[list[int], list[float], list[float]]]:  # fmt: skip
         """Greedy drafts after the anchors, through rows of float32 logits [G, Vd] to which the bias W2 W1[previous token] is added in
-        place: by request and token where the largest sum is (-1: nowhere, or one is no number, then for the rest too), the confidence
+        place. Of each request, by token: where the largest sum is (-1: nowhere, or one is no number, then for the rest too), the confidence
         logit (nothing meant if `confidence`, float32 [D + r + 1], is None) and how far the second largest is below."""
         R, G = len(logits_R), len(logits_R[0])
         choices, confidences, margins = (ctypes.c_int32 * (R * G))(), (ctypes.c_float * (R * G))(), (ctypes.c_float * (R * G))()
@@ -217,10 +217,11 @@ class NativeStack:
         described = Chain(
             w2, w1.data_ptr(), draft_ids.data_ptr(), None if confidence is None else confidence.data_ptr(),
             ctypes.addressof(addresses[0]), ctypes.addressof(ids), ctypes.addressof(addresses[1]),
-            *map(ctypes.addressof, (choices, confidences, margins)), R, G, torch.get_num_threads(),
+            *[ctypes.addressof(array) for array in (choices, confidences, margins)], R, G, torch.get_num_threads(),
         )  # fmt: skip
         compiled().stack_chain(ctypes.byref(self.stack), ctypes.byref(described))
-        return tuple([list(values[r * G : (r + 1) * G]) for r in range(R)] for values in (choices, confidences, margins))
+        parts = [slice(r * G, (r + 1) * G) for r in range(R)]
+        return [(choices[part], confidences[part], margins[part]) for part in parts]
 
 
 def passes(parts: Sequence[Rows]) -> Iterator[tuple[list[Rows], int, int]]:
