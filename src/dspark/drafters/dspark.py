@@ -163,11 +163,12 @@ class Block:
             chained = self.chained and self.chained.margins[:num]
             margins = chained or (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist()
         confidences = None if logits is None else chances(logits[:num], margins, fit)
+        uncalibrated = None if logits is None or fit is None else chances(logits[:num], None, None)
         if self.greedy:
             laws = FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device)
         else:
             laws = FewTokens(self.ids_KC[:num], torch.stack(self.laws), head.config.vocab_size)
-        return Draft(self.tokens, laws, confidences, margins, len(self.logits_KC) if self.ended else 0)
+        return Draft(self.tokens, laws, confidences, margins if recording else None, len(self.logits_KC) if self.ended else 0, uncalibrated)
 
 
 @torch.inference_mode()
