@@ -26,7 +26,7 @@ READY: WeakKeyDictionary[Any, LLTokenizer] = WeakKeyDictionary()
 
 
 class Syntax(Protocol):
-    """How calls are written (`server.tools.Format`)."""
+    """How calls are written (`server.syntax.Format`)."""
 
     def grammar(self, tools: Sequence[dict], special: Mapping[str, int], parallel: bool) -> str: ...
 
