@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark.server.syntax import BARE_HEAD, BROKEN, Ends, Format, after_white
+from dspark.server.syntax import BARE_HEAD, BROKEN, Ends, Format
 from dspark.server.tools import schemas
-from dspark.text import overlap
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ class ToolParser:
         events: list[Event] = []
         while self.buffer:
             if self.body is None:
-                found = self.opening()
-                self.say(events, found[0] if found else len(self.buffer) - (0 if final else self.undecided()))
+                found = self.format.opening(self.buffer, self.quiet, self.bare_head)
+                waiting = 0 if final else self.format.undecided(self.buffer, self.quiet, self.bare_head)
+                self.say(events, found[0] if found else len(self.buffer) - waiting)
                 if not found:
                     break
                 self.body, self.ends = found[1] - found[0], self.format.ends()
@@ -73,21 +73,6 @@ class ToolParser:
                 self.say(events, end)
             self.body = None
         return events
-
-    def opening(self) -> tuple[int, int] | None:
-        """Where in the buffer a call may begin, and what follows its opening tag."""
-        if self.format.bare and self.quiet:
-            begin = after_white(self.buffer)
-            if self.buffer.startswith(self.bare_head, begin):
-                return 0, begin
-        begin = self.buffer.find(self.format.opens)
-        return None if begin < 0 else (begin, begin + len(self.format.opens))
-
-    def undecided(self) -> int:
-        """How many characters at the end of the buffer may turn out to begin a call."""
-        if self.format.bare and self.quiet and self.bare_head.startswith(self.buffer[after_white(self.buffer) :]):
-            return len(self.buffer)
-        return overlap(self.buffer, self.format.opens)
 
     def judge(self, final: bool) -> tuple[list[tuple[str, str]], int] | None:
         """The calls at the beginning of the buffer (none: it is text) and where they end; None: not decided yet."""

@@ -8,9 +8,11 @@ from typing import Protocol
 
 from dspark.engine.grammar import JSON_STYLE
 from dspark.server.tools import NAME, schemas
+from dspark.text import overlap
 
 BROKEN = -1  # where a call ends that is none
 BARE_HEAD = '{"name": "'  # of a call without an opening tag, as the templates that have such calls show it
+BEFORE_BARE = re.compile(r"\s*(?:;\s*)?")
 
 
 class Ends(Protocol):
@@ -39,6 +41,11 @@ class Format:
     @property
     def tags(self) -> tuple[str, ...]:
         return (self.opens, self.closes)
+
+    @property
+    def open_ends(self) -> str:
+        """The characters that an opening may end with."""
+        return self.opens[-1] + (BARE_HEAD[-1] if self.bare else "")
 
     def kept_ids(self, tokenizer) -> frozenset[int]:
         """The special tokens that are part of the syntax: text must be decoded with them."""
@@ -72,6 +79,20 @@ class Format:
             return []
         return calls
 
+    def opening(self, text: str, quiet: bool, bare_head: str = BARE_HEAD) -> tuple[int, int] | None:
+        """Where in a text the first call may begin, and what follows its opening tag. `quiet`: the text stands at the
+        beginning of an answer, or right after a call, where a bare call may begin with `bare_head`."""
+        if self.bare and quiet and text.startswith(bare_head, bare := bare_begin(text)):
+            return 0, bare
+        begin = text.find(self.opens)
+        return None if begin < 0 else (begin, begin + len(self.opens))
+
+    def undecided(self, text: str, quiet: bool, bare_head: str = BARE_HEAD) -> int:
+        """How many characters at the end of a text without an opening may turn out to begin a call."""
+        if self.bare and quiet and bare_head.startswith(text[bare_begin(text) :]):
+            return len(text)
+        return overlap(text, self.opens)
+
     # Grammars
 
     def grammar(self, tools: Sequence[dict], special: Mapping[str, int], parallel: bool) -> str:
@@ -90,11 +111,6 @@ class Format:
         found = {name: schema if name in strict else {"type": "object"} for name, schema in schemas(tools).items()}
         body, rules = self.body(found, special, parallel=True)
         return lark(f"start: {body} TAIL?", f"TAIL: /(?s:.+)/ & ~/{holding(self.opens)}/", *rules)
-
-    def openers(self) -> list[tuple[str, bool, str]]:
-        """What opens a call: the text, whether it does so only at the beginning of an answer or after a call, and what of it
-        belongs to the grammar `rest`."""
-        return [(self.opens, False, ""), *([(BARE_HEAD, True, BARE_HEAD)] if self.bare else [])]
 
     def body(self, tools: Mapping[str, dict], special: Mapping[str, int], parallel: bool) -> tuple[str, list[str]]:
         """What follows `opens`, in Lark, and the rules it needs; `tools` are names and schemas."""
@@ -142,6 +158,10 @@ class Named(Format):
         return [f"{rule}: {literal(name)} {tag('[ARGS]', special)} {json_value(schema)}"]
 
 
+def bare_begin(text: str) -> int:
+    return len(BEFORE_BARE.match(text)[0])  # type: ignore[index]
+
+
 HERMES = Format("hermes", "<tool_call>", "</tool_call>")
 LLAMA3 = Format("llama3", "<|python_tag|>", arguments="parameters", bare=True)
 MISTRAL = Format("mistral", "[TOOL_CALLS]", array=True)
@@ -174,11 +194,6 @@ def holding(text: str) -> str:
 
 def json_value(schema: dict | bool) -> str:
     return f"%json {json.dumps({'x-guidance': JSON_STYLE} | schema if isinstance(schema, dict) else schema)}"
-
-
-def after_white(text: str) -> int:
-    """Where a call without an opening tag may begin."""
-    return len(re.match(r"\s*(?:;\s*)?", text)[0])  # type: ignore[index]
 
 
 def as_json(arguments: dict) -> str:
