@@ -14,15 +14,28 @@ from llguidance import LLMatcher
 
 from dspark.engine.grammar import Grammar, Matcher, Place, State, Syntax, ready, special
 
-PIECES: WeakKeyDictionary[Any, list[bytes]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Pieces:
+    """The bytes of each token in the text that is searched for calls, and the tokens that may open a call and go on."""
+
+    bytes_of: list[bytes]
+    suspects: list[int]
 
 
-def pieces(tokenizer) -> list[bytes]:
-    """The bytes of each token; of special ones those of their names."""
-    if tokenizer not in PIECES:
-        vocabulary = ready(tokenizer)
-        PIECES[tokenizer] = [vocabulary.decode_bytes([token]) for token in range(vocabulary.vocab_size)]
-    return PIECES[tokenizer]
+READY: WeakKeyDictionary[Any, dict[Syntax, Pieces]] = WeakKeyDictionary()
+
+
+def pieces(tokenizer, syntax: Syntax) -> Pieces:
+    """Looking at each token takes a tenth of a second, so what comes of it is kept as long as the tokenizer."""
+    known = READY.setdefault(tokenizer, {})
+    if syntax not in known:
+        vocabulary, hidden = ready(tokenizer), set(special(tokenizer).values()) - syntax.kept_ids(tokenizer)
+        bytes_of = [b"" if token in hidden else vocabulary.decode_bytes([token]) for token in range(vocabulary.vocab_size)]
+        ends = [end.encode() for end in syntax.open_ends]
+        suspects = [token for token, piece in enumerate(bytes_of) if any(end in piece[:-1] for end in ends)]
+        known[syntax] = Pieces(bytes_of, suspects)
+    return known[syntax]
 
 
 class LazyGrammar:
@@ -33,21 +46,16 @@ class LazyGrammar:
         self.syntax = syntax
         rest = LLMatcher.grammar_from_lark(syntax.rest(tools, special(tokenizer)))
         self.call = Grammar(tokenizer, rest, end_ids, "tool's parameters")
-        self.pieces = list(pieces(tokenizer))
-        for token in set(special(tokenizer).values()) - syntax.kept_ids(tokenizer):
-            self.pieces[token] = b""  # no part of the text that is searched for calls
-        # Only a token that goes on after what may end an opening can open a call and break it.
-        ends = tuple(end.encode() for end in syntax.open_ends)
-        self.suspects = [token for token, piece in enumerate(self.pieces) if any(end in piece[:-1] for end in ends)]
+        self.pieces = pieces(tokenizer, syntax)
         self.root = Free(self)
-        self.broken: dict[Free, list[int]] = {}  # what `Free.broken` found
+        self.broken_after: dict[Free, list[int]] = {}  # what `Free.broken` found
 
     def matcher(self, num_prompt: int) -> Matcher:
         """This grammar for the texts of one request, which follow `num_prompt` tokens of prompt."""
         return Matcher(self.root, num_prompt)
 
     def piece(self, token: int) -> bytes:
-        return self.pieces[token] if token < len(self.pieces) else b""
+        return self.pieces.bytes_of[token] if token < len(self.pieces.bytes_of) else b""
 
     def follow(self, matcher: LLMatcher, text: bytes) -> LLMatcher | None:
         """The matcher after more text; None if that is not of the grammar."""
@@ -89,9 +97,9 @@ class Free:
 
     def broken(self) -> list[int]:
         """The tokens that open a call and break it."""
-        known = self.grammar.broken
+        known = self.grammar.broken_after
         if self not in known:
-            known[self] = [token for token in self.grammar.suspects if is_broken(self.after(token))]
+            known[self] = [token for token in self.grammar.pieces.suspects if is_broken(self.after(token))]
         return known[self]
 
     def forced(self) -> list[int]:

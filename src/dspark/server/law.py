@@ -61,8 +61,9 @@ class Bias:
 
 
 def grammar_of(body: Sampling, target: Target, syntax: Any = None) -> Any | None:
-    """The grammar that every answer must follow (`dspark.engine.grammar.Grammar`, or `LazyGrammar` of `lazy.py`), None for none; `syntax` is that of the
-    target's tool calls. Raises `SettingError` for one that cannot be followed."""
+    """The grammar that every answer must follow (`dspark.engine.grammar.Grammar`; `LazyGrammar` where the model may call
+    `strict` functions), None for none; `syntax` is that of the target's tool calls. Raises `SettingError` for one that
+    cannot be followed."""
     tools = body.tools if isinstance(body, ChatRequest) else None
     choice = body.tool_choice if isinstance(body, ChatRequest) else None
     forced = tools and choice not in (None, "auto", "none")
