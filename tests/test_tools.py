@@ -377,6 +377,14 @@ def test_values_in_tags_are_what_the_schema_says(key, text, value):
     assert json.loads(call.arguments) == {key: value} and type(json.loads(call.arguments)[key]) is type(value)
 
 
+@pytest.mark.parametrize(
+    "schema", [{"$ref": 5}, {"type": {}}, {"type": "foo"}, {"enum": 5}, {"anyOf": 5}, [], None, {"anyOf": [{"$ref": "#/properties/x"}] * 9}]
+)
+def test_values_of_schemas_that_are_none_are_read_all_the_same(schema):
+    [call] = run(QWEN3_CODER, [xml("f", x="5")], [tool("f", {"properties": {"x": schema}})])
+    assert json.loads(call.arguments) in ({"x": 5}, {"x": "5"})
+
+
 def test_a_value_beyond_numbers_is_no_call():
     assert run(QWEN3_CODER, [xml("f", share="1e999")], [tool("f", PARAMETERS)]) == [xml("f", share="1e999")]
 
@@ -467,6 +475,14 @@ def test_special_tokens_of_the_syntax_are_tokens_in_its_grammar():
     assert ids[0] == 257 and ids[-1] == 258 and run(HERMES, [tokenizer.decode(ids)], CLOSED) == [Call(0, "now", "{}")]
 
 
+def test_a_call_may_have_an_id_where_the_tokenizer_has_a_token_for_it():
+    for special, allowed in ((("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), True), (("[TOOL_CALLS]", "[ARGS]"), False)):
+        tokenizer = word_tokenizer(special=(END, *special))
+        grammar = Grammar.for_tools(tokenizer, CLOSED, named("now"), MISTRAL_ARGS, end_ids=[256])
+        assert follows(grammar, tokenizer, "[TOOL_CALLS]now[ARGS]{}")
+        assert follows(grammar, tokenizer, "[TOOL_CALLS]now[CALL_ID]aB3dE6gH9[ARGS]{}") == allowed
+
+
 def test_choices_that_force_nothing_are_refused():
     tokenizer = tokenizer_of("hermes")
     for choice, said in (("auto", "auto"), (named("rm"), "'rm'"), ({}, "None")):
@@ -529,6 +545,11 @@ def test_a_function_without_declared_parameters_takes_any_in_tags():
         ({"properties": {"x>": {}}}, "'x>'"),
         ({"properties": {"x": {"enum": ["</parameter>"]}}}, "cannot be written"),
         ({"properties": {}, "oneOf": []}, "'oneOf' of the parameters of tool 'f'"),
+        ({"properties": []}, "no JSON schema"),
+        ({"properties": {"x": {"type": "string", "maxLength": "long"}}}, "cannot be followed"),
+        ({"properties": {"x": {"$ref": "#/properties/x"}}}, "cannot be followed"),
+        ({"properties": {"x": {"anyOf": [{"$ref": "#/properties/x"}] * 9}}}, "alternatives"),
+        ({"properties": {"x": {"type": "foo"}}}, "foo"),
     ],
 )
 def test_what_tags_cannot_hold_is_refused(schema, said):

@@ -155,7 +155,9 @@ class Named(Format):
             return []
 
     def rules(self, rule: str, name: str, schema: dict, special: Mapping[str, int]) -> list[str]:
-        return [f"{rule}: {literal(name)} {tag('[ARGS]', special)} {json_value(schema)}"]
+        # models that write ids were trained to, and know whether they do
+        id = f"({tag('[CALL_ID]', special)} /[A-Za-z0-9]{{9}}/)?" if "[CALL_ID]" in special else ""
+        return [f"{rule}: {literal(name)} {id} {tag('[ARGS]', special)} {json_value(schema)}"]
 
 
 def bare_begin(text: str) -> int:

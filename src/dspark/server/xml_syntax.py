@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from dspark.errors import SettingError
@@ -21,6 +22,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "null": (type(None),), "array": (list,),
     "object": (dict,),
 }  # fmt: skip
+MAX_BRANCHES = 1000  # of a value's schema; references can multiply them without end
 # What a schema may say so that a grammar can hold a call to it: of all arguments, and of a text among them.
 OF_ARGUMENTS = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "title", "description"}
 OF_TEXT = {"type", "minLength", "maxLength", "title", "description", "default", "examples"}
@@ -53,6 +55,10 @@ class Xml(Format):
     def rules(self, rule: str, name: str, schema: dict, special: Mapping[str, int]) -> list[str]:
         refuse_beyond(OF_ARGUMENTS, schema, f"the parameters of tool {name!r}")
         properties, required = schema.get("properties"), schema.get("required", [])
+        if not isinstance(properties, dict | None) or not isinstance(required, list):
+            raise SettingError(
+                f"the parameters of tool {name!r} are no JSON schema of an object", "`properties` is an object, `required` a list"
+            )
         if properties is None and not required and schema.get("additionalProperties", True) is not False:  # any at all
             anything = f'("<parameter=" /[^<>\\n]{{1,64}}/ {line(">")} {rule}_any {NEWLINE})*'
             return [f"{rule}: {line(f'<function={name}>')} {anything} {literal(CALL_CLOSES)}", *text_rules(f"{rule}_any", {})]
@@ -104,7 +110,9 @@ class XmlEnd:
 
 def branches(schema: Any, root: dict, depth: int = 0) -> Iterator[dict]:
     """What a value may be, one schema of one type or constant for each possibility; references are to `root`."""
-    if not isinstance(schema, dict) or depth > 16:
+    if depth > 16:
+        yield {"not": {}}  # a grammar refuses it
+    elif not isinstance(schema, dict):
         yield {}
     elif "$ref" in schema:
         found: Any = root
@@ -129,13 +137,13 @@ def without(schema: dict, *keys: str) -> dict:
 def kind(branch: dict) -> str | None:
     """The JSON type of a branch; None for any."""
     if "const" not in branch:
-        return branch.get("type")
+        return branch["type"] if isinstance(branch.get("type"), str) else None
     return next(kind for kind, types in KINDS.items() if type(branch["const"]) in types)
 
 
 def read_value(text: str, schema: Any, root: dict) -> Any:
     """A text as it is; anything else from JSON, if that gives what the schema asks for, or a text after all."""
-    kinds = {kind(branch) for branch in branches(schema, root)}
+    kinds = {kind(branch) for branch in islice(branches(schema, root), MAX_BRANCHES)}
     if kinds == {"string"}:
         return text
     try:
@@ -153,6 +161,8 @@ def value_rules(rule: str, schema: Any, root: dict, what: str) -> list[str]:
     """The Lark rules of a value and the `</parameter>` after it."""
     found, options = [], []
     for k, branch in enumerate(branches(schema, root)):
+        if k == MAX_BRANCHES:
+            raise SettingError(f"{what} has more than {MAX_BRANCHES} alternatives", "leave some out")
         options.append(f"{rule}_{k}")
         if "const" in branch:
             value = branch["const"] if isinstance(branch["const"], str) else json.dumps(branch["const"])
