@@ -13,6 +13,7 @@ from dspark.core.decode import decode, judge_coupled, judge_fast
 from dspark.core.sampling import Coupled, Law, Streams, probs
 from dspark.drafters import NoDrafter
 from dspark.engine.engine import Engine
+from dspark.engine.grammar import Grammar
 from dspark.engine.lazy import Free, LazyGrammar
 from dspark.engine.request import Failed, Finished, Request
 from dspark.errors import SettingError
@@ -392,3 +393,24 @@ def test_a_schema_that_cannot_be_followed_is_refused():
     with pytest.raises(SettingError, match="parameters"):
         make(True)
     make(False)  # it is not followed
+
+
+def test_tags_may_be_added_tokens_that_are_not_special():
+    """As Qwen's are."""
+    tokenizer = word_tokenizer(TEMPLATES["hermes"], special=(END,))
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    opens, closes = tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
+    grammar = LazyGrammar(tokenizer, TOOLS, HERMES, end_ids=[tokenizer.eos_token_id])
+    for call, fits in ((GOOD[0], True), (BAD[0], False)):
+        ids = tokenizer.encode(f"So: {written(HERMES, call)} Done.")
+        assert opens in ids and closes in ids
+        place, allowed = grammar.root, []
+        for token in ids:
+            allowed.append(bool(torch.isfinite(place.masked(torch.zeros(1, 400))[0, token])))
+            place = place.after(token)
+        assert all(allowed) == fits and isinstance(place, Free) == fits
+    forced = Grammar.for_tools(tokenizer, TOOLS[:1], "required", HERMES, end_ids=[tokenizer.eos_token_id])
+    state = forced.root
+    for token in tokenizer.encode(written(HERMES, GOOD[0])):
+        assert torch.isfinite(state.masked(torch.zeros(1, 400))[0, token])
+        state = state.after(token)

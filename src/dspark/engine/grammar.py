@@ -134,8 +134,10 @@ class Grammar:
 
 
 def special(tokenizer) -> dict[str, int]:
-    """The special tokens and their ids."""
-    return {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """The tokens that a grammar must name, as their text does not match them, and their ids: special ones, and to llguidance
+    also other added ones in angle brackets."""
+    vocabulary = ready(tokenizer)
+    return {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if vocabulary.is_special_token(id)}
 
 
 @dataclass(frozen=True)

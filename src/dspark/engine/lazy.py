@@ -13,6 +13,7 @@ import torch
 from llguidance import LLMatcher
 
 from dspark.engine.grammar import Grammar, Matcher, Place, State, Syntax, ready, special
+from dspark.text import special_ids
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def pieces(tokenizer, syntax: Syntax) -> Pieces:
     """Looking at each token takes a tenth of a second, so what comes of it is kept as long as the tokenizer."""
     known = READY.setdefault(tokenizer, {})
     if syntax not in known:
-        vocabulary, hidden = ready(tokenizer), set(special(tokenizer).values()) - syntax.kept_ids(tokenizer)
+        vocabulary, hidden = ready(tokenizer), special_ids(tokenizer) - syntax.kept_ids(tokenizer)
         bytes_of = [b"" if token in hidden else vocabulary.decode_bytes([token]) for token in range(vocabulary.vocab_size)]
         ends = [end.encode() for end in syntax.open_ends]
         suspects = [token for token, piece in enumerate(bytes_of) if any(end in piece[:-1] for end in ends)]

@@ -97,7 +97,7 @@ class Format:
 
     def grammar(self, tools: Sequence[dict], special: Mapping[str, int], parallel: bool) -> str:
         """A Lark grammar of one call, or of several where `parallel` and the syntax allow it. `special` are the
-        tokenizer's special tokens and their ids. Raises `SettingError` for a tool that cannot be called."""
+        tokens that a grammar must name, and their ids. Raises `SettingError` for a tool that cannot be called."""
         body, rules = self.body(schemas(tools), special, parallel)
         if self.bare:  # models with this syntax were trained on one call a turn
             return lark(f"start: {body}", *rules)
