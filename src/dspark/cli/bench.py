@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         default="plain,dspark",
         metavar="LIST",
-        help="of plain, dspark, dflash, lookup, hf, hf-lookup; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
+        help="of plain, dspark, auto, dflash, lookup, hf, hf-lookup; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -113,8 +113,10 @@ def run(options: argparse.Namespace) -> int:
         trace = Trace(own.config.block_size, costs, tuple(requests), made_by)
     if options.trace is not None:
         write_trace(trace, Path(options.trace))
+        say(f"trace in {options.trace}: `dspark replay {options.trace}`")
     if options.report is not None:
         write_report(figures(report, trace, made_by), table(report), Path(options.report))
+        say(f"report in {Path(options.report) / 'index.html'}")
     say(
         f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
     )
