@@ -11,12 +11,12 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from dspark.cli.main import main
-from dspark.core.calibration import MOST_SHIFT, OnlineCalibration
+from dspark.core.calibration import MOST_SHIFT, Calibration, Fit, OnlineCalibration
 from dspark.core.planner import Always, threshold
 from dspark.drafters import DSparkDrafter
 from dspark.errors import HeadError, PromptError, SettingError
 from dspark.generation import generate, make_law, split_law
-from dspark.head.calibration import read_calibration, write_calibration
+from dspark.head.calibration import doubts, read_calibration, write_calibration
 from dspark.head.folder import load_head, save_head
 from dspark.measure.calibrate import Settings, calibrate, halves
 from dspark.measure.calibration import (
@@ -422,3 +422,10 @@ def test_a_folder_closed_to_the_user_is_said_before_anything_is_measured(place, 
     monkeypatch.setattr("dspark.target.load.load_target", lambda *args, **kwargs: pytest.fail("the target was loaded"))
     code, _, err = run(capsys, "calibrate", place / "head", "--target", place / "target", "--prompts", place / "p.jsonl")
     assert code == 2 and "cannot write to" in err and "copy the head" in err
+
+
+def test_a_fit_that_is_worse_than_none_is_said():
+    fit = Fit(0.0, 0, 1.0, (1.0, 2.0), (0.0, 0.0), (0.5, 0.5), (0.1, None), (0.3, None), 400, 200, 20)
+    better = replace(fit, temperature=1.0, ece_after=(0.05, None))
+    said = doubts(Calibration("t", "float32", "", "", (fit, better)))
+    assert len(said) == 1 and "T=0" in said[0] and "30.0% against 10.0%" in said[0]

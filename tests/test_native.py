@@ -428,7 +428,7 @@ def test_nan_weights_are_reported():
 REFUSED = {
     "another family": (lambda: tiny_model("gemma3"), "not one of"),
     "half precision": (lambda: tiny_model("llama", **NATIVE_SHAPE).half(), "float16"),
-    "odd sizes": (lambda: tiny_model("llama"), "multiples of 16"),
+    "odd sizes": (lambda: tiny_model("llama"), "multiples of 16, and it has a "),
     "another activation": (lambda: tiny_model("llama", **NATIVE_SHAPE, hidden_act="gelu"), "gelu"),
     "sliding window": (
         lambda: tiny_model("qwen2", **NATIVE_SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding"

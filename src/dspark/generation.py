@@ -127,7 +127,7 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
         return PromptLookup(target.vocab_size, device=target.device)
     if head is None:
         raise SettingError(
-            f"drafter {name!r} needs a head, and none is known for {target.name or 'this target'}",
+            f"drafter {name!r} needs a head, and there is none",
             "pass `--head DIR`, or train one: `dspark train`",
         )
     if name == "dflash" and head.config.markov_rank:
@@ -243,24 +243,30 @@ def as_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
-    """Values are checked here, once, at the border."""
-    if len(prompt_ids) == 0:
-        raise PromptError("the prompt is empty", "give at least one token; a chat template always does")
+def check_settings(max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
+    """What is wrong whatever the target and the prompt are. Raises `SettingError`."""
     if max_new_tokens < 1:
         raise SettingError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1 new token")
     if not isinstance(seed, int) or not 0 <= seed < 2**61:
         raise SettingError(f"seed is {seed}", "seeds are whole numbers from 0 to 2**61 - 1")
+    if any(not s for s in stop):
+        raise SettingError("a stop string is empty", "leave it out")
+
+
+def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
+    """Values are checked here, once, at the border."""
+    if len(prompt_ids) == 0:
+        raise PromptError("the prompt is empty", "give at least one token; a chat template always does")
+    check_settings(max_new_tokens, seed, stop)
     bad = [t for t in prompt_ids if not 0 <= t < target.vocab_size]
     if bad:
         raise PromptError(f"token id {bad[0]} is outside the target's vocabulary of {target.vocab_size}")
     if len(prompt_ids) + max_new_tokens > target.max_context:
+        room = target.max_context - len(prompt_ids)
         raise PromptError(
             f"prompt of {len(prompt_ids)} tokens plus {max_new_tokens} new ones exceeds the target's context of {target.max_context}",
-            f"shorten the prompt, or ask for at most {max(0, target.max_context - len(prompt_ids))} new tokens",
+            f"shorten the prompt, or ask for at most {room} new tokens" if room > 0 else "shorten the prompt",
         )
-    if any(not s for s in stop):
-        raise SettingError("a stop string is empty", "leave it out")
     if stop and target.tokenizer is None:
         raise SettingError("stop strings need a tokenizer, and this target has none")
 

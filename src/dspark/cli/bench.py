@@ -119,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
         trace = Trace(own.config.block_size, costs, tuple(requests), made_by)
     if options.trace is not None:
         write_trace(trace, Path(options.trace))
+        say(f"trace in {options.trace}: `dspark replay {options.trace}`")
     if options.report is not None:
         drafting = {mode.name: mode.head.config for mode in modes if mode.head is not None and mode.kind != "auto"}
         shapes = {
@@ -126,6 +127,7 @@ def run(options: argparse.Namespace) -> int:
             for name, config in drafting.items()
         }
         write_report(figures(report, trace, made_by, shapes), table(report), Path(options.report))
+        say(f"report in {Path(options.report) / 'index.html'}")
     say(
         f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
     )

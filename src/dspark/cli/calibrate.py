@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from dspark.cli.options import add_target, open_prompts, open_target
+from dspark.cli.options import add_target, open_prompts, open_target, say
 from dspark.errors import SettingError
 
 INVENTED = 128
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
-    from dspark.head.calibration import refuse_unwritable, write_calibration
+    from dspark.head.calibration import doubts, refuse_unwritable, write_calibration
     from dspark.head.folder import load_head, named_head
 
     folder = named_head(options.head)
@@ -66,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
     write_calibration(found, folder)
     print(table(reports))
     print(f"\nwritten to {folder / 'calibration.json'}")
+    for doubt in doubts(found):
+        say(doubt)
     if options.json:
         print(
             json.dumps({"machine": machine(target.device), "calibration": asdict(found), "reports": [asdict(report) for report in reports]})

@@ -54,6 +54,14 @@ def sampling_options(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
 
 
+def check_sampling(options: argparse.Namespace) -> None:
+    """Raises `SettingError` for sampling settings without meaning, before anything is loaded or measured."""
+    from dspark.generation import check_settings, make_law
+
+    check_settings(options.max_new_tokens, options.seed, options.stop)
+    make_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+
+
 def set_threads(options: argparse.Namespace) -> None:
     import torch
 
@@ -93,6 +101,11 @@ def say_calibration(head, temperature: float) -> None:
 
 
 def open_prompts(texts: list[str], file: str | None) -> list[Prompt]:
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for bytes that are no text
+            raise PromptError(
+                f"the prompt {text!a} is not text in this terminal's encoding", "write it in UTF-8, or use --prompts FILE.jsonl"
+            )
     prompts = [Prompt(text) for text in texts] + (read_prompts(file) if file else [])
     if not prompts:
         raise PromptError("no prompt given", "pass a PROMPT, or --prompts FILE.jsonl")

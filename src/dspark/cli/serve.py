@@ -101,7 +101,8 @@ def model_name(target: str) -> str:
 
 def greet(url: str, model: str, key: bool) -> None:
     header = f' -H "Authorization: Bearer ${KEY}"' if key else ""
-    say(f"{model} answers at {url}, to OpenAI's clients at {url}/v1; a page to try it is at {url}/\n")
+    export = f" (set ${KEY} to the key before you try this)" if key and not os.environ.get(KEY) else ""
+    say(f"{model} answers at {url}, to OpenAI's clients at {url}/v1; a page to try it is at {url}/{export}\n")
     print(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
         f'  -d \'{{"messages": [{{"role": "user", "content": "Explain why the sky is blue."}}], "max_tokens": 64}}\'',

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-gb",
         type=float,
         metavar="G",
-        help=f"bound of the feature cache on disk (default {DEFAULTS['cache_gb']})",
+        help=f"bound of the feature cache on disk; 0: none (default {DEFAULTS['cache_gb']})",
     )
     shape = parser.add_argument_group("head")
     shape.add_argument("--start-from", metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it")

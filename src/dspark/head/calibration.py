@@ -58,6 +58,17 @@ def summary(calibration: Calibration) -> str:
     )
 
 
+def doubts(calibration: Calibration) -> list[str]:
+    """A warning for each law where the fit does worse than none on the prompts it was not made from."""
+    errors = [(fit.temperature, average(fit.ece_before), average(fit.ece_after)) for fit in calibration.fits]
+    return [
+        f"warning: at T={T:g} these confidences are further from the truth than the head's own ({after:.1%} against {before:.1%}): "
+        "calibrate on more prompts"
+        for T, before, after in errors
+        if after > before
+    ]
+
+
 def average(errors: Sequence[float | None]) -> float:
     known = [error for error in errors if error is not None]
     return sum(known) / len(known) if known else math.nan

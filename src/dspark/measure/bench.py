@@ -209,14 +209,19 @@ def summary(runs: Sequence[Run], plain: dict[int, Run]) -> dict:
 
 def table(report: dict) -> str:
     """The aggregate for people: one line a mode and set."""
-    lines = [f"{'mode':<10} {'set':<12} {'prompts':>7} {'tokens/s':>9} {'tau':>6} {'ratio':>6}  {'quartiles':<13} acceptance by position"]
+    wide = max(10, *map(len, report))
+    lines = [
+        f"{'mode':<{wide}} {'set':<12} {'prompts':>7} {'tokens/s':>9} {'tau':>6} {'ratio':>6}  {'quartiles':<13} acceptance by position"
+    ]
     for mode, figures in report.items():
         for name, f in [("all", figures), *figures["sets"].items()]:
             ratio = f.get("ratio_to_plain")
             spread = "{:.2f} - {:.2f}".format(*ratio["quartiles"]) if ratio and ratio["quartiles"] else "-"
             middle = f"{ratio['median']:>6.2f}  {spread:<12}" if ratio else " " * 20
             accepted = " ".join("  - " if a is None else f"{a:.2f}" for a in f["acceptance_by_position"][:SHOWN_POSITIONS])
-            lines.append(f"{mode:<10} {name:<12} {f['prompts']:>7} {f['tokens_per_second']:>9.1f} {f['tau']:>6.2f} {middle}  {accepted}")
+            lines.append(
+                f"{mode:<{wide}} {name:<12} {f['prompts']:>7} {f['tokens_per_second']:>9.1f} {f['tau']:>6.2f} {middle}  {accepted}"
+            )
     return "\n".join(lines)
 
 

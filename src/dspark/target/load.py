@@ -50,7 +50,7 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
             source, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
         )
         model, loading = loaded
-        model.to(device)
+        move(model, device)
         if dtype == "int8":
             quantize_int8(model)
     except UserError:
@@ -71,6 +71,14 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     target = Target(model, load_tokenizer(source, cached_only), name=str(name))
     use_runtime(target, runtime, gather=True)
     return target
+
+
+def move(model: Any, device: str) -> None:
+    """Raises `SettingError` for a device that this machine, or this build of torch, does not have."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's kinds for a device it does not know, lacks, or cannot fill
+        raise SettingError(f"cannot put the target on {device}: {first_line(error)}", "use --device cpu, or a GPU like cuda") from error
 
 
 def like(name: str | Path) -> str:

@@ -53,9 +53,13 @@ def reason_against(model: Any) -> str | None:
     if kinds != {"full_attention"} or window is not None:
         return "attention with a sliding window"
     shape = shape_of(model)
-    sizes = (shape.hidden_size, shape.head_dim, config.intermediate_size, model.lm_head.weight.shape[0])
-    if any(size % 16 for size in sizes):
-        return f"sizes {sizes} are not all multiples of 16"
+    sizes = {
+        "hidden size": shape.hidden_size, "head size": shape.head_dim, "intermediate size": config.intermediate_size,
+        "vocabulary": model.lm_head.weight.shape[0],
+    }  # fmt: skip
+    odd = [f"{name} of {size}" for name, size in sizes.items() if size % 16]
+    if odd:
+        return f"its sizes must be multiples of 16, and it has a {' and a '.join(odd)}"
     if model.model.rotary_emb.inv_freq.numel() * 2 != shape.head_dim:
         return "rotary positions on a part of each head"
     for path, module in model.named_modules():
