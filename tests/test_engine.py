@@ -285,7 +285,7 @@ def test_cancelled_requests_end_and_free_what_they_held():
 
 def test_a_request_is_cancelled_even_while_it_goes_back_to_the_queue():
     engine = make_engine(head=False)
-    engine.cache_bytes = engine.token_bytes * 600
+    engine.cache_bytes = engine.token_bytes * 400
 
     class Watched(list):
         def remove(self, r):
