@@ -7,13 +7,13 @@ short-lived, would leave holes in glibc's heap that held as much as what was in 
 import threading
 from array import array
 
-import numpy as np
 import torch
 
+from dspark.target.native.pages import huge_block
+
 PAGE_TOKENS = 32  # stack.cpp's
-# Larger than what glibc takes from its heap, whatever was freed before; Linux gives such memory when it is first written to.
-SLAB_BYTES = 33 * 2**20
-LINE = 64
+SLAB_BYTES = 2**25  # of a block; Linux gives such memory as it is first written to
+LINE = 64  # torch's own blocks begin at a line too
 
 
 class Page:
@@ -37,12 +37,8 @@ class Slab:
         self.pool, self.num_pages = pool, max(1, SLAB_BYTES // pool.page_bytes)
         size = self.num_pages * pool.page_bytes
         with torch.inference_mode(False):  # which is not to bind later writers
-            if pool.device.type == "cpu":
-                block = torch.from_numpy(np.zeros(size + LINE, dtype=np.uint8))
-                begin = -block.data_ptr() % LINE
-                self.memory = block[begin : begin + size]
-            else:
-                self.memory = torch.zeros(size, dtype=torch.uint8, device=pool.device)
+            block = huge_block(size) if pool.device.type == "cpu" else None
+            self.memory = torch.zeros(size, dtype=torch.uint8, device=pool.device) if block is None else block
         self.free = list(range(self.num_pages))[::-1]
         self.fresh = set(self.free)
 
