@@ -23,9 +23,10 @@ from dspark.head.context import EagerRunner, NativeRunner, make_runner
 from dspark.head.folder import load_head, save_head
 from dspark.target.load import load_target
 from dspark.target.native import build
+from dspark.target.native.cache import PAGE_TOKENS
 from dspark.target.native.pages import gather_weights
 from dspark.target.native.runtime import NativeRuntime, reason_against
-from dspark.target.native.stack import FIRST_CAPACITY, MAX_ROWS
+from dspark.target.native.stack import MAX_ROWS
 from dspark.target.quantize import is_int8, num_bytes, quantize_int8, rows_of
 from dspark.target.target import Target
 from saved import save_tiny_target
@@ -211,7 +212,7 @@ def test_rejected_rows_leave_no_bit_behind(dtype):
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash", "lookup"])
 def test_drafted_tokens_are_the_plain_ones_at_every_precision(kind, dtype):
     target = native("llama", dtype, max_position_embeddings=1024)
-    num_new = FIRST_CAPACITY + 40  # past the first buffer of keys and values
+    num_new = 4 * PAGE_TOKENS + 8
     plain = generate(target, None, ids_of(5), num_new).token_ids
     for gamma in (1, 4, 8):
         if kind == "lookup":

@@ -11,7 +11,7 @@ import torch
 from dspark.core.calibration import chances
 from dspark.core.sampling import Coupled, Law, Streams, apply, best, draw, probs
 from dspark.core.verifier import Draft, FewTokens
-from dspark.head.context import Chained, Runner, make_runner
+from dspark.head.context import Chained, Pending, Runner, feature_pool, make_runner
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -31,8 +31,7 @@ class DSparkDrafter:
     def start(self) -> None:
         self.tap()
         self.context = self.runner.start()
-        self.pending: list[torch.Tensor] = []
-        self.num_pending = 0
+        self.pending = Pending()
 
     def tap(self) -> None:
         """Another drafter may have tapped other layers since this one's last round."""
@@ -41,14 +40,24 @@ class DSparkDrafter:
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         """Kept until the next draft: while others draft, or nobody does, the head costs nothing."""
-        self.pending.append(features_TMD)
-        self.num_pending += len(features_TMD)
+        if len(features_TMD):
+            self.pending.add(features_TMD, feature_pool(self.runner, features_TMD))
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes for its request."""
-        some = next((features for features in self.pending if len(features)), None)
-        return self.context.num_bytes + (0 if some is None else some.nbytes // len(some) * self.num_pending)
+    def fork(self, num_tokens: int) -> "DSparkDrafter":
+        """A drafter for another text that begins with the same tokens. What is pending stays so: the other may never draft."""
+        forked = DSparkDrafter(self.head, self.target, self.recording, self.runner)
+        forked.context = self.context.fork(min(num_tokens, self.context.num_tokens))
+        forked.pending = self.pending.fork(num_tokens - forked.context.num_tokens, self.runner.feature_pool)
+        return forked
+
+    def commit_bytes(self, num_tokens: int) -> int:
+        """Memory that features of so many tokens more take."""
+        pool = self.runner.feature_pool
+        return 0 if pool is None else pool.page_bytes * self.pending.growth(num_tokens)
+
+    def draft_bytes(self, num_tokens: int = 0) -> int:
+        """Memory that the context takes, beyond what it has, for a draft after so many tokens more."""
+        return self.runner.growth(self.context, self.context.num_tokens + self.pending.num_tokens + num_tokens)
 
     def flush(self) -> None:
         """Turn what was committed into context keys and values."""
@@ -75,11 +84,11 @@ class Ask(NamedTuple):
 @torch.inference_mode()
 def flush_many(drafters: Sequence[DSparkDrafter]) -> None:
     """`flush` of each, in one pass where the runner can."""
-    new = [(d.context, torch.cat(d.pending)) for d in drafters if d.pending]
+    new = [(d.context, d.pending.features()) for d in drafters if d.pending.num_tokens]
     if new:
         drafters[0].runner.commit(new)
     for drafter in drafters:
-        drafter.pending, drafter.num_pending = [], 0
+        drafter.pending = Pending()
 
 
 @dataclass

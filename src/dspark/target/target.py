@@ -37,9 +37,9 @@ class State:
     def num_bytes(self) -> int:
         """Memory that the cache takes."""
         if isinstance(self.cache, NativeCache):
-            return self.cache.data.nbytes
+            return len(self.cache.pages) * self.cache.pool.page_bytes
         tensors = [t for layer in self.cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)  # more than a view of it shows
 
 
 @dataclass

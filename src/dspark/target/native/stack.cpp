@@ -502,11 +502,10 @@ struct Stack {
     const float* final_norm;
     Linear output;
 };
-// The keys and values of one request: [layer][key or value][kv head], then capacity * E numbers, laid out so that
-// sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
-// values [position / N][E][N]. The capacity is a multiple of 32, and what no token has filled is finite.
-struct Cache { void* data; int64_t capacity; };
-struct Segment { Cache cache; int32_t num_rows, past; };  // rows of one request, after `past` cached ones
+// The keys and values of one request lie in pages of 32 positions: [layer][key or value][kv head], then 32 * E numbers, laid
+// out so that sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
+// values [position / N][E][N]. What no token has filled is finite. A page starts at a line.
+struct Segment { void* const* pages; int32_t num_rows, past; };  // rows of one request, after `past` cached ones
 struct Segments { const Segment* all; int32_t count; };
 struct Pass {
     Segments segments;  // their rows one after the other are the T rows of the pass
@@ -663,8 +662,14 @@ template <class Dot, class Lanes> struct Runner {
         return rows;
     }
 
-    KV* cached(const Cache& cache, int layer, int value, int head) const {
-        return (KV*)cache.data + ((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity * s.head_dim;
+    // Keys or values of one head: those of positions 32 i to 32 i + 31 begin at [i].
+    struct Column {
+        void* const* pages;
+        int64_t offset;
+        KV* operator[](int64_t i) const { return (KV*)pages[i] + offset; }
+    };
+    Column cached(const Segment& segment, int layer, int value, int head) const {
+        return {segment.pages, ((int64_t(layer) * 2 + value) * s.kv_heads + head) * 32 * s.head_dim};
     }
 
     // Outputs n..n+15 of all rows from `first` on.
@@ -708,8 +713,8 @@ template <class Dot, class Lanes> struct Runner {
         const int head = unit - value * s.kv_heads, E = s.head_dim;
         project_head(value ? l.v : l.k, head, x, y, head_TE, l.k_norm, !value);
         for (int t = 0; t < T; t++) {
-            KV* to = cached(segments.all[rows[t].segment].cache, layer, value, head);
-            const int64_t position = rows[t].position;
+            KV* to = cached(segments.all[rows[t].segment], layer, value, head)[rows[t].position / 32];
+            const int position = rows[t].position % 32;
             for (int e = 0; e < E; e++)
                 put(to + (value ? (position / N * E + e) * N + position % N
                                 : (position / 16 * (E / N) + e / N) * 16 * N + position % 16 * N + e % N),
@@ -718,12 +723,15 @@ template <class Dot, class Lanes> struct Runner {
     }
 
     // Dot products of up to MR queries with all keys, sixteen keys to a block, several blocks at once.
-    template <int MR> void score(const KV* keys, const KV* const* q, int count, int num_blocks, float* const* scores) const {
+    template <int MR> void score(Column keys, const KV* const* q, int count, int num_blocks, float* const* scores) const {
         constexpr int NB = 8 / MR;
         const int E = s.head_dim;
         for (int block = 0; block < num_blocks; block += NB) {
             const KV* k[NB];
-            for (int b = 0; b < NB; b++) k[b] = keys + int64_t(block + b < num_blocks ? block + b : block) * 16 * E;
+            for (int b = 0; b < NB; b++) {
+                const int here = block + b < num_blocks ? block + b : block;
+                k[b] = keys[here / 2] + here % 2 * 16 * E;
+            }
             f16v acc[MR][NB]{};
             for (int e = 0; e < E; e += N)
 #pragma GCC unroll 8
@@ -758,18 +766,22 @@ template <class Dot, class Lanes> struct Runner {
     }
 
     // Sums of the first `seen` values by the weights of up to MR rows: BE blocks of sixteen outputs from number e on.
-    template <int MR, int BE> void mix(const KV* values, const KV* const* weights, int count, int seen, int e, const float* share, float* const* out) const {
+    template <int MR, int BE> void mix(Column values, const KV* const* weights, int count, int seen, int e, const float* share, float* const* out) const {
         const int E = s.head_dim;
         f16v acc[MR][BE]{};
-        for (int j = 0; j < seen; j += N)
+        for (int begin = 0; begin < seen; begin += 32) {
+            const KV* page = values[begin / 32] + e * N;
+            const int end = std::min(32, seen - begin);
+            for (int j = 0; j < end; j += N)
 #pragma GCC unroll 4
-            for (int m = 0; m < MR; m++)
+                for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-                for (int b = 0; b < BE; b++) acc[m][b] = Lanes::step(acc[m][b], values + int64_t(j) * E + (e + 16 * b) * N, weights[m] + j);
+                    for (int b = 0; b < BE; b++) acc[m][b] = Lanes::step(acc[m][b], page + j * E + 16 * b * N, weights[m] + begin + j);
+        }
         for (int m = 0; m < count; m++)
             for (int b = 0; b < BE; b++) store(out[m] + e + 16 * b, acc[m][b] * share[m]);
     }
-    template <int MR> void mix(const KV* values, const KV* const* weights, int count, int seen, const float* share, float* const* out) const {
+    template <int MR> void mix(Column values, const KV* const* weights, int count, int seen, const float* share, float* const* out) const {
         int e = 0;
         for (; e + 64 <= s.head_dim; e += 64) mix<MR, 4>(values, weights, count, seen, e, share, out);
         for (; e < s.head_dim; e += 16) mix<MR, 1>(values, weights, count, seen, e, share, out);
@@ -777,7 +789,7 @@ template <class Dot, class Lanes> struct Runner {
 
 #if TILES
     // Sixteen rows of queries at most, in tiles: keys and values lie as the matrix unit wants them.
-    void attend_tiled(const KV* keys, const KV* values, const KV* const* q, int count, const int* seen, int padded, float* const* to, float* scores, KV* weights) const {
+    void attend_tiled(Column keys, Column values, const KV* const* q, int count, const int* seen, int padded, float* const* to, float* scores, KV* weights) const {
         const int E = s.head_dim;
         alignas(64) KV rows[4][512] = {};  // [E / 32][row][32]
         for (int m = 0; m < count; m++)
@@ -787,7 +799,7 @@ template <class Dot, class Lanes> struct Runner {
         if (E > 64) _tile_loadd(6, rows[2], 64);
         if (E > 96) _tile_loadd(7, rows[3], 64);
         for (int j = 0; j < padded; j += 16) {
-            const KV* k = keys + int64_t(j) * E;
+            const KV* k = keys[j / 32] + j % 32 * E;
             _tile_zero(0);
             _tile_loadd(1, k, 64);
             _tile_dpbf16ps(0, 4, 1);
@@ -807,7 +819,7 @@ template <class Dot, class Lanes> struct Runner {
             _tile_zero(0);
             _tile_zero(1);
             for (int j = 0; j < most; j += 32) {
-                const KV* v = values + int64_t(j) * E + 2 * e;
+                const KV* v = values[j / 32] + 2 * e;
                 _tile_loadd(4, weights + j, 2 * padded);
                 _tile_loadd(5, v, 4 * E);
                 _tile_dpbf16ps(0, 4, 5);
@@ -849,7 +861,7 @@ template <class Dot, class Lanes> struct Runner {
             weights[m] = &scratch.weights[size_t(m < count ? m : 0) * padded];
             seen[m] = causal ? segment.past + t + 1 : total;
         }
-        const KV *keys = cached(segment.cache, layer, 0, kv), *values = cached(segment.cache, layer, 1, kv);
+        const Column keys = cached(segment, layer, 0, kv), values = cached(segment, layer, 1, kv);
 #if TILES
         if constexpr (TileLayout<X>::PARTS > 0)
             if (tiles_fit()) return attend_tiled(keys, values, queries, count, seen, padded, to, scratch.scores.data(), scratch.weights.data());
@@ -1107,12 +1119,12 @@ void stack_context(const Stack* stack, const Segments* segments, const Linear* f
 }
 
 void stack_bias(const Stack* stack, const Linear* w2, int num_rows, const float* z, float* const* logits, int32_t* best, int threads) {
-    const Segment rows{{}, num_rows, 0};
+    const Segment rows{nullptr, num_rows, 0};
     with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.bias(*w2, z, logits, best, threads); });
 }
 
 void stack_chain(const Stack* stack, const Chain* chain) {
-    const Segment rows{{}, chain->num_requests, 0};
+    const Segment rows{nullptr, chain->num_requests, 0};
     with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.chain(*chain); });
 }
 
