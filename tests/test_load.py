@@ -1,10 +1,12 @@
 """Names of targets: what cannot be found is said at once, with the names that are near."""
 
 import pytest
+import torch
 
 from dspark.errors import TargetError
 from dspark.target import hub
 from dspark.target.load import load_target
+from tiny import tiny_model
 
 
 @pytest.fixture
@@ -40,3 +42,11 @@ def test_a_name_like_no_other_gets_no_guess(unreachable):
     with pytest.raises(TargetError, match="the hub cannot be reached") as raised:
         load_target("zzz")
     assert "did you mean" not in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(("stored", "precision"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_auto_is_the_precision_of_the_checkpoint(stored, precision, tmp_path, capfd):
+    tiny_model("llama").to(getattr(torch, stored)).save_pretrained(tmp_path)
+    target = load_target(tmp_path, dtype="auto")
+    assert target.precision == precision and {p.dtype for p in target.model.parameters()} == {getattr(torch, precision)}
+    assert ("stored in float16" in capfd.readouterr().err) == (stored == "float16")
