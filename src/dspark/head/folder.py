@@ -2,7 +2,7 @@
 
     config.json          the target's own config with DeepSpec's keys, and a `dspark` section
     model.safetensors    bfloat16; without the target's embedding and output rows, which are the target's own
-    golden.safetensors   token ids, features, draft logits: replayed at every load
+    golden.safetensors   a short text and what the head drafts on it (golden.py): replayed at every load
     provenance.json      command, versions, data, time, measured figures
     README.md            the card
     calibration.json     temperatures of the confidences, once fitted
@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from dspark.config import MAX_BLOCK, SEQUENTIAL_HEADS, HeadConfig
 from dspark.errors import HeadError
 from dspark.head import calibration
+from dspark.head.golden import make_golden, refuse_broken, replay_golden
 from dspark.head.head import Head
 from dspark.prompts import read_json
 from dspark.target import demo, hub
-from dspark.target.quantize import is_int8
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
@@ -38,10 +38,7 @@ FILES = ("model.safetensors", "golden.safetensors", "config.json", "provenance.j
 MOST = {"block_size": MAX_BLOCK, "num_hidden_layers": 256}
 MOST_OF_A_SIZE = 2**20
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec saves copies of the target's; we need none
-GOLDEN_TOKENS = 48
 WHAT_A_HEAD_IS = "give a folder with config.json and model.safetensors, as `dspark train TARGET --out DIR` writes it, or a hub id"
-# Features of the target at hand against those stored: mean cosine over tokens, of the worst layer.
-SAME_TARGET, CLOSE_TARGET = 0.8, 0.97
 
 
 def vocabulary_hash(target: Target) -> str | None:
@@ -88,7 +85,7 @@ def save_head(head: Head, target: Target, folder: Path, golden_ids: list[int], p
     rounded = empty_head(head.config, head.draft_ids, target)
     rounded.load_state_dict({k: v.float() for k, v in weights.items() if k != "draft_ids"})
     golden = make_golden(rounded, target, golden_ids)
-    if not 0 < golden["logits"].float().std() < float("inf"):
+    if not all(0 < golden[name].float().std() < float("inf") for name in ("hidden", "logits")):
         raise HeadError(
             "nothing was saved: the head's logits are all alike, or not numbers; its training diverged", "lower the learning rate"
         )
@@ -238,7 +235,7 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True) -> He
     head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     target.tap(config.target_layer_ids)
     if section or (folder / "golden.safetensors").exists():  # heads of other projects come without
-        replay_golden(head, target, read_tensors(folder / "golden.safetensors"), folder)
+        head.self_test = replay_golden(head, target, read_tensors(folder / "golden.safetensors"), folder)
     head.calibration = calibration.read_calibration(folder, config.block_size) if calibrated else None
     if head.calibration is not None:
         calibration.refuse_other_pair(head.calibration, head, target, folder)
@@ -276,12 +273,6 @@ def refuse_other_target(config: HeadConfig, section: dict, target: Target) -> No
         raise HeadError(f"head was trained with another tokenizer than that of target {name}", hint)
 
 
-def refuse_broken(tensors: dict[str, torch.Tensor], where: str, hint: str) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise HeadError(f"{where}: NaN or infinity in {name}", hint)
-
-
 def refuse_other_tensors(config: HeadConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
     with torch.device("meta"):  # shapes alone: a damaged config may ask for more than there is memory
         head = Head(config, torch.empty(0), torch.empty(0), torch.empty(0))
@@ -298,82 +289,6 @@ def refuse_other_tensors(config: HeadConfig, weights: dict[str, torch.Tensor], f
             f"{folder}/model.safetensors does not fit its config: {'; '.join(sorted(problems)[:4])}{more}",
             "restore the file, or train the head again",
         )
-
-
-def make_golden(head: Head, target: Target, ids: list[int]) -> dict[str, torch.Tensor]:
-    """What must come out again: features of the target, and base logits of the block after the last token."""
-    ids = ids[:GOLDEN_TOKENS]
-    target.tap(head.config.target_layer_ids)
-    features = target.score(target.start(), ids).features_TMD.to(torch.bfloat16)
-    return {
-        "ids": torch.tensor(ids, dtype=torch.int32),
-        "layer_ids": torch.tensor(head.config.target_layer_ids, dtype=torch.int32),
-        "features": features.cpu(),
-        "logits": golden_logits(head, target, ids, features.cpu()).half(),
-    }
-
-
-@torch.no_grad()
-def golden_logits(head: Head, target: Target, ids: list[int], features: torch.Tensor) -> torch.Tensor:
-    context_kv = head.context_kv(features[None, :-1].float(), torch.arange(len(ids) - 1)[None])
-    anchor = target.embed(torch.tensor([[ids[-1]]], device=target.device)).float().cpu()
-    return head.base_logits(head.hidden(anchor, torch.tensor([[len(ids) - 1]]), context_kv))[0, 0]
-
-
-def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raise `HeadError` unless head and target still compute what they did after training."""
-    import warnings
-
-    missing = {"ids", "layer_ids", "features", "logits"} - golden.keys()
-    if missing:
-        raise HeadError(f"{folder}/golden.safetensors lacks {', '.join(sorted(missing))}", "restore the file, or train the head again")
-    if tuple(golden["layer_ids"].flatten().tolist()) != head.config.target_layer_ids:
-        raise HeadError(
-            f"{folder} was trained on layers {golden['layer_ids'].tolist()}, its config names {list(head.config.target_layer_ids)}",
-            "restore config.json",
-        )
-    refuse_misshapen_golden(golden, head, target, folder)
-    ids, stored = golden["ids"].tolist(), golden["logits"].float()
-    logits = golden_logits(head, target, ids, golden["features"])
-    # fp16 storage of the logits rounds at 5e-4 relative, 8-bit output rows at 1e-2; a wrong weight or tap moves
-    # the logits by their spread.
-    error = ((logits - stored).abs().max() / stored.std()).item()
-    if not error < (0.25 if is_int8(target.model.get_output_embeddings().weight) else 0.05):
-        raise HeadError(
-            f"golden vectors of {folder} do not come out again (logits off by {error:.2f} of their spread)",
-            "the head's files do not belong together: restore them",
-        )
-    found = target.score(target.start(), ids).features_TMD.float().cpu()
-    likeness = torch.cosine_similarity(found, golden["features"].float(), dim=-1).mean(0).min().item()
-    name = target.name or type(target.model).__name__
-    if not likeness > SAME_TARGET:
-        raise HeadError(
-            f"head was trained on another target than {name}: its features agree to {likeness:.2f} only",
-            f"train one for this target: `dspark train {target.name or 'TARGET'} --out DIR`",
-        )
-    if likeness < CLOSE_TARGET:
-        warnings.warn(
-            f"{name} differs from the target this head was trained on (features agree to {likeness:.2f}); expect fewer accepted tokens",
-            stacklevel=3,
-        )
-
-
-def refuse_misshapen_golden(golden: dict[str, torch.Tensor], head: Head, target: Target, folder: Path) -> None:
-    config, ids = head.config, golden["ids"]
-    num_ids, whole = ids.numel(), (torch.int32, torch.int64)
-    wanted = {
-        "ids": (num_ids,),
-        "features": (num_ids, len(config.target_layer_ids), config.hidden_size),
-        "logits": (config.block_size, config.draft_vocab_size),
-    }
-    problems = [f"{name} has shape {tuple(golden[name].shape)}" for name, shape in wanted.items() if golden[name].shape != shape]
-    problems += [f"{name} are not floats" for name in ("features", "logits") if not golden[name].is_floating_point()]
-    if ids.dtype not in whole or not 1 <= num_ids <= target.max_context or not bool(((ids >= 0) & (ids < config.vocab_size)).all()):
-        problems.append("ids are no tokens of this target")
-    hint = "restore the file, or train the head again"
-    if problems:
-        raise HeadError(f"{folder}/golden.safetensors is damaged: {'; '.join(problems)}", hint)
-    refuse_broken(golden, f"{folder}/golden.safetensors is damaged", hint)
 
 
 def find_head(name: str | Path | None, target_name: str) -> Path | None:
