@@ -62,7 +62,8 @@ def make_golden(head: Head, target: Target, ids: list[int]) -> dict[str, torch.T
 
 def say_greedily(target: Target, ids: Sequence[int], num_tokens: int) -> list[int]:
     """What the target says after `ids`, end tokens and all."""
-    state, said, tokens = target.start(), [], list(ids)
+    state, tokens = target.start(), list(ids)
+    said: list[int] = []
     while len(said) < num_tokens:
         scored = target.score(state, tokens, num_logits=1)
         target.rollback(state, 0)
@@ -94,8 +95,9 @@ def greedy_block(head: Head, target: Target, anchor: int, position: int, context
     markov, state, previous = head.markov_head, None, anchor
     tokens, confidences = [], []
     for k, h_D in enumerate(hidden_GD):
-        w_r = None if markov is None else markov.markov_w1.weight[previous]
+        w_r = None
         if markov is not None:
+            w_r = markov.markov_w1.weight[previous]
             z_r, state = markov.step(w_r, h_D, state)
             logits_GV[k] += markov.markov_w2(z_r)
         if head.confidence_head is not None:
