@@ -22,7 +22,7 @@ NAME = "golden.safetensors"
 PROMPT_TOKENS, TEXT_TOKENS = 64, 24  # at most, and exactly; the features of the last TEXT_TOKENS are kept
 COLUMNS = 512  # of the draft vocabulary, evenly spread
 WAY_OUT = "restore the file, or train the head again"
-# Features of the target at hand against those stored: mean cosine over tokens, of the worst layer.
+# Features of the target at hand against those stored: mean over tokens of cosine times ratio of lengths, of the worst layer.
 SAME_TARGET, CLOSE_TARGET = 0.8, 0.97
 NEEDED = {"ids", "layer_ids", "features", "logits"}
 
@@ -185,7 +185,10 @@ def refuse_other_head(head: Head, target: Target, golden: dict[str, torch.Tensor
 def refuse_other_features(golden: dict[str, torch.Tensor], features_TMD: torch.Tensor, head: Head, target: Target) -> None:
     """Raise `HeadError` when the target's features are not those stored; warn when they are near."""
     stored = golden["features"].float()
-    likeness_M = torch.cosine_similarity(features_TMD[-len(stored) :], stored, dim=-1).mean(0)
+    found = features_TMD[-len(stored) :]
+    lengths = torch.stack([found.norm(dim=-1), stored.norm(dim=-1)])
+    # The cosine alone does not see a tap after a norm, which changes lengths.
+    likeness_M = (torch.cosine_similarity(found, stored, dim=-1) * lengths.amin(0) / lengths.amax(0)).mean(0)
     name, worst = target.name or type(target.model).__name__, int(likeness_M.argmin())
     likeness = likeness_M[worst].item()
     if not likeness > SAME_TARGET:
