@@ -121,6 +121,14 @@ def count_accepted(head: Head, target: Target, ids: Sequence[int], num_prompt: i
     return accepted
 
 
+def told_by(golden: dict[str, torch.Tensor]) -> tuple[int, int] | None:
+    """How many tokens of the golden text the draft gave when the head was saved, of how many; None in older golden vectors."""
+    if "accepted" not in golden or golden["accepted"].shape != (2,):
+        return None
+    accepted, num_prompt = golden["accepted"].tolist()
+    return accepted, len(golden["ids"]) - num_prompt
+
+
 def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path) -> SelfTest | None:
     """Raise `HeadError` unless head and target still compute what they did when the head was saved; says what the head
     drafts on the golden text here. None for golden vectors of an older kind, which have no such text."""
@@ -141,7 +149,7 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
         return None
     then, num_prompt = golden["accepted"].tolist()
     test = SelfTest(count_accepted(head, target, ids, num_prompt, features), len(ids) - num_prompt, then)
-    if test.accepted < then // 2:
+    if not test.good:
         warnings.warn(f"the head drafts badly here: {test}", stacklevel=3)
     return test
 
