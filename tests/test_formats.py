@@ -13,6 +13,7 @@ from dspark.cli.main import main
 from dspark.errors import HeadError
 from dspark.formats import gguf_file
 from dspark.formats.convert import FORMATS, convert, detect, read_own
+from dspark.head import golden
 from dspark.head.folder import load_head, read_config, save_head
 from dspark.target.load import load_target
 from dspark.target.target import Target
@@ -36,6 +37,14 @@ REFUSED = {
     ("gguf", "dflash"): "without a sequential head",
 }
 FOLDERS = [name for name in FORMATS if name != "gguf"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_golden_text():
+    """Random heads draft nothing on the golden text: eight tokens of it say as much."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(golden, "TEXT_TOKENS", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +147,7 @@ def test_a_head_goes_from_one_foreign_format_to_another(heads, target, tmp_path)
 def test_a_folder_of_another_project_gets_golden_vectors(to, exported, target, tmp_path):
     back = travel(without_memory(exported(to)), "dspark", tmp_path / "back", target)
     head = load_head(back, target)
-    assert head.self_test is not None and head.self_test.tokens == 24
+    assert head.self_test is not None and head.self_test.tokens == 8
 
 
 def test_a_deepspec_folder_loads_as_it_is(exported, target):
@@ -324,18 +333,16 @@ def test_a_partly_rotated_head_is_refused(exported, target, tmp_path):
 def test_features_tapped_after_the_final_norm_are_refused(heads, target, tmp_path):
     """As in transformers' `hidden_states[-1]`: the direction is nearly that of the residual stream."""
     folder = Path(shutil.copytree(heads["vanilla"], tmp_path / "head"))
-    golden = load_file(folder / "golden.safetensors")
+    stored = load_file(folder / "golden.safetensors")
     head = load_head(folder, target)
-    golden["features"][:, 1] = target.model.model.norm(golden["features"][:, 1].float()).to(torch.bfloat16)
-    from dspark.head.golden import COLUMNS, last_block
-
-    block = last_block(head, target, golden["ids"].tolist(), golden["features"])
-    assert len(head.draft_ids) <= COLUMNS
+    stored["features"][:, 1] = target.model.model.norm(stored["features"][:, 1].float()).to(torch.bfloat16)
+    block = golden.last_block(head, target, stored["ids"].tolist(), stored["features"])
+    assert len(head.draft_ids) <= golden.COLUMNS
     with torch.no_grad():
-        context = head.context(golden["features"][None].float())[0, -1]
-    golden |= {"hidden": block.hidden_GD.half(), "logits": block.logits_GV.half(), "draft": torch.tensor(block.tokens).int(),
+        context = head.context(stored["features"][None].float())[0, -1]
+    stored |= {"hidden": block.hidden_GD.half(), "logits": block.logits_GV.half(), "draft": torch.tensor(block.tokens).int(),
                "confidences": block.confidences_G, "context": context.half()}  # fmt: skip
-    save_file(golden, folder / "golden.safetensors")
+    save_file(stored, folder / "golden.safetensors")
     with pytest.raises(HeadError, match="another target than tiny: features of layer 3"):
         load_head(folder, target)
 
