@@ -81,7 +81,8 @@ def differences(source: Portable, target: Target, verifier: Path) -> dict[str, f
         folder = Path(scratch) / "exported"
         write(source, folder, target, "")
         head = build(read(folder, target), target)
-        head.output_rows = head.output_rows.to(source.dtype).float()  # as they were written
+        if source.reduced:  # as they were written; a whole vocabulary's rows it takes from the verifier
+            head.output_rows = head.output_rows.to(source.dtype).float()
         model = load_theirs(folder, verifier, Path(scratch))
         generator = torch.Generator().manual_seed(0)
         config = source.config
