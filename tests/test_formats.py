@@ -1,9 +1,11 @@
 """Heads travel: what is written reads back bit for bit, what a format cannot hold is refused, other conventions do not slip in."""
 
+import contextlib
 import json
 import shutil
 import struct
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -432,6 +434,28 @@ def test_a_changed_weight_is_refused_by_the_golden_vectors(to, exported, target,
     edit_tensors(folder, lambda tensors: tensors["layers.0.self_attn.q_proj.weight"].neg_())
     with pytest.raises(HeadError, match=r"first in the hidden state of drafted token 1"):
         travel(folder, "dspark", tmp_path / "back", target)
+
+
+def test_a_changed_weight_of_a_gguf_file_is_refused_if_dspark_wrote_it(exported, target, tmp_path):
+    there = exported("gguf")
+    data = bytearray(there.read_bytes())
+    data[-1000] ^= 1
+    there.write_bytes(data)
+    with pytest.raises(HeadError, match="not those that `dspark convert` wrote"):
+        travel(there, "dspark", tmp_path / "back", target)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bytes_changed_at_random_in_a_gguf_file_end_in_one_clear_error(seed, exported, target, tmp_path):
+    there, random = exported("gguf"), Random(seed)
+    data = there.read_bytes()
+    for _ in range(20):
+        changed = bytearray(data)
+        for _ in range(random.choice([1, 3, 30])):
+            changed[random.randrange(min(len(changed), 12_000))] = random.randrange(256)
+        there.write_bytes(changed)
+        with contextlib.suppress(HeadError):
+            gguf_file.read(there, target)
 
 
 def test_a_quantised_gguf_file_is_refused(exported, target, tmp_path):

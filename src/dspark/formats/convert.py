@@ -1,6 +1,5 @@
 """From any format to any other: read, compare with the target, write, read back, replay the golden vectors."""
 
-import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,6 +80,8 @@ def convert(source: Path, kind: str, to: str, path: Path, target: Target, comman
     refuse_other_target(head.config, head.section, target)
     refuse_broken(head.weights, f"{head.where} is damaged", "restore the file")
     refuse_other_tensors(head.config, head.weights, head.where)
+    if head.section.get("tensors_sha256") not in (None, head.digest()):
+        raise HeadError(f"{head.where}: its tensors are not those that `dspark convert` wrote", "restore the file")
     refuse_other_rows(head, target)
     network = build(head, target)
     test = replay_kept(head, network, target)
@@ -137,7 +138,7 @@ def refuse_unequal(head: Portable, back: Portable, to: str) -> None:
 def import_head(head: Portable, network: Head, path: Path, target: Target, kind: str, command: str) -> None:
     """A folder of dspark's own, with the golden vectors, calibration and card that travelled along, or new ones."""
     kept, golden = head.kept, kept_golden(head)
-    provenance = {"command": command, "converted_from": kind, "sha256": digest(head), "python": platform.python_version()}
+    provenance = {"command": command, "converted_from": kind, "sha256": head.digest(), "python": platform.python_version()}
     if kept is not None and (kept / "provenance.json").exists():
         provenance = read_json(kept / "provenance.json", HeadError, "delete it") | {"converted": provenance}
     if kept is not None:
@@ -146,14 +147,6 @@ def import_head(head: Portable, network: Head, path: Path, target: Target, kind:
     ids = [] if golden else list(range(1, 17)) if target.tokenizer is None else target.prompt_ids(prompt)
     precisions = {name: tensor.dtype for name, tensor in head.weights.items()}
     save_head(network, target, path, ids, provenance, card(head, target, OWN), precisions, golden)
-
-
-def digest(head: Portable) -> str:
-    """Of all tensors, in the order of their names."""
-    total = hashlib.sha256()
-    for name in sorted(head.weights):
-        total.update(name.encode() + head.weights[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def card(head: Portable, target: Target, to: str) -> str:

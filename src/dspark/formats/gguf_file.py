@@ -66,6 +66,7 @@ def write(head: Portable, path: Path, target: Target, card: str) -> None:
     writer.add_uint32("dspark.num_target_layers", config.num_target_layers)
     writer.add_string("dspark.target", target.name)
     writer.add_string("dspark.vocabulary_sha256", vocabulary_hash(target) or "")
+    writer.add_string("dspark.tensors_sha256", head.digest())  # golden vectors have no place here
     for name, there in names(config.num_hidden_layers).items():
         if name in head.weights:
             add_tensor(writer, there, head.weights[name])
@@ -181,7 +182,8 @@ def read(path: Path, target: Target) -> Portable:
     weights = {ours_of.get(name, name): tensor for name, tensor in tensors.items()}
     if "fc.weight" in weights:
         weights = {name: narrowed(tensor, weights["fc.weight"].dtype) for name, tensor in weights.items()}
-    section = {"target": keys.get("dspark.target", ""), "vocabulary_sha256": keys.get("dspark.vocabulary_sha256") or None}
+    section = {"target": keys.get("dspark.target", ""), "vocabulary_sha256": keys.get("dspark.vocabulary_sha256") or None,
+               "tensors_sha256": keys.get("dspark.tensors_sha256")}  # fmt: skip
     return Portable(config, weights, draft_ids, where, rows, section)
 
 

@@ -2,6 +2,7 @@
 
 Shapes: V vocabulary, Vd draft vocabulary, D hidden."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -41,6 +42,13 @@ class Portable:
     @property
     def dtype(self) -> torch.dtype:
         return self.weights["fc.weight"].dtype
+
+    def digest(self) -> str:
+        """A hash of all tensors, in the order of their names."""
+        total = hashlib.sha256()
+        for name in sorted(self.weights):
+            total.update(name.encode() + self.weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
 
 
 def embedding_scale(target: Target) -> float:

@@ -376,7 +376,8 @@ def named_head(name: str | Path) -> Path:
     if shipped is not None:
         return shipped
     if path.exists():
-        raise HeadError(f"{name} is a file", WHAT_A_HEAD_IS)
+        gguf = f"convert it first: `dspark convert {name} DIR --target TARGET`"
+        raise HeadError(f"{name} is a file", gguf if path.suffix == ".gguf" else WHAT_A_HEAD_IS)
     if "/" in str(name) and not str(name).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
