@@ -1,5 +1,6 @@
 """Golden vectors: what head and target computed comes out again, or the first thing that does not is named."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark.cli.main import main
 from dspark.errors import HeadError
 from dspark.generation import generate
 from dspark.head.folder import empty_head, load_head, save_head, shipped_head
 from dspark.head.golden import TEXT_TOKENS, count_accepted, read_features, say_greedily, told_by
-from dspark.head.head import Head
+from dspark.head.head import Head, SelfTest
+from dspark.measure.lossless import Check, golden_text, verify_pair
 from dspark.target.target import Target
 from tiny import tiny_head, tiny_model
 
@@ -139,3 +142,17 @@ def test_an_empty_head_never_passes(saved, target, monkeypatch):
 def test_the_shipped_heads_golden_vectors_are_small():
     file = shipped_head("smollm2-135m") / "golden.safetensors"
     assert file.stat().st_size < 300_000 and told_by(load_file(file)) == (16, 24)
+
+
+def test_verify_and_inspect_say_it(folder, target, capsys):
+    assert golden_text(SelfTest(12, 24, 16)) == Check(
+        "golden vectors come out again", True, "draft accepted 12 of 24 on the golden text (16 when the head was saved)"
+    )
+    assert golden_text(SelfTest(7, 24, 16)).passed is False
+    assert verify_pair(target, load_head(folder, target), [PROMPT] * 2, 8, ["dspark"])[0].name == "golden vectors come out again"
+    then = told_by(load_file(folder / "golden.safetensors"))
+    assert main(["inspect", str(folder)]) == 0
+    assert f"draft accepted {then[0]} of 24 tokens when the head was saved" in capsys.readouterr().out
+    (folder / "golden.safetensors").unlink()
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["golden"] is None

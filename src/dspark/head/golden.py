@@ -87,8 +87,11 @@ def last_block(head: Head, target: Target, ids: Sequence[int], features_WMD: tor
 
 
 @torch.no_grad()
-def greedy_block(head: Head, target: Target, anchor: int, position: int, context_kv, told: Sequence[int] | None = None) -> Block:
-    """Draft after `anchor`; the sequential head hears the tokens `told` instead of its own where they are given."""
+def greedy_block(
+    head: Head, target: Target, anchor: int, position: int, context_kv, told: Sequence[int] | None = None, text: Sequence[int] | None = None
+) -> Block:
+    """Draft after `anchor`; the sequential head hears the tokens `told` instead of its own where they are given. With a `text`,
+    nothing is drafted past the first token that is not in it."""
     embedded = target.embed(torch.tensor([[anchor]], device=target.device)).float().cpu()
     hidden_GD = head.hidden(embedded, torch.tensor([[position]]), context_kv)[0, 0]
     logits_GV = head.base_logits(hidden_GD)
@@ -103,6 +106,8 @@ def greedy_block(head: Head, target: Target, anchor: int, position: int, context
         if head.confidence_head is not None:
             confidences.append(head.confidence_head(h_D, w_r))
         tokens.append(int(head.draft_ids[logits_GV[k].argmax()]))
+        if text is not None and (k >= len(text) or tokens[-1] != text[k]):
+            break
         previous = tokens[-1] if told is None else told[k]
     return Block(hidden_GD, logits_GV, torch.stack(confidences) if confidences else None, tokens)
 
@@ -114,9 +119,9 @@ def count_accepted(head: Head, target: Target, ids: Sequence[int], num_prompt: i
     last, accepted = num_prompt - 1, 0
     while last < len(ids) - 1:
         seen = [(keys[:, :, :last], values[:, :, :last]) for keys, values in context_kv]
-        tokens = greedy_block(head, target, ids[last], last, seen).tokens
-        following = ids[last + 1 :]
-        right = next((k for k, (a, b) in enumerate(zip(tokens, following, strict=False)) if a != b), min(len(tokens), len(following)))
+        text = ids[last + 1 :]
+        tokens = greedy_block(head, target, ids[last], last, seen, text=text).tokens
+        right = sum(a == b for a, b in zip(tokens, text, strict=False))
         accepted, last = accepted + right, last + right + 1
     return accepted
 
