@@ -19,6 +19,7 @@ VERBS = {
     "replay": "try planners and cost curves on recorded rounds",
     "profile": "measure what a round costs on this machine, by rows",
     "verify": "prove that output is unchanged for this target and head, here",
+    "convert": "write a head in another project's format, or read one",
     "inspect": "show what a head is and how it was made",
     "demo": "the whole promise on the demo target, in a minute",
 }
