@@ -29,7 +29,7 @@ CROPPED = (*HOLD_EVERYTHING, DynamicSlidingWindowLayer)
 # transformers uses one class for all layers with a convolution window or a recurrent state: the family tells what is in it.
 CONVOLUTION_ONLY = {"lfm2", "lfm2_moe"}
 GATED_DELTA = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
-SNAPSHOT_FAMILIES = {"nemotron_h", "mamba2", "jamba"}
+SNAPSHOT_FAMILIES = {"nemotron_h", "mamba2"}
 # Classes beside their model, by name: to import them would import the model.
 SNAPSHOT_LAYERS = {"DeepseekV4HCACache", "DeepseekV4CSACache"}
 # Where the layers above write into a tensor; all else they replace, so that a snapshot may share it.
@@ -45,8 +45,8 @@ Snapshot = dict[int, dict[str, Any]]  # by layer: its attributes
 @dataclass(frozen=True)
 class Rollback:
     """How the caches of one model forget. `snapshot` holds the layers that need one, `trusted` is False for those that only the
-    user's wish lets in; `cache_argument` is the name under which the model takes its cache; `clamped` are the modules that `as_decoded`
-is about."""
+        user's wish lets in; `cache_argument` is the name under which the model takes its cache; `clamped` are the modules that `as_decoded`
+    is about."""
 
     model: PreTrainedModel
     delta: frozenset[int]

@@ -194,10 +194,17 @@ class Target:
 
     def _forward(self, cache: DynamicCache, tokens: Sequence[int], num_logits: int, verifies: bool) -> Any:
         ids = torch.tensor([list(tokens)], device=self.device)
-        # `logits_to_keep` 0 means all of them to transformers
-        options = {self.forgets.cache_argument: cache, "use_cache": True, "logits_to_keep": max(1, num_logits)}
+        keep = self.logits_to_keep(len(tokens), max(1, num_logits))  # 0 means all of them to transformers
+        options = {self.forgets.cache_argument: cache, "use_cache": True, "logits_to_keep": keep}
         with recorded(verifies), self.forgets.as_decoded():
             return self.model(input_ids=ids, **options)
+
+    def logits_to_keep(self, num_rows: int, num_logits: int) -> Any:
+        """What asks the model for the last `num_logits` of a pass, and for the layers' outputs of all its rows: given a number, models with
+        shared keys (Gemma 4) leave the other rows out of their last layers, which may be tapped; given positions they do not."""
+        if not getattr(self.text_config, "num_kv_shared_layers", 0):
+            return num_logits
+        return torch.arange(num_rows - num_logits, num_rows, device=self.device)
 
     def refuse_broken(self, scored: Scored, num_tokens: int) -> None:
         """Raise `LogitsError` if these logits, of rows after `num_tokens` tokens, are not numbers."""
