@@ -20,6 +20,9 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "float32", name: st
     parser.add_argument("--dtype", default=dtype, help=f"precision of the target: float32, bfloat16 or int8 weights (default {dtype})")
     parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
     parser.add_argument("--runtime", default="auto", help="auto, native or eager (default auto: native where it runs the model)")
+    parser.add_argument(
+        "--rollback", default="auto", metavar="WAY", help="auto, or snapshot: try a model whose caches no test covers (default auto)"
+    )
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
 
 
@@ -67,7 +70,7 @@ def open_target(options: argparse.Namespace):
     set_threads(options)
     from dspark.target.load import load_target
 
-    return load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime)
+    return load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
 
 
 def open_head(options: argparse.Namespace, target):

@@ -77,7 +77,7 @@ class Engine:
             target.tap(self.head.config.target_layer_ids)
         block = max(self.head.config.block_size if self.head else 0, LOOKUP_TOKENS) if speculate else 0
         self.load: Load | None = measured_load(target, self.head, max_running, block + 1, say) if speculate else None
-        self.token_bytes = self._bytes_per_token()
+        self.token_bytes, self.state_bytes = self._measured_bytes()
         self.cache_bytes = int(SHARE_OF_MEMORY * free_memory()) if cache_bytes is None else cache_bytes
         if self.capacity < 64:
             raise SettingError(
@@ -102,8 +102,8 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Tokens whose keys and values fit."""
-        return self.cache_bytes // self.token_bytes
+        """Tokens of one request whose state fits."""
+        return max(0, self.cache_bytes - self.state_bytes) // self.token_bytes
 
     def start(self) -> "Engine":
         """Serve from now on; once is enough."""
@@ -312,7 +312,7 @@ class Engine:
     def _growth(self, r: Running, rows: int) -> int:
         """Bytes that its caches may take more: they grow by doubling."""
         assert r.state is not None
-        needed = self.token_bytes * (r.state.num_tokens + rows + 16)
+        needed = self.state_bytes + self.token_bytes * (r.state.num_tokens + rows + 16)
         return 0 if needed <= r.num_bytes else max(r.num_bytes, needed - r.num_bytes)
 
     def _guard(self, num_decoding: int) -> Guard | None:
@@ -443,16 +443,21 @@ class Engine:
             except Exception:  # a listener's mistake is nobody's answer
                 log.exception("on_step failed")
 
-    def _bytes_per_token(self) -> int:
-        """Of keys and values, the head's too."""
-        state = self.target.start()
-        features = self.target.score(state, [0] * 16, num_logits=1).features_TMD
-        size = state.num_bytes / max(16, 0 if self.target.runtime is None else 256)
+    def _measured_bytes(self) -> tuple[int, int]:
+        """What a token takes, the head's share too, and what a request takes besides, in recurrent states and full windows."""
+        state, sizes = self.target.start(), []
+        for _ in range(2):
+            features = self.target.score(state, [0] * 16, num_logits=1).features_TMD
+            self.target.rollback(state, 0)
+            sizes.append(state.num_bytes)
+        native = self.target.runtime is not None
+        size = sizes[0] / 256 if native else (sizes[1] - sizes[0]) / 16
+        fixed = 0.0 if native else max(0.0, sizes[0] - 16 * size)
         if self.runner is not None:
             context = self.runner.start()
             self.runner.commit([(context, features)])
             size += context.num_bytes / 256
-        return max(1, round(size))
+        return max(1, round(size)), round(fixed)
 
 
 def free_memory() -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dspark.errors import RuntimeUnavailable, SettingError, TargetError, UserErr
 from dspark.target import demo, hub
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.quantize import quantize_int8
+from dspark.target.rollback import check_wish
 from dspark.target.target import Target
 
 DTYPES = {
@@ -26,15 +28,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", runtime: str = "auto") -> Target:
+def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", runtime: str = "auto", rollback: str = "auto") -> Target:
     """Load a Hugging Face causal LM.
 
-    `runtime` is `eager` (transformers' modules), `native` (docs/runtime.md), or `auto`: native where it runs.
+    `runtime` is `eager` (transformers' modules), `native` (docs/runtime.md), or `auto`: native where it runs. `rollback` is `auto`, or
+    `snapshot`: take a model whose caches no test covers, if it rolls back exactly here.
     Raises `TargetError` for an unknown name or a model that cannot be rolled back, `SettingError` for an
-    unknown precision or runtime, `RuntimeUnavailable` where `native` was asked for and cannot run."""
+    unknown precision, runtime or rollback, `RuntimeUnavailable` where `native` was asked for and cannot run."""
     if dtype not in DTYPES:
         raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     check_runtime(runtime)
+    check_wish(rollback)
     if str(device).startswith("meta"):
         raise SettingError(f"--device is {device}", "its tensors hold no numbers: use cpu, or a GPU like cuda")
     from transformers import AutoModelForCausalLM
@@ -68,9 +72,18 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(
             f"{name} lacks {len(missing)} of the model's tensors, {missing[0]} among them", "restore the folder; it is not a whole model"
         )
-    target = Target(model, load_tokenizer(source, cached_only), name=str(name))
+    target = Target(model, load_tokenizer(source, cached_only), name=str(name), rollback_by=rollback)
+    say_rollback(target, say)
     use_runtime(target, runtime, gather=True)
     return target
+
+
+def say_rollback(target: Target, say: Callable[[str], None]) -> None:
+    """A word where rejected tokens are forgotten in a way that is slow, or that only a check at load vouches for."""
+    if target.forgets.trusted and not target.forgets.replays:
+        return
+    checked = "" if target.forgets.trusted else "; no test of dspark covers this model, a check of its next logits did just now"
+    say(f"roll-back by snapshot: each rejection costs one more pass over the accepted tokens{checked}")
 
 
 def like(name: str | Path) -> str:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -60,12 +60,22 @@ class Rollback:
         """Does a rejection cost one more pass over the accepted tokens?"""
         return bool(self.snapshot)
 
+    @property
+    def recurrent(self) -> bool:
+        """Has it layers with a convolution window or a recurrent state?"""
+        return any(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=self.model.config).layers)
+
+    @property
+    def knows_padding(self) -> bool:
+        """Do all its layers leave padded tokens out? DeepSeek-V4 compresses them with the others."""
+        return self.trusted and not any(type(layer).__name__ in SNAPSHOT_LAYERS for layer in DynamicCache(config=self.model.config).layers)
+
     def new_cache(self) -> DynamicCache:
         """An empty cache whose layers keep what a rejection must bring back."""
         cache = DynamicCache(config=self.model.config)
         for index, layer in enumerate(cache.layers):
             if index in self.delta:
-                cache.layers[index] = GatedDeltaLayer(layer.number_of_states)
+                cache.layers[index] = GatedDeltaLayer()
             elif index not in self.snapshot and hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
         return cache
@@ -78,7 +88,7 @@ class Rollback:
         """Forget the last `num_rejected` tokens in layers that can crop, 0 included: windows trim, and what was kept for a roll-back goes."""
         for index, layer in enumerate(cache.layers):
             if index not in self.snapshot and not never_filled(layer):
-                layer.crop(-num_rejected)
+                cast(Any, layer).crop(-num_rejected)
 
     def restore(self, cache: DynamicCache, before: Snapshot, num_rows: int) -> None:
         """Forget a whole pass of `num_rows` rows. `before` cannot be used again: the cache goes on with it."""
@@ -141,13 +151,17 @@ def rope_types(config) -> set[str]:
     return {str(r["rope_type"]) for r in settings if "rope_type" in r}
 
 
+def check_wish(wish: str) -> None:
+    if wish not in ROLLBACKS:
+        raise SettingError(f"unknown rollback {wish!r}", f"choose one of {', '.join(ROLLBACKS)}")
+
+
 def find_rollback(model: PreTrainedModel, wish: str = "auto") -> Rollback:
     """How this model's caches forget. `wish` snapshot lets in layers that no test covers; `check_rollback` must follow then.
 
     Raises `TargetError` by name for a model that cannot be rolled back: a wrong roll-back gives fluent text from another law
     (vllm#39273), which nobody notices."""
-    if wish not in ROLLBACKS:
-        raise SettingError(f"unknown rollback {wish!r}", f"choose one of {', '.join(ROLLBACKS)}")
+    check_wish(wish)
     cache_argument = refuse_unless_causal(model)
     config = model.config.get_text_config()
     delta, snapshot, foreign = set(), set(), set()

@@ -242,12 +242,16 @@ class Target:
             self._forward(state.cache, accepted, num_logits=1, verifies=True)
             self.forgets.crop(state.cache, 0)
 
+    def can_shorten(self, state: State) -> bool:
+        """Can its first tokens be had without the others, however many?"""
+        return isinstance(state.cache, NativeCache) or self.forgets.can_shorten(state.cache)
+
     def fork(self, state: State, num_tokens: int) -> State | None:
         """A state of its own that holds the first `num_tokens` tokens of this one; None where the cache cannot give them: a sliding
         window has forgotten what it would need, and a recurrent state cannot be taken back. All tokens can always be had."""
         if isinstance(state.cache, NativeCache):
             return State(state.cache.fork(num_tokens), num_tokens)
-        if num_tokens < state.num_tokens and not self.forgets.can_shorten(state.cache):
+        if num_tokens < state.num_tokens and not self.can_shorten(state):
             return None
         forked = State(copy.deepcopy(state.cache), num_tokens)
         self.forgets.crop(cast(DynamicCache, forked.cache), state.num_tokens - num_tokens)

@@ -106,7 +106,18 @@ def sample_batch(
 
     Returns one list of new ids a prompt, in order. Same arguments, threads and device: same answers."""
     device = target.device
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) > 1 and not target.forgets.knows_padding:  # rows of one length at a time then
+        answers: list[list[int]] = [[] for _ in prompts]
+        for length in lengths:
+            chosen = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+            group = sample_batch(target, [prompts[i] for i in chosen], [temperatures[i] for i in chosen], max_new_tokens, seed, stop_ids)
+            for i, answer in zip(chosen, group, strict=True):
+                answers[i] = answer
+        return answers
     look_every, columns = pace(device, len(prompts))
+    if target.forgets.recurrent:
+        columns = sys.maxsize  # these layers know the padding of their first pass only
     stop = torch.tensor(sorted(target.eos_ids if stop_ids is None else stop_ids), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     width = max(map(len, prompts))
@@ -131,7 +142,11 @@ def sample_batch(
             for ids_part, positions_part in zip(ids.split(columns, 1), positions.split(columns, 1), strict=True):
                 seen += ids_part.shape[1]
                 output = target.model(
-                    input_ids=ids_part, attention_mask=mask[:, :seen], position_ids=positions_part, past_key_values=cache, logits_to_keep=1
+                    input_ids=ids_part,
+                    attention_mask=mask[:, :seen],
+                    position_ids=positions_part,
+                    logits_to_keep=1,
+                    **{target.forgets.cache_argument: cache},
                 )
             token_B = draw(output.logits[:, -1].float(), temperature_B, generator)
             drawn[alive, step] = torch.where(running, token_B, -1)
