@@ -153,7 +153,7 @@ def test_every_answer_is_the_reference_loops_whatever_the_cache(family):
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("family", ["qwen3_5", "deepseek_v4"])
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("deepseek_v4", marks=pytest.mark.slow)])
 def test_little_memory_preempts_and_changes_nothing_whatever_the_cache(family):
     requests = [Request([i, *range(30 + i, 50)], 16, eos_ids=frozenset()) for i in range(6)]
     roomy = make_engine("eager", family=family, plan="fixed")
@@ -167,7 +167,9 @@ def test_little_memory_preempts_and_changes_nothing_whatever_the_cache(family):
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("family", WHOLE_ONLY)
+@pytest.mark.parametrize(
+    "family", [family if family == "qwen3_5" else pytest.param(family, marks=pytest.mark.slow) for family in WHOLE_ONLY]
+)
 def test_a_prefix_that_cannot_be_cut_is_taken_whole_or_not_at_all(family):
     engine, alone = make_engine("eager", family=family, plan="fixed"), make_target("eager", family)
 

@@ -16,6 +16,7 @@ from dspark.target.delta import STEP_BY_STEP, GatedDeltaLayer, Steps
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.rollback import tensors_of
 from dspark.target.target import State, Target
+from dspark.train.sample import sample_batch
 from oracle import Oracle, plain_greedy
 from tiny import FAMILIES, NATIVE_SHAPE, SHAPE, randomized, tiny_head, tiny_model
 
@@ -337,6 +338,14 @@ def test_accepted_counts_are_as_planned_and_tokens_stay_the_same(family, gamma):
     assert [done.num_accepted for done in result.rounds_log] == oracle.planned
     assert set(oracle.planned) == set(range(gamma + 1))
     assert oracle.num_features == len(PROMPTS["short"]) + num_new - 1
+
+
+@pytest.mark.parametrize("family", [slow((family,), family not in ("qwen3_5", "deepseek_v4", "mamba2")) for family in FAMILIES])
+def test_training_samples_prompts_of_any_length_together(family):
+    target = target_of(family)
+    with target.forgets.as_decoded():
+        answers = sample_batch(target, [PROMPTS[name] for name in PROMPTS], [0.0] * len(PROMPTS), 8, seed=0)
+    assert answers == [list(greedy_of(family, 0, name)[:8]) for name in PROMPTS]
 
 
 @pytest.mark.parametrize("drafter", HEADS)
