@@ -34,21 +34,23 @@ PROMPTS = {
 HEADS = {"vanilla": ("vanilla", 8), "gated": ("gated", 8), "rnn": ("rnn", 8), "dflash": ("vanilla", 0)}
 DRAFTERS = (*HEADS, "arbiter", "lookup", "none")
 # Two float32 passes of different length give the same row up to this share of its largest value.
-ROUNDING = 3e-5
+ROUNDING = 1e-4
 TIE = 1e-4
 
 
 # Every exactness test also runs on the native runtime, where it takes the family.
 NATIVE = ("llama/native", "qwen2/native", "qwen3/native")
 CASES = (*FAMILIES, *NATIVE)
-# Families whose caches differ from all others run everything by default; of the rest, parts wait for `make test-slow`.
+# By default these run everything, one of each kind of cache runs most, and of the rest only a part does not wait for `make test-slow`.
 THOROUGH = ("llama", "gemma3", "gpt_oss", *NATIVE)
-DELTA = [family for family in FAMILIES if family.startswith("qwen3_5") or family == "qwen3_next"]
-REPLAYING = ["deepseek_v4", "nemotron_h", "mamba2"]
+KINDS = (*THOROUGH, "lfm2", "qwen3_5", "deepseek_v4", "nemotron_h")
+DELTA = ["qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid"]
+REPLAYING = ["deepseek_v4", "nemotron_h", "mamba2", "granitemoehybrid", "falcon_h1", "kimi_linear"]
 
 
-def slow(case, wanted: bool = True):
-    return pytest.param(*case, marks=pytest.mark.slow) if wanted else pytest.param(*case)
+def some(case: tuple, by_default: bool):
+    """These arguments, by default or in the slow suite."""
+    return pytest.param(*case) if by_default else pytest.param(*case, marks=pytest.mark.slow)
 
 
 @cache
@@ -141,7 +143,7 @@ def check_rollback(target: Target, num_prompt: int, gamma: int = GAMMA) -> None:
 @pytest.mark.parametrize(
     "family,num_prompt",
     [
-        slow((family, num_prompt), family not in THOROUGH and num_prompt not in (1, 4, BEYOND_WINDOW))
+        some((family, num_prompt), family in THOROUGH or (family in KINDS and num_prompt in (1, 4)) or num_prompt == BEYOND_WINDOW)
         for family in CASES
         for num_prompt in [*range(1, GAMMA + 3), BEYOND_WINDOW]
     ],
@@ -153,14 +155,16 @@ def test_rollback_equals_plain_decoding_of_the_accepted_tokens(family, num_promp
     target.untap()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "gemma4", "step3p7", "lfm2", *DELTA, *REPLAYING])
+@pytest.mark.parametrize(
+    "family", [some((family,), family in KINDS) for family in ("llama", "gemma3", "gemma4", "step3p7", "lfm2", *DELTA, *REPLAYING)]
+)
 def test_transformers_own_cache_would_not_pass(family):
     target = Target(tiny_model(family))
     # as transformers makes and crops it, without windows that keep what was dropped, recomputed states, or snapshots
     stock = dataclasses.replace(target.forgets, delta=frozenset(), snapshot=frozenset())
     target.forgets = stock
     object.__setattr__(stock, "new_cache", lambda: transformers.DynamicCache(config=target.model.config))
-    if family == "qwen2":
+    if family == "llama":
         check_rollback(target, BEYOND_WINDOW)  # whose cache holds every token
         return
     with pytest.raises((AssertionError, RuntimeError)):
@@ -174,7 +178,7 @@ def test_nemotron_as_transformers_runs_it_would_not_pass():
         check_rollback(target, BEYOND_WINDOW)
 
 
-@pytest.mark.parametrize("family", DELTA)
+@pytest.mark.parametrize("family", [some((family,), family in KINDS) for family in DELTA])
 def test_a_recurrent_state_left_as_it_was_would_be_seen(family, monkeypatch):
     monkeypatch.setattr(GatedDeltaLayer, "_without", lambda layer, num_rejected: layer.recurrent_states[0])
     with pytest.raises(AssertionError):
@@ -201,7 +205,7 @@ def test_recomputed_delta_states_have_the_bits_of_plain_decoding(num_rows, dtype
     assert torch.equal(Steps(key, value, g, beta, rule, options).applied(state, num_rows), stepped)
 
 
-@pytest.mark.parametrize("family", DELTA)
+@pytest.mark.parametrize("family", [some((family,), family in KINDS) for family in DELTA])
 def test_states_in_bfloat16_are_near_those_of_plain_decoding(family):
     target = Target(tiny_model(family).bfloat16())
     prompt, drafted = random_ids(BEYOND_WINDOW, 1), random_ids(GAMMA, 2)
@@ -225,7 +229,7 @@ def test_a_piece_of_a_prompt_keeps_nothing_for_a_roll_back_and_says_so():
         target.rollback(state, 2)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [some((family,), family in KINDS) for family in CASES])
 def test_a_fork_goes_its_own_way(family):
     target = target_of(family)
     state = target.start()
@@ -248,7 +252,7 @@ def test_a_fork_goes_its_own_way(family):
 HOLDING = ("DynamicLayer", "DynamicIndexedLayer", "DummyLayer")
 
 
-@pytest.mark.parametrize("family", [slow((family,), family not in (*THOROUGH, "qwen3_5", "deepseek_v4", "nemotron_h")) for family in CASES])
+@pytest.mark.parametrize("family", [some((family,), family in KINDS) for family in CASES])
 def test_rounds_in_a_row_with_every_accepted_count_leave_the_plain_state(family):
     target = target_of(family)
     rounds = [(num_accepted, random_ids(GAMMA + 1, num_accepted)) for num_accepted in (0, 5, 1, 4, 2, 3, 0, 0, 5, 5)]
@@ -262,7 +266,7 @@ def test_rounds_in_a_row_with_every_accepted_count_leave_the_plain_state(family)
     assert state.num_tokens == len(expected)
 
 
-@pytest.mark.parametrize("family", [slow((family,), family not in THOROUGH) for family in CASES])
+@pytest.mark.parametrize("family", [some((family,), family in THOROUGH) for family in CASES])
 def test_one_rejected_token_left_behind_would_be_seen(family):
     target = target_of(family)
     prompt, drafted, following = random_ids(BEYOND_WINDOW, 1), random_ids(GAMMA, 2), random_ids(3, 3)
@@ -270,12 +274,12 @@ def test_one_rejected_token_left_behind_would_be_seen(family):
     state = target.start()
     target.score(state, [*prompt, *drafted])
     target.rollback(state, GAMMA - 3)
-    assert error(target.score(state, following).logits_TV, expected[-len(following) :]) > 100 * ROUNDING
+    assert error(target.score(state, following).logits_TV, expected[-len(following) :]) > 30 * ROUNDING
 
 
 @pytest.mark.parametrize(
     "family,rows",
-    [slow((family, rows), family not in THOROUGH and rows != 3) for family in CASES for rows in (1, 3, 8, 64)],
+    [some((family, rows), family in KINDS and (family in THOROUGH or rows == 3)) for family in CASES for rows in (1, 3, 8, 64)],
 )
 def test_prefill_in_passes_of_any_size_gives_the_same_state(family, rows, monkeypatch):
     monkeypatch.setattr("dspark.target.target.PREFILL_ROWS", rows)
@@ -308,8 +312,17 @@ def assert_drafted_equals_plain(family: str, seed: int, prompt: str, drafter: st
     assert_same_tokens(target_of(family, seed), PROMPTS[prompt], found, list(greedy_of(family, seed, prompt)))
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    "family,drafter",
+    [
+        some(
+            (family, drafter),
+            family in THOROUGH or drafter == "vanilla" or (family in KINDS and drafter in ("dflash", "arbiter", "lookup")),
+        )
+        for family in CASES
+        for drafter in DRAFTERS
+    ],
+)
 def test_greedy_tokens_equal_transformers(family, drafter):
     for gamma in (1, 4, 8) if family in THOROUGH else (4,):
         for prompt in ("one token", "repeating") if family in THOROUGH else ("repeating",):
@@ -321,12 +334,12 @@ def test_greedy_tokens_equal_transformers(family, drafter):
 @pytest.mark.parametrize("family", CASES)
 def test_greedy_tokens_equal_transformers_in_full(family, drafter):
     for prompt in PROMPTS:
-        for gamma in GAMMAS:
+        for gamma in GAMMAS if family in THOROUGH else (1, 3, 8):
             assert_drafted_equals_plain(family, 1, prompt, drafter, gamma)
 
 
 @pytest.mark.parametrize(
-    "family,gamma", [slow((family, gamma), family not in THOROUGH and gamma != 4) for family in CASES for gamma in GAMMAS]
+    "family,gamma", [some((family, gamma), family in KINDS and (family in THOROUGH or gamma == 4)) for family in CASES for gamma in GAMMAS]
 )
 def test_accepted_counts_are_as_planned_and_tokens_stay_the_same(family, gamma):
     target = target_of(family)
@@ -340,7 +353,7 @@ def test_accepted_counts_are_as_planned_and_tokens_stay_the_same(family, gamma):
     assert oracle.num_features == len(PROMPTS["short"]) + num_new - 1
 
 
-@pytest.mark.parametrize("family", [slow((family,), family not in ("qwen3_5", "deepseek_v4", "mamba2")) for family in FAMILIES])
+@pytest.mark.parametrize("family", [some((family,), family in ("qwen3_5", "deepseek_v4", "nemotron_h")) for family in FAMILIES])
 def test_training_samples_prompts_of_any_length_together(family):
     target = target_of(family)
     with target.forgets.as_decoded():
@@ -410,7 +423,7 @@ def test_a_model_that_does_not_roll_back_is_refused_though_the_user_asks(name):
         Target(randomized(unfit_model(name)), rollback_by="snapshot")
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "deepseek_v4", "mamba2"])
+@pytest.mark.parametrize("family", [some((family,), family == "qwen3_5") for family in ("qwen3_5", "deepseek_v4", "mamba2")])
 def test_a_model_that_no_test_covers_is_taken_if_the_user_asks_and_it_rolls_back(family, monkeypatch):
     for name in ("GATED_DELTA", "SNAPSHOT_FAMILIES", "SNAPSHOT_LAYERS"):
         monkeypatch.setattr(f"dspark.target.rollback.{name}", set())

@@ -58,6 +58,12 @@ NEMOTRON = MOE | {
     "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8, "n_routed_experts": 4,
     "moe_shared_expert_intermediate_size": 32,
 }  # fmt: skip
+# Granite 4's and Falcon-H1's names for the same.
+MAMBA_BESIDE = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}  # fmt: skip
+IN_TURN = {"layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": LEFT_OUT}
 CONVOLUTION = {"layer_types": ["conv", "full_attention"] * 2, "head_dim": LEFT_OUT}
 STEP = MOE | {
     "layer_types": ["full_attention", "sliding_attention"] * 2, "n_routed_experts": 4, "share_expert_dim": 32,
@@ -89,9 +95,16 @@ FAMILIES = {
     "qwen3_next": ("Qwen3Next", DELTA | SHARED_EXPERT),
     "qwen3_5": ("Qwen3_5", DELTA | {"rope_parameters": MROPE}),
     "qwen3_5_moe": ("Qwen3_5Moe", DELTA | SHARED_EXPERT | {"rope_parameters": MROPE}),
+    "olmo_hybrid": (
+        "OlmoHybrid",
+        IN_TURN | {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 16},
+    ),
     "deepseek_v4": ("DeepseekV4", COMPRESSED),
     "nemotron_h": ("NemotronH", NEMOTRON),
     "mamba2": ("Mamba2", MAMBA),
+    "granitemoehybrid": ("GraniteMoeHybrid", MAMBA_BESIDE | IN_TURN | MOE | {"num_local_experts": 4, "shared_intermediate_size": 32}),
+    "falcon_h1": ("FalconH1", MAMBA_BESIDE | {"mamba_d_ssm": 64}),
+    "kimi_linear": ("KimiLinear", LATENT | IN_TURN | {"q_lora_rank": None}),
 }
 # Sizes that the native runtime takes: all multiples of 16.
 NATIVE_SHAPE = {"head_dim": 16}

@@ -28,8 +28,8 @@ HOLD_EVERYTHING = (DynamicLayer, DynamicIndexedLayer, DummyLayer)
 CROPPED = (*HOLD_EVERYTHING, DynamicSlidingWindowLayer)
 # transformers uses one class for all layers with a convolution window or a recurrent state: the family tells what is in it.
 CONVOLUTION_ONLY = {"lfm2", "lfm2_moe"}
-GATED_DELTA = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
-SNAPSHOT_FAMILIES = {"nemotron_h", "mamba2"}
+GATED_DELTA = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"}
+SNAPSHOT_FAMILIES = {"nemotron_h", "mamba2", "granitemoehybrid", "falcon_h1", "kimi_linear"}
 # Classes beside their model, by name: to import them would import the model.
 SNAPSHOT_LAYERS = {"DeepseekV4HCACache", "DeepseekV4CSACache"}
 # Where the layers above write into a tensor; all else they replace, so that a snapshot may share it.
@@ -75,7 +75,7 @@ class Rollback:
         cache = DynamicCache(config=self.model.config)
         for index, layer in enumerate(cache.layers):
             if index in self.delta:
-                cache.layers[index] = GatedDeltaLayer()
+                cache.layers[index] = GatedDeltaLayer(cast(Any, layer).number_of_states)
             elif index not in self.snapshot and hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
         return cache
@@ -166,10 +166,10 @@ def find_rollback(model: PreTrainedModel, wish: str = "auto") -> Rollback:
     config = model.config.get_text_config()
     delta, snapshot, foreign = set(), set(), set()
     for index, layer in enumerate(DynamicCache(config=model.config).layers):
-        recurrent = type(layer) is LinearAttentionLayer
-        if type(layer) in CROPPED or (recurrent and config.model_type in CONVOLUTION_ONLY):
+        recurrent, alone = isinstance(layer, LinearAttentionLayer), type(layer) is LinearAttentionLayer
+        if type(layer) in CROPPED or (alone and config.model_type in CONVOLUTION_ONLY):
             continue
-        if recurrent and config.model_type in GATED_DELTA:
+        if alone and config.model_type in GATED_DELTA:
             delta.add(index)
             continue
         snapshot.add(index)
