@@ -1,6 +1,6 @@
 """Every family: roll-back restores the state, and drafted greedy tokens are those of transformers.
 
-What runs here for each family is a row of docs/models.md (families.py)."""
+docs/models.md (models_page.py) is the table of what runs here."""
 
 import dataclasses
 from functools import cache
@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import models_page
 from dspark.drafters import NoDrafter, PromptLookup
 from dspark.errors import TargetError
 from dspark.generation import generate
@@ -39,7 +40,7 @@ TIE = 1e-4
 
 
 # Every exactness test also runs on the native runtime, where it takes the family.
-NATIVE = ("llama/native", "qwen2/native", "qwen3/native")
+NATIVE = tuple(f"{family}/native" for family in models_page.NATIVE)
 CASES = (*FAMILIES, *NATIVE)
 # By default these run everything, one of each kind of cache runs most, and of the rest only a part does not wait for `make test-slow`.
 THOROUGH = ("llama", "gemma3", "gpt_oss", *NATIVE)
@@ -432,3 +433,7 @@ def test_a_model_that_no_test_covers_is_taken_if_the_user_asks_and_it_rolls_back
         Target(model)
     target = Target(model, rollback_by="snapshot")
     check_rollback(target, BEYOND_WINDOW)
+
+
+def test_the_page_of_models_is_not_stale():
+    assert models_page.PAGE.read_text() == models_page.page(target_of), "write it anew: python tests/models_page.py"

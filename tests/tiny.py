@@ -104,7 +104,10 @@ FAMILIES = {
     "mamba2": ("Mamba2", MAMBA),
     "granitemoehybrid": ("GraniteMoeHybrid", MAMBA_BESIDE | IN_TURN | MOE | {"num_local_experts": 4, "shared_intermediate_size": 32}),
     "falcon_h1": ("FalconH1", MAMBA_BESIDE | {"mamba_d_ssm": 64}),
-    "kimi_linear": ("KimiLinear", LATENT | IN_TURN | {"q_lora_rank": None}),
+    "kimi_linear": (
+        "KimiLinear",
+        LATENT | IN_TURN | {"q_lora_rank": None, "linear_head_dim": 8, "linear_num_heads": 4, "num_local_experts": 4},
+    ),
 }
 # Sizes that the native runtime takes: all multiples of 16.
 NATIVE_SHAPE = {"head_dim": 16}
