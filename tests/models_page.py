@@ -10,8 +10,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 # Models that people know by another name than transformers' class.
 KNOWN_AS = {
     "llama": "Llama, SmolLM2", "qwen3_5": "Qwen3.5, Qwen3.6", "qwen3_5_moe": "Qwen3.5 MoE, Qwen3.6 MoE", "step3p7": "Step-3.7",
-    "deepseek_v4": "DeepSeek-V4", "glm_moe_dsa": "GLM-5", "granitemoehybrid": "Granite 4 hybrid", "nemotron_h": "Nemotron-H",
-    "gpt_oss": "GPT-OSS",
+    "deepseek_v4": "DeepSeek-V4", "glm_moe_dsa": "GLM-5", "granitemoehybrid": "Granite 4 hybrid", "nemotron_h": "Nemotron-H, Nemotron 3",
+    "gpt_oss": "GPT-OSS", "gemma3": "Gemma 3", "gemma4": "Gemma 4", "glm4_moe": "GLM-4 MoE", "deepseek_v3": "DeepSeek-V3",
+    "deepseek_v32": "DeepSeek-V3.2", "lfm2": "LFM2", "lfm2_moe": "LFM2 MoE", "qwen3_next": "Qwen3-Next", "qwen3_moe": "Qwen3 MoE",
+    "olmo_hybrid": "OLMo Hybrid", "falcon_h1": "Falcon-H1", "kimi_linear": "Kimi Linear", "mamba2": "Mamba 2",
 }  # fmt: skip
 NATIVE = ("llama", "qwen2", "qwen3")  # test_families.py runs these on the native runtime too
 KINDS = {

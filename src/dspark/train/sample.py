@@ -37,7 +37,7 @@ def folded_attention(module, query, key, value, attention_mask, scaling=None, dr
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1).to(value.dtype)
     out = torch.bmm(weights.view(B * K, H // K, -1), value.flatten(0, 1))
-    return out.view(B, 1, H, E), None
+    return out.view(B, 1, H, -1), None
 
 
 def padded_mask(*args, **kwargs):
@@ -61,11 +61,10 @@ class ColumnLayer(DynamicLayer):
         self.capacity, self.used = capacity, 0
 
     def update(self, key_states, value_states, *args, **kwargs):
-        B, K, T, E = key_states.shape
+        T = key_states.shape[2]
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys = key_states.new_zeros(B, K, self.capacity, E)
-            self.values = value_states.new_zeros(B, K, self.capacity, E)
+            self.keys, self.values = (rows.new_zeros(*rows.shape[:2], self.capacity, rows.shape[3]) for rows in (key_states, value_states))
         self.keys[:, :, self.used : self.used + T] = key_states
         self.values[:, :, self.used : self.used + T] = value_states
         self.used += T
