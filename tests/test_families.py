@@ -420,11 +420,12 @@ def test_unfit_models_are_refused_by_name(name):
         Target(unfit_model(name))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mamba", "jamba"])
-def test_a_model_that_does_not_roll_back_is_refused_though_the_user_asks(name):
+def test_a_model_that_does_not_roll_back_is_refused_though_the_user_asks(name, dtype):
     """A pass of several rows forgets their state in transformers 5.23."""
     with pytest.raises(TargetError, match="does not roll back exactly"):
-        Target(randomized(unfit_model(name)), rollback_by="snapshot")
+        Target(randomized(unfit_model(name)).to(dtype), rollback_by="snapshot")
 
 
 @pytest.mark.parametrize("family", [some((family,), family == "qwen3_5") for family in ("qwen3_5", "deepseek_v4", "mamba2")])
@@ -436,6 +437,7 @@ def test_a_model_that_no_test_covers_is_taken_if_the_user_asks_and_it_rolls_back
         Target(model)
     target = Target(model, rollback_by="snapshot")
     check_rollback(target, BEYOND_WINDOW)
+    Target(model.bfloat16(), rollback_by="snapshot")
 
 
 def test_the_page_of_models_is_not_stale():

@@ -46,14 +46,14 @@ Snapshot = dict[int, dict[str, Any]]  # by layer: its attributes
 class Rollback:
     """How the caches of one model forget. `snapshot` holds the layers that need one, `trusted` is False for those that only the
         user's wish lets in; `cache_argument` is the name under which the model takes its cache; `clamped` are the modules that `as_decoded`
-    is about."""
+    is about, with their limits."""
 
     model: PreTrainedModel
     delta: frozenset[int]
     snapshot: frozenset[int]
     trusted: bool
     cache_argument: str
-    clamped: tuple[Any, ...] = ()
+    clamped: tuple[tuple[Any, tuple[float, float]], ...] = ()
 
     @property
     def replays(self) -> bool:
@@ -103,13 +103,12 @@ class Rollback:
         """Within it, passes of several rows compute what decoding token by token does. In transformers 5.23 the Mamba layers of
         Nemotron-H bound their time step from below in passes of several rows, and not in passes of one: neither drafted rows nor a prompt
         in pieces would give the state that decoding gives."""
-        limits = [module.time_step_limit for module in self.clamped]
         try:
-            for module, (_, most) in zip(self.clamped, limits, strict=True):
+            for module, (_, most) in self.clamped:
                 module.time_step_limit = (0.0, most)
             yield
         finally:
-            for module, limit in zip(self.clamped, limits, strict=True):
+            for module, limit in self.clamped:
                 module.time_step_limit = limit
 
     def can_shorten(self, cache: DynamicCache) -> bool:
@@ -183,7 +182,8 @@ def find_rollback(model: PreTrainedModel, wish: str = "auto") -> Rollback:
         )
     if delta and not watch_kernels(model):
         raise TargetError(f"the gated delta kernels of {name} are not where this version expects them", "use transformers 5.23")
-    clamped = tuple(module for module in model.modules() if getattr(module, "time_step_limit", (0.0,))[0] > 0)
+    limits = [(module, getattr(module, "time_step_limit", None)) for module in model.modules()]
+    clamped = tuple((module, limit) for module, limit in limits if limit is not None and limit[0] > 0)
     return Rollback(model, frozenset(delta), frozenset(snapshot), not foreign, cache_argument, clamped)
 
 
