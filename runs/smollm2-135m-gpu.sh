@@ -14,8 +14,8 @@ out=$1 prompts=$2
 here=$(dirname "$0")/..
 python "$here/bench/gpu/train_pair.py" smollm2-135m --out "$out" --prompts "$prompts" --seconds 415 --num-prompts 9000 \
     --max-answer-tokens 256
-python "$here/bench/gpu/held_out.py" "$out/answers.jsonl" --target smollm2-135m --held-out 256 --limit 128 > "$out/held-out.jsonl"
-dspark calibrate "$out/dspark" --target smollm2-135m --dtype bfloat16 --bias --prompts "$out/held-out.jsonl"
+python "$here/bench/gpu/held_out.py" "$out/answers.jsonl" --target smollm2-135m --held-out 256 > "$out/held-out.jsonl"
+dspark calibrate "$out/dspark" --target smollm2-135m --dtype bfloat16 --margin --prompts "$out/held-out.jsonl"
 
 # The same with one command a head, from the answers:
 #   dspark train smollm2-135m --device cuda --out OUT/again --answers OUT/answers.jsonl --loss distil --lr 2e-3 --steps 6232 \

@@ -111,7 +111,7 @@ def test_a_rule_of_the_users_decides_lengths():
 
 
 @pytest.mark.parametrize("runtime", ["eager", "native"])
-@pytest.mark.parametrize("plan", ["auto", "fixed", "length:3", "threshold:0.5", "early-stop", "lagged"])
+@pytest.mark.parametrize("plan", ["auto", "online", "fixed", "length:3", "threshold:0.5", "early-stop", "lagged"])
 @pytest.mark.parametrize("drafter", ["auto", "dspark", "lookup"])
 def test_no_plan_changes_a_greedy_text(drafter, plan, runtime, tmp_path, monkeypatch):
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,15 +11,16 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from dspark.cli.main import main
-from dspark.core.calibration import MOST_SHIFT, OnlineCalibration
+from dspark.core.calibration import MOST_SHIFT, Calibration, Fit, OnlineCalibration
 from dspark.core.planner import Always, threshold
 from dspark.drafters import DSparkDrafter
 from dspark.errors import HeadError, PromptError, SettingError
 from dspark.generation import generate, make_law, split_law
-from dspark.head.calibration import read_calibration, write_calibration
+from dspark.head.calibration import doubts, read_calibration, write_calibration
 from dspark.head.folder import load_head, save_head
 from dspark.measure.calibrate import Settings, calibrate, halves
 from dspark.measure.calibration import (
+    Curves,
     Rounds,
     acceptance,
     auroc,
@@ -32,10 +33,10 @@ from dspark.measure.calibration import (
     sigmoid,
     survival,
 )
-from dspark.target.load import load_target
+from dspark.target.load import load_target, use_runtime
 from dspark.target.target import Target
 from saved import save_tiny_target
-from tiny import TINY_FIT, tiny_calibration, tiny_head, tiny_model
+from tiny import NATIVE_SHAPE, TINY_FIT, tiny_calibration, tiny_head, tiny_model
 
 
 def simulated(temperatures, num_rounds: int, seed: int = 0) -> Rounds:
@@ -52,7 +53,7 @@ def test_known_temperatures_are_found_again():
     rounds, held_out = simulated(known, 40_000), simulated(known, 40_000, seed=1)
     found = fit_temperatures(rounds)
     assert found == pytest.approx(known, rel=0.12)
-    before, after = (figures(survival(held_out.logits_RG, T), held_out.num_accepted_R) for T in (np.ones(4), found))
+    before, after = (figures(survival(held_out, curves), held_out.num_accepted_R) for curves in (None, Curves.temperatures_only(found)))
     assert all(b["ece"] > 0.02 and a["ece"] < 0.01 for b, a in zip(before, after, strict=True))
     assert all(a["brier"] < b["brier"] for b, a in zip(before, after, strict=True))
     assert after[0]["auroc"] == pytest.approx(before[0]["auroc"], abs=1e-12)  # one temperature keeps the order
@@ -68,29 +69,45 @@ def test_a_bias_that_no_temperature_removes():
         return Rounds(logits_RG, logits_RG, stands_R.astype(int), np.arange(20_000))
 
     rounds, held_out = biased(0), biased(1)
-    best = min(figures(survival(held_out.logits_RG, [T]), held_out.num_accepted_R)[0]["ece"] for T in np.geomspace(0.1, 10, 41))
-    temperatures, biases = fit_curves(rounds)
-    assert temperatures == pytest.approx([1 / 0.68], rel=0.1) and biases == pytest.approx([-0.26], abs=0.05)
-    with_bias = figures(survival(held_out.logits_RG, temperatures, biases), held_out.num_accepted_R)[0]["ece"]
+    tried = [Curves.temperatures_only([T]) for T in np.geomspace(0.1, 10, 41)]
+    best = min(figures(survival(held_out, curves), held_out.num_accepted_R)[0]["ece"] for curves in tried)
+    found = fit_curves(rounds)
+    assert found.temperatures == pytest.approx([1 / 0.68], rel=0.1) and found.biases == pytest.approx([-0.26], abs=0.05)
+    with_bias = figures(survival(held_out, found), held_out.num_accepted_R)[0]["ece"]
     assert best > 0.02 and with_bias < 0.015
+
+
+def test_the_weight_of_a_margin_that_knows_more_is_found():
+    def made(seed: int) -> Rounds:
+        generator = np.random.default_rng(seed)
+        logits_RG, margins_RG = generator.normal(0.0, 1.0, (20_000, 1)), generator.exponential(2.0, (20_000, 1))
+        stands_R = generator.random(20_000) < sigmoid(0.5 * logits_RG[:, 0] + 0.8 * margins_RG[:, 0] - 1.0)
+        return Rounds(logits_RG, margins_RG, stands_R.astype(int), np.arange(20_000))
+
+    rounds, held_out = made(0), made(1)
+    found = fit_curves(rounds, with_margin=True)
+    assert (found.temperatures, found.biases) == (pytest.approx([2.0], rel=0.15), pytest.approx([-1.0], abs=0.1))
+    assert found.margin_weights == pytest.approx([0.8], abs=0.05)
+    with_margin, without = (figures(survival(held_out, c), held_out.num_accepted_R)[0] for c in (found, fit_curves(rounds)))
+    assert with_margin["auroc"] > without["auroc"] + 0.1 and with_margin["ece"] < 0.015
 
 
 def test_few_rounds_leave_a_curve_near_what_the_head_says():
     nothing = Rounds(np.array([[3.0, np.nan]]), np.full((1, 2), np.nan), np.array([1]), np.arange(1))
-    temperatures, biases = fit_curves(nothing)
-    assert temperatures == pytest.approx([1.0, 1.0], abs=0.2) and biases == pytest.approx([0.0, 0.0], abs=0.2)
+    found = fit_curves(nothing)
+    assert found.temperatures == pytest.approx([1.0, 1.0], abs=0.2) and found.biases == pytest.approx([0.0, 0.0], abs=0.2)
 
 
 def test_calibrated_estimates_err_by_chance_only():
     rounds = simulated([1.0, 1.0], 2000)
-    for figure in figures(survival(rounds.logits_RG, np.ones(2)), rounds.num_accepted_R):
+    for figure in figures(survival(rounds), rounds.num_accepted_R):
         assert figure["ece"] == pytest.approx(figure["chance"], rel=0.6) and figure["chance"] > 0.005
 
 
 def test_positions_that_say_nothing_keep_temperature_1():
     nothing = Rounds(np.array([[0.0, np.nan]] * 4), np.full((4, 2), np.nan), np.array([0, 1, 0, 1]), np.arange(4))
     assert fit_temperatures(nothing) == [1.0, 1.0]  # every temperature makes 0.5 of the first logits
-    assert figures(survival(nothing.logits_RG, [1, 1]), nothing.num_accepted_R)[1]["rounds"] == 0
+    assert figures(survival(nothing), nothing.num_accepted_R)[1]["rounds"] == 0
 
 
 def test_ece_by_hand():
@@ -116,7 +133,8 @@ def test_acceptance_is_conditional_and_a_position_never_judged_takes_the_last_ra
 
 def test_the_margin_baseline_finds_the_curve_it_was_made_with():
     rounds = simulated([1.0, 1.0], 20_000)  # margin = 2 z + 1
-    assert fit_logistic(rounds.margins_RG[:, 0], rounds.num_accepted_R > 0) == pytest.approx([0.5, -0.5], abs=0.05)
+    inputs = np.stack([rounds.margins_RG[:, 0], np.ones(len(rounds))])
+    assert fit_logistic(inputs, rounds.num_accepted_R > 0, [0.0, 0.0]) == pytest.approx([0.5, -0.5], abs=0.05)
     held_out = simulated([1.0, 1.0], 20_000, seed=1)
     assert all(f["ece"] < 0.015 for f in figures(margin_survival(rounds, held_out), held_out.num_accepted_R))
 
@@ -128,13 +146,6 @@ def test_prompts_are_on_one_side_and_sets_on_both():
     assert {sets[i] for i in fitted} == {sets[i] for i in held_out} == {"a", "b", "c"}
 
 
-@dataclass
-class Outcome:
-    confidences: list[float]
-    num_planned: int
-    num_accepted: int
-
-
 def drifted(online: OnlineCalibration, shift: float, num_rounds: int) -> None:
     """Rounds whose confidences' logits are off by -shift at every position."""
     generator = random.Random(0)
@@ -143,7 +154,7 @@ def drifted(online: OnlineCalibration, shift: float, num_rounds: int) -> None:
         accepted = 0
         while accepted < 3 and generator.random() < 1 / (1 + np.exp(-logits[accepted] - shift)):
             accepted += 1
-        online.learn(Outcome([1 / (1 + np.exp(-z)) for z in logits], 3, accepted))
+        online.learn([1 / (1 + np.exp(-z)) for z in logits], 3, accepted)
 
 
 def test_a_drift_is_learned_online():
@@ -158,7 +169,7 @@ def test_a_shift_stays_within_its_bound_and_a_step_within_its_size(accepted):
     online = OnlineCalibration(2)
     before = 0.0
     for _ in range(2000):
-        online.learn(Outcome([0.0 if accepted else 1.0, 0.5], 1, accepted))
+        online.learn([0.0 if accepted else 1.0, 0.5], 1, accepted)
         assert abs(online.shifts[0] - before) <= online.step
         before = online.shifts[0]
     assert online.shifts == [MOST_SHIFT if accepted else -MOST_SHIFT, 0.0]  # what was never judged teaches nothing
@@ -189,6 +200,16 @@ def test_a_calibration_is_saved_and_loaded_with_its_head(folder, target):
     assert load_head(folder, target, calibrated=False).calibration is None
 
 
+def test_a_calibration_from_before_margins_is_read(folder, target):
+    def earlier(raw):
+        raw["format"] = 1
+        for fit in raw["fits"]:
+            del fit["margin_weights"]
+
+    edited(folder / "calibration.json", earlier)
+    assert load_head(folder, target).calibration.fits == (TINY_FIT, replace(TINY_FIT, temperature=1.0))
+
+
 def test_saving_another_head_takes_the_old_calibration_away(folder, target):
     save_head(tiny_head(target, seed=1), target, folder, list(range(3, 40)), {}, "# card\n")
     assert load_head(folder, target).calibration is None and not list(folder.glob("calibration*"))
@@ -210,6 +231,24 @@ def test_the_law_of_the_request_chooses_the_fit(target):
         assert len(drafts[1].margins) == 4 and min(drafts[1].margins) > 0
 
 
+@pytest.mark.parametrize("runtime", ["eager", "native"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_margins_count_by_their_weights(runtime, temperature):
+    target = Target(tiny_model("llama", **NATIVE_SHAPE))
+    use_runtime(target, runtime)
+    head = tiny_head(target, head_dim=16, rank=16)
+    weights = (0.5, 0.0, -0.25, 2.0)
+    head.calibration = tiny_calibration(head, target, replace(TINY_FIT, temperature=temperature, margin_weights=weights))
+    drafts = []
+    for recording in (False, True):
+        drafter = DSparkDrafter(head, target, recording)
+        drafter.commit(target.prefill(target.start(), [5, 6, 7]))
+        drafts.append(drafter.draft([5, 6, 7, 8], 4, make_law(temperature), torch.Generator().manual_seed(0)))
+    found, raw = (np.log(np.array(d.confidences) / (1 - np.array(d.confidences))) for d in drafts)
+    expected = raw / np.array(TINY_FIT.temperatures) + np.array(TINY_FIT.biases) + np.array(weights) * np.array(drafts[1].margins)
+    assert found == pytest.approx(expected, abs=1e-3) and drafts[0].tokens == drafts[1].tokens
+
+
 @pytest.mark.parametrize("T", [0.0, 1.0])
 def test_no_token_depends_on_a_confidence(T, target):
     head, ids = tiny_head(target), [5, 9, 17, 3]
@@ -217,7 +256,9 @@ def test_no_token_depends_on_a_confidence(T, target):
     head.calibration = tiny_calibration(head, target, replace(TINY_FIT, temperatures=(100.0, 0.01, 50.0, 0.1)))
     calibrated = generate(target, head, ids, 40, temperature=T, seed=3)
     assert [r.confidences for r in calibrated.rounds_log] != [r.confidences for r in plain.rounds_log]
-    assert [replace(r, confidences=None) for r in calibrated.rounds_log] == [replace(r, confidences=None) for r in plain.rounds_log]
+    assert [r.uncalibrated for r in calibrated.rounds_log] == [r.confidences for r in plain.rounds_log]
+    same = [[replace(r, confidences=None, uncalibrated=None) for r in result.rounds_log] for result in (calibrated, plain)]
+    assert same[0] == same[1]
     if T == 0:  # a plan may read them: other rounds, the same text
         assert generate(target, head, ids, 40, plan=Always(threshold(0.5))).token_ids == plain.token_ids
 
@@ -232,7 +273,7 @@ DAMAGE = {
     "no object": (lambda path: path.write_text("[]"), "is damaged"),
     "no JSON": (lambda path: path.write_text('{"fits": '), "not JSON"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot read"),
-    "another format": (lambda path: edited(path, lambda raw: raw.update(format=2)), "has format 2"),
+    "another format": (lambda path: edited(path, lambda raw: raw.update(format=3)), "has format 3"),
     "no fits": (lambda path: edited(path, lambda raw: raw.update(fits=[])), "holds no fit"),
     "a fit without rounds": (lambda path: edited(path, lambda raw: raw["fits"][0].pop("rounds")), "a fit has"),
     "too few temperatures": (lambda path: edited(path, lambda raw: raw["fits"][0]["temperatures"].pop()), "4 numbers were expected"),
@@ -351,7 +392,9 @@ def test_without_prompts_the_target_invents_some(place, capsys, tmp_path):
     )
     assert code == 0 and "math" in out
     (fit,) = read_calibration(head, 4).fits
-    assert fit.temperature == 1.0 and any(fit.biases)
+    assert fit.temperature == 1.0 and any(fit.biases) and not any(fit.margin_weights)
+    code, _, _ = run(capsys, "calibrate", head, "--target", place / "target", "--num-prompts", 8, "--max-new-tokens", 45, "--margin")
+    assert code == 0 and all(any(fit.margin_weights) for fit in read_calibration(head, 4).fits)
 
 
 @pytest.mark.parametrize(
@@ -379,3 +422,10 @@ def test_a_folder_closed_to_the_user_is_said_before_anything_is_measured(place, 
     monkeypatch.setattr("dspark.target.load.load_target", lambda *args, **kwargs: pytest.fail("the target was loaded"))
     code, _, err = run(capsys, "calibrate", place / "head", "--target", place / "target", "--prompts", place / "p.jsonl")
     assert code == 2 and "cannot write to" in err and "copy the head" in err
+
+
+def test_a_fit_that_is_worse_than_none_is_said():
+    fit = Fit(0.0, 0, 1.0, (1.0, 2.0), (0.0, 0.0), (0.5, 0.5), (0.1, None), (0.3, None), 400, 200, 20)
+    better = replace(fit, temperature=1.0, ece_after=(0.05, None))
+    said = doubts(Calibration("t", "float32", "", "", (fit, better)))
+    assert len(said) == 1 and "T=0" in said[0] and "30.0% against 10.0%" in said[0]

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import chisquare
 
 from dspark.core import sampling, verifier
+from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Scored, decode
 from dspark.core.planner import Adaptive, Always, Costs, CostTable, Lagged, threshold
 from dspark.core.sampling import Streams
@@ -25,7 +26,13 @@ VOCABULARY = 12
 NUM_NEW = 3
 PROMPT = (4, 0, 1, 4, 0)  # the lookup proposes 1, which this target says about a quarter of the time
 RARE = 8  # cells expected less often than this are merged
-LAWS = {"T=1": make_law(1.0), "top-p": make_law(0.8, top_p=0.9), "lagged": make_law(1.0), "adaptive": make_law(1.0)}
+LAWS = {
+    "T=1": make_law(1.0),
+    "top-p": make_law(0.8, top_p=0.9),
+    "lagged": make_law(1.0),
+    "adaptive": make_law(1.0),
+    "online": make_law(1.0),
+}
 # A round that costs about what it brings, so that the adaptive planner parks and starts again many times.
 TABLE = CostTable((0, 8), (Costs(0.1, (1.0, 1.3, 1.5, 1.9, 2.0)), Costs(0.2, (1.1, 1.4, 1.5, 1.9, 2.0))))
 PLANNERS = {
@@ -35,6 +42,8 @@ PLANNERS = {
     # The confidences of this head are small: rows that cost less make it verify in about a quarter of the rounds.
     "lagged": lambda: Lagged(CostTable((0,), (Costs(0.1, (1.0, 1.08, 1.18, 1.38, 1.58)),))),
     "adaptive": lambda: Adaptive(TABLE, [0.3] * 4, trust=2),
+    # Steps so large that a few rounds move the shifts to their bound and back.
+    "online": lambda: Adaptive(TABLE, [0.3] * 4, trust=2, online=OnlineCalibration(4, step=2.0)),
 }
 DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "lookup", "none")
 
@@ -166,7 +175,9 @@ def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
 
 
 @pytest.mark.parametrize("num_samples", [2_000, pytest.param(200_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("drafter", "planner"), [("vanilla", "lagged"), ("vanilla", "adaptive"), ("auto", "adaptive")])
+@pytest.mark.parametrize(
+    ("drafter", "planner"), [("vanilla", "lagged"), ("vanilla", "adaptive"), ("auto", "adaptive"), ("vanilla", "online")]
+)
 def test_continuations_have_the_law_of_the_target_under_planners_that_remember(drafter, planner, num_samples):
     said, accepted = sample(drafter, planner, num_samples)
     assert p_value(said, planner) > 1e-4

@@ -1,5 +1,6 @@
 """The command line: contract of the JSON output, one clear message and exit 2 for a user's mistake."""
 
+import io
 import json
 import os
 import shlex
@@ -7,15 +8,19 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from dspark.cli.main import VERBS, build_parser, main
+import dspark.generation
+from dspark.cli.main import VERBS, main
 from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
 from dspark.head.folder import save_head
+from dspark.measure.lossless import roll_back
 from dspark.target.load import load_target
 from dspark.target.native.build import built
+from dspark.target.target import Target
 from saved import save_tiny_target
 from tiny import tiny_head
 
@@ -74,6 +79,8 @@ def test_streamed_text_is_the_text(place, capsys):
         (["generate", "{target}", ""], "prompt 0 is empty"),
         (["generate", "{target}"], "no prompt given"),
         (["generate", "{target}", "x" * 600], "exceeds the target's context of 512"),
+        (["generate", "{target}", "x" * 600], "hint: shorten the prompt\n"),
+        (["generate", "{target}", "hi", "--head", "none", "--drafter", "dspark"], "needs a head, and there is none"),
         (["generate", "{target}", "hi", "--drafter", "magic"], "unknown drafter 'magic'"),
         (["generate", "{target}", "hi", "--drafter", "dflash", "--head", "{head}"], "needs a head of rank 0"),
         (["generate", "{target}", "hi", "--dtype", "int3"], "unknown dtype 'int3'"),
@@ -95,7 +102,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["train", "{target}", "--out", "{new}", "--start-from", "{head}", "--rank", "1"], "cannot be widened to rank 1"),
         (["train", "{target}", "--out", "{new}", "--kinds", "code,poems"], "--kinds names 'poems'"),
         (["train", "{target}", "--out", "{new}", "--start-from", "/nowhere"], "no head at /nowhere"),
-        (["train", "{target}", "--out", "{new}", "--device", "cuda:99"], "on cuda:99: "),
+        (["train", "{target}", "--out", "{new}", "--device", "cuda:99"], "cannot put the target on cuda:99: "),
         (["train", "{target}", "--out", "{new}", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
         (["generate", "{target}", "hi", "--threads", "99999999999999999999"], "--threads is 99999999999999999999"),
         (["generate", "{target}", "hi", "--runtime", "warp"], "unknown runtime 'warp'"),
@@ -104,6 +111,9 @@ def test_streamed_text_is_the_text(place, capsys):
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain,warp", "--head", "none"], "unknown mode 'warp'"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "modes dspark and auto need a head"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain, plain"], "named twice"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--other", "plain={head}"], "write NAME=HEAD"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--other", "mine"], "write NAME=HEAD"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--other", "mine=/nowhere", "--compare", "plain,mine"], "/nowhere"),
         (["bench", "{target}", "--prompts", "{long}", "--compare", "hf"], "prompt 1 (set p): prompt of"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--seed", "-1"], "seed is -1"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--max-new-tokens", "600"], "600 new ones exceeds"),
@@ -112,7 +122,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain", "--head", "none", "--trace", "t"], "need a head"),
         (["replay", "/nowhere.jsonl"], "cannot read trace /nowhere.jsonl"),
         (["replay", "{prompts}"], "is not a trace"),
-        (["generate", "{target}", "\udcff", "--raw"], "tokenizer cannot take this"),
+        (["generate", "{target}", "\udcff", "--raw"], "is not text in this terminal's encoding"),
         (["generate", "{target}", "hi", "--device", "meta"], "--device is meta"),
         (["generate", "{target}", "hi", "--threads", "4096"], "--threads is 4096"),
         (["train", "{target}", "--out", "{new}", "--taps", ""], "--taps is ''"),
@@ -213,6 +223,23 @@ def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeyp
     monkeypatch.setattr("dspark.target.target.rollback", lambda cache, num_rejected: None)
     code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--max-new-tokens", 16)
     assert code == 1 and "FAIL roll-back" in out
+
+
+def test_rounding_that_depends_on_the_rows_of_a_pass_is_no_broken_roll_back(place):
+    target, longest, exact = load_target(place / "target"), {}, Target.score
+
+    def score(state, tokens, num_logits=None):
+        scored = exact(target, state, tokens, num_logits)
+        if num_logits is None:  # no prompt
+            longest[id(state)] = max(longest.get(id(state), 0), len(tokens))
+        return replace(scored, logits_TV=scored.logits_TV + 0.001 * longest.get(id(state), 0))
+
+    target.score, ids = score, target.prompt_ids("hello")
+    kept = []  # states stay alive, so that no two have one id
+    start, target.start = target.start, lambda: kept.append(start()) or kept[-1]
+    assert roll_back(target, ids).passed
+    target.rollback = lambda state, num_rejected: None
+    assert not roll_back(target, ids).passed
 
 
 def test_profile_tells_rows_draft_and_bandwidth(place, capsys, monkeypatch):
@@ -351,7 +378,24 @@ def test_chat_without_an_input_says_so(place):
 def test_chat_answers_each_line_and_ends_with_the_input(place):
     command = [sys.executable, "-m", "dspark.cli.main", "chat", place / "target", "--head", "none", "--max-new-tokens", "5"]
     done = subprocess.run(command, check=False, input="hello\nmore\n", capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("tokens/s]") == 2
+    assert done.returncode == 0 and done.stderr.count("tokens/s, length]") == 2
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(place, capsys, monkeypatch):
+    answer, given = dspark.generation.generate, []
+
+    def stopped_at_first(target, head, ids, on_text, **settings):
+        given.append(target.tokenizer.decode(ids))
+        if len(given) == 1:
+            on_text("half an ans")
+            raise KeyboardInterrupt
+        return answer(target, head, ids, on_text=on_text, **settings)
+
+    monkeypatch.setattr("dspark.generation.generate", stopped_at_first)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nmore\n"))
+    code, out, err = run(capsys, "chat", place / "target", "--head", place / "head", "--max-new-tokens", 5)
+    assert code == 0 and out.startswith("half an ans\n") and "[stopped]" in err and err.count("tokens/s, ") == 1
+    assert "half an ans" in given[1]  # what was said stays in the conversation
 
 
 def test_help_is_quick_and_imports_no_torch():
@@ -364,8 +408,33 @@ def test_help_is_quick_and_imports_no_torch():
 
 
 def test_every_verb_has_a_help_page():
-    parser = build_parser()
     for verb in VERBS:
         with pytest.raises(SystemExit) as ended:
-            parser.parse_args([verb, "--help"])
+            main([verb, "--help"])
         assert ended.value.code == 0
+
+
+def test_prompts_may_stand_behind_options(place, capsys):
+    code, out, _ = run(capsys, "generate", place / "target", "one", "--head", "none", "--max-new-tokens", 3, "two", "--json", "--", "-3")
+    assert code == 0 and [json.loads(line)["index"] for line in out.splitlines()] == [0, 1, 2]
+
+
+def test_an_unknown_option_is_told_with_the_usage_of_its_verb(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "target", "hi", "--max-tokens", "5"])
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert "usage: dspark generate" in err and "unrecognized arguments: --max-tokens 5" in err
+
+
+def test_no_verb_shows_the_verbs(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and all(verb in out for verb in VERBS)
+
+
+def test_sampling_settings_are_checked_before_anything_is_loaded(capsys):
+    for verb in (["generate", "/nowhere", "hi"], ["chat", "/nowhere"]):
+        for setting, says in (("--temperature", "temperature is"), ("--seed", "seed is"), ("--max-new-tokens", "max_new_tokens is")):
+            assert says in run(capsys, *verb, setting, "-1")[2]

@@ -157,7 +157,7 @@ def test_every_answer_is_the_reference_loops_whatever_the_cache(family):
 def test_little_memory_preempts_and_changes_nothing_whatever_the_cache(family):
     requests = [Request([i, *range(30 + i, 50)], 16, eos_ids=frozenset()) for i in range(6)]
     roomy = make_engine("eager", family=family, plan="fixed")
-    assert roomy.state_bytes > roomy.token_bytes  # what a request holds however short it is
+    assert roomy.fixed_bytes > roomy.state_bytes  # what a request holds however short it is
     tight = make_engine("eager", family=family, cache_bytes=300_000, plan="fixed")  # two of the requests, with their heads
     released = []
     release = tight._release
@@ -193,7 +193,7 @@ def test_a_prefix_that_cannot_be_cut_is_taken_whole_or_not_at_all(family):
 def test_little_memory_preempts_and_changes_nothing(runtime):
     requests = [r for r in mixed_requests(30, seed=1) if len(r.prompt_ids) + r.max_new_tokens < 200]
     roomy = make_engine(runtime)
-    tight = make_engine(runtime, cache_bytes=roomy.token_bytes * 600, plan="fixed")
+    tight = make_engine(runtime, cache_bytes=roomy.token_bytes * 350, plan="fixed")
     released = []
     release = tight._release
     tight._release = lambda r: (released.append(r.number), release(r))
@@ -201,7 +201,7 @@ def test_little_memory_preempts_and_changes_nothing(runtime):
     assert len(released) > len(requests)  # each once at its end, and some before
     for ear, other in zip(ears, serve(roomy, requests), strict=True):
         assert ear.ids == other.ids
-    assert sum(r.num_bytes for r in tight.running) + tight.prefixes.num_bytes <= tight.cache_bytes
+    assert tight.held_bytes <= tight.cache_bytes
 
 
 def test_what_memory_has_no_place_for_is_not_begun_again_in_each_step():
@@ -345,7 +345,7 @@ def test_cancelled_requests_end_and_free_what_they_held():
 
 def test_a_request_is_cancelled_even_while_it_goes_back_to_the_queue():
     engine = make_engine(head=False)
-    engine.cache_bytes = engine.token_bytes * 600
+    engine.cache_bytes = engine.token_bytes * 400
 
     class Watched(list):
         def remove(self, r):

@@ -3,6 +3,7 @@
 import pytest
 
 from dspark.errors import TargetError
+from dspark.generation import generate
 from dspark.target import hub
 from dspark.target.load import load_target
 from tiny import tiny_model
@@ -53,3 +54,10 @@ def test_a_model_that_no_test_covers_is_taken_when_asked_for_and_a_line_says_so(
     assert "--rollback snapshot" in raised.value.hint
     assert load_target(tmp_path, runtime="eager", rollback="snapshot").forgets.replays
     assert "no test of dspark covers this model" in capsys.readouterr().err
+
+
+def test_a_family_without_a_class_for_text_alone_is_loaded(tmp_path):
+    tiny_model("step3p7").save_pretrained(tmp_path)
+    target = load_target(tmp_path, runtime="eager")
+    assert type(target.model).__name__ == "Step3p7ForConditionalGeneration"
+    assert generate(target, None, [3, 4, 5], 4).num_tokens == 4

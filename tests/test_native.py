@@ -15,16 +15,18 @@ import torch
 from torch import nn
 
 from dspark.core.sampling import best
-from dspark.drafters import PromptLookup
+from dspark.drafters import DSparkDrafter, PromptLookup
+from dspark.drafters.dspark import Ask, draft_many
 from dspark.errors import LogitsError, RuntimeUnavailable, SettingError
-from dspark.generation import generate
+from dspark.generation import generate, make_law
 from dspark.head.context import EagerRunner, NativeRunner, make_runner
 from dspark.head.folder import load_head, save_head
 from dspark.target.load import load_target
 from dspark.target.native import build
+from dspark.target.native.cache import PAGE_TOKENS
 from dspark.target.native.pages import gather_weights
 from dspark.target.native.runtime import NativeRuntime, reason_against
-from dspark.target.native.stack import FIRST_CAPACITY, MAX_ROWS
+from dspark.target.native.stack import MAX_ROWS
 from dspark.target.quantize import is_int8, num_bytes, quantize_int8, rows_of
 from dspark.target.target import Target
 from saved import save_tiny_target
@@ -210,7 +212,7 @@ def test_rejected_rows_leave_no_bit_behind(dtype):
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash", "lookup"])
 def test_drafted_tokens_are_the_plain_ones_at_every_precision(kind, dtype):
     target = native("llama", dtype, max_position_embeddings=1024)
-    num_new = FIRST_CAPACITY + 40  # past the first buffer of keys and values
+    num_new = 4 * PAGE_TOKENS + 8
     plain = generate(target, None, ids_of(5), num_new).token_ids
     for gamma in (1, 4, 8):
         if kind == "lookup":
@@ -274,6 +276,42 @@ def test_blocks_of_several_requests_are_those_of_each_alone(runtime, dtype):
             assert torch.equal(logits[0, r], with_bias[r, r])
         else:  # torch's products of three rows may round otherwise than those of one
             assert error(logits[0], logits_RGV[r]) < (1e-6 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("with_markov", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_drafts_in_one_go_are_those_taken_token_by_token(dtype, with_markov):
+    target = native("llama", dtype)
+    head = tiny_head(target, rank=16, head_dim=16, block_size=5, with_markov=with_markov).to(target.model.dtype)
+    target.tap(head.config.target_layer_ids)
+    runner = make_runner(head, target)
+    laws = [make_law(0.0), make_law(0.0), make_law(1.0), make_law(0.0)]
+    drafts = []
+    for chain in (runner.chain, lambda *_: None):
+        runner.chain = chain
+        drafters = [DSparkDrafter(head, target, runner=runner) for _ in laws]
+        for size, drafter in zip((90, 1, 33, 7), drafters, strict=True):
+            drafter.commit(target.score(target.start(), ids_of(size, seed=size)).features_TMD)
+        noise = torch.Generator().manual_seed(0)
+        drafts.append(draft_many([Ask(d, [3 + r], 5 - r, law, noise) for r, (d, law) in enumerate(zip(drafters, laws, strict=True))]))
+    assert [draft.tokens for draft in drafts[0]] == [draft.tokens for draft in drafts[1]]
+    assert len({token for draft in drafts[0] for token in draft.tokens}) > 4  # drafts that differ
+    for one, other in zip(*drafts, strict=True):
+        assert one.confidences == pytest.approx(other.confidences, abs=2e-6 if dtype == torch.float32 else 0.01)
+
+
+def test_a_draft_in_one_go_tells_by_how_much_its_tokens_lead_and_stops_at_broken_numbers():
+    target = native("llama", torch.float32)
+    head = tiny_head(target, rank=16, head_dim=16, block_size=5)
+    runner = make_runner(head, target)
+    generator = torch.Generator().manual_seed(0)
+    h, logits = torch.randn(2, 5, head.config.hidden_size, generator=generator), torch.randn(2, 5, len(head.draft_ids), generator=generator)
+    logits[1, 3, 2] = float("nan")
+    found = runner.chain([3, 9], list(h), list(logits))
+    assert found is not None
+    best, expected = logits[0].topk(2).indices[:, 0].tolist(), (-logits[0].topk(2).values.diff())[:, 0]
+    assert found[0].choices == best and found[0].margins == pytest.approx(expected.tolist(), rel=1e-5)
+    assert found[1].choices[:3] == logits[1, :3].argmax(-1).tolist() and found[1].choices[3:] == [-1, -1]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -391,7 +429,7 @@ def test_nan_weights_are_reported():
 REFUSED = {
     "another family": (lambda: tiny_model("gemma3"), "not one of"),
     "half precision": (lambda: tiny_model("llama", **NATIVE_SHAPE).half(), "float16"),
-    "odd sizes": (lambda: tiny_model("llama"), "multiples of 16"),
+    "odd sizes": (lambda: tiny_model("llama"), "multiples of 16, and it has a "),
     "another activation": (lambda: tiny_model("llama", **NATIVE_SHAPE, hidden_act="gelu"), "gelu"),
     "sliding window": (
         lambda: tiny_model("qwen2", **NATIVE_SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspark.core.calibration import OnlineCalibration
 from dspark.core.planner import Adaptive, Always, Costs, CostTable, EarlyStop, Lagged, admit, budget, cut, early_stop, survivals_of, worth
 from dspark.profiling import ascending
 
@@ -85,6 +86,23 @@ def test_confidences_beat_every_fixed_length():
 
     best = max(1.0, *(rate(Always(length=n)) for n in range(1, GAMMA + 1)))
     assert rate(Adaptive(always_there(STEEP), [0.5] * GAMMA)) > 1.03 * best
+
+
+@pytest.mark.parametrize("costs", [FLAT, STEEP, STAIRS])
+def test_confidences_that_are_off_are_put_right_online(costs):
+    """A head that says 0.3 of tokens of which 0.8 stand (it was calibrated on other texts) is verified too short, unless corrected."""
+
+    def rate(online):
+        planner, rng, time, tokens = Adaptive(always_there(costs), [0.8] * GAMMA, online=online), random.Random(0), 0.0, 0
+        for _ in range(5000):
+            asked = planner.ask(GAMMA, 0)
+            planned = planner.plan([0.3] * asked, asked)
+            accepted = next((k for k in range(planned) if rng.random() >= 0.8), planned)
+            planner.learn(asked, planned, accepted)
+            time, tokens = time + (planner.cost(planned) if asked else 1.0), tokens + accepted + 1
+        return tokens / time
+
+    assert rate(OnlineCalibration(GAMMA)) > 1.1 * rate(None)
 
 
 @settings(max_examples=200, deadline=None)

@@ -28,9 +28,9 @@ def make_trace(chance: float, num_requests: int = 12, seed: int = 0) -> Trace:
 
 
 def test_a_trace_is_read_as_it_was_written(tmp_path):
-    rounds = [Round([1, 2, 3], 3, 3, 2, [0.9, 0.8, 0.1]), Round([4], 1, 1, 0, [0.5]), Round([5], 0, 0, 0)]
+    rounds = [Round([1, 2, 3], 3, 3, 2, [0.9, 0.8, 0.1], uncalibrated=[0.7, 0.7, 0.2]), Round([4], 1, 1, 0, [0.5]), Round([5], 0, 0, 0)]
     request = as_request(0, "s", 7, rounds)
-    assert request.num_tokens == 5 and request.rounds[2] == Drafted((), 0)
+    assert request.num_tokens == 5 and request.rounds[2] == Drafted((), 0) and request.rounds[0].uncalibrated == (0.7, 0.7, 0.2)
     for trace in (make_trace(0.6), Trace(3, MACHINE, (request,), {})):
         write_trace(trace, tmp_path / "t.jsonl")
         assert read_trace(tmp_path / "t.jsonl") == trace

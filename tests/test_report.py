@@ -3,6 +3,8 @@
 import builtins
 import json
 import re
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -28,7 +30,8 @@ def data():
     }
     machine = {"processor": "a <chip>", "threads": 1, "torch": "2", "transformers": "5"}
     arguments = {"target": "t&u", "dtype": "float32", "temperature": 0.0, "max_new_tokens": 9}
-    yield figures(modes, make_trace(0.6), {"machine": machine, "arguments": arguments})
+    heads = {"dspark": {"layers": 2, "block_size": 5, "rank": 8}, "<b>$x^2$": {"layers": 1, "block_size": 5, "rank": 0}}
+    yield figures(modes, make_trace(0.6), {"machine": machine, "arguments": arguments}, heads)
     replaced.undo()
 
 
@@ -44,6 +47,24 @@ def test_the_numbers_are_those_of_the_run_and_of_replays(data):
     assert data["thresholds"]["all"][0]["acceptance"] == pytest.approx(sum(r.num_accepted for r in rounds) / 5 / len(rounds), abs=1e-3)
     for found in data["concurrency"].values():
         assert {(f["plan"], f["requests"]) for f in found} >= {("plain", 1), ("auto", 4)}
+
+
+def test_lengths_are_replays_and_heads_are_told_by_their_shapes(data):
+    points = data["lengths"]["all"]
+    assert [p["length"] for p in points] == [1, 2, 3, 4, 5] and all(a["tau"] < b["tau"] for a, b in pairwise(points))
+    assert points[-1]["tau"] == data["thresholds"]["all"][0]["tau"]
+    assert data["heads"]["<b>$x^2$"] == {"layers": 1, "block_size": 5, "rank": 0, "tau": 1.5}
+
+
+def test_reliability_tells_what_calibration_did():
+    """Confidences of which every token got half: survival is underestimated before, and true after."""
+    trace = make_trace(0.6, 100)
+    halved = [
+        replace(request, rounds=tuple(replace(r, uncalibrated=tuple(c / 2 for c in r.confidences)) for r in request.rounds))
+        for request in trace.requests
+    ]
+    found = reliability_of(replace(trace, requests=tuple(halved)), 1)
+    assert found["ece"] < 0.05 and found["before"]["ece"] > 0.2 and "before" not in reliability_of(trace, 1)
 
 
 def test_reliability_bins():

@@ -358,7 +358,7 @@ def test_a_request_with_a_fault_is_refused_with_the_reason(http, changes, param,
         ({"prompt": [5000]}, "5000 is outside"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a"] * 40, "n": 2}, "more than 64"),
-        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
         ({"prompt": "a", "logprobs": 6}, "5"),
@@ -396,7 +396,8 @@ def test_nesting_that_only_a_later_step_cannot_take_is_refused(http):
 
 
 def test_unknown_paths_and_methods_have_the_same_shape(http):
-    assert http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    error = http.post("/v1/responses", json={"input": "x"}).json()["error"]
+    assert error["type"] == "not_found_error" and "/v1/chat/completions" in error["message"]
     answer = http.delete("/v1/models")
     assert answer.status_code == 405 and answer.json()["error"]["message"] and answer.headers["allow"] == "GET"
 
@@ -684,6 +685,34 @@ def test_an_answer_follows_its_grammar(roomy):
         assert [(call.function.name, json.loads(call.function.arguments)) for call in answer.message.tool_calls] == [("now", {})]
     with pytest.raises(openai.BadRequestError):
         chat(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}})
+
+
+@pytest.mark.parametrize(
+    ("strict", "more", "held"),
+    [(True, {"tool_choice": "auto"}, True), (True, {}, True), (False, {}, False), (True, {"tool_choice": "none"}, False)],
+)
+def test_where_the_model_chooses_calls_of_strict_functions_follow_their_schemas(roomy, strict, more, held):
+    """The tiny model opens no call by itself: what may follow is asked."""
+    engine = Says(roomy, "No.")
+    http = TestClient(make_app(engine, Options("letters")))
+    tool = {"type": "function", "function": WEATHER["function"] | {"strict": strict}}
+    assert http.post("/v1/chat/completions", json={"messages": CHAT, "tools": [tool]} | more).status_code == 200
+    request = engine.requests[-1]
+    assert len(request.law.processors) == (1 if held else 0)
+    if held:
+        opened = [*request.prompt_ids, *roomy.tokenizer('<tool_call>\n{"name": "', add_special_tokens=False).input_ids]
+        assert request.propose(request.prompt_ids) == []
+        assert roomy.tokenizer.decode(request.propose(opened)) == 'weather", "arguments": {'
+
+
+def test_a_strict_function_whose_schema_cannot_be_followed_is_refused(roomy):
+    http = TestClient(make_app(Says(roomy, "No."), Options("letters")))
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
+    for strict, status in ((True, 400), (False, 200)):
+        answer = http.post(
+            "/v1/chat/completions", json={"messages": CHAT, "tools": [tool | {"function": tool["function"] | {"strict": strict}}]}
+        )
+        assert answer.status_code == status and (status == 200 or "parameters" in answer.json()["error"]["message"])
 
 
 def test_metrics_hear_of_every_request(target):

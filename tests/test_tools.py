@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from functools import cache
 from itertools import pairwise
 
@@ -10,7 +11,10 @@ import torch
 
 from dspark.engine.grammar import Grammar
 from dspark.errors import SettingError
-from dspark.server.tools import DESCRIBED, HERMES, LLAMA3, MISTRAL, Call, Format, ToolParser, described, format_for
+from dspark.server.calls import Call, ToolParser
+from dspark.server.syntax import DESCRIBED, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, Format
+from dspark.server.told import described, format_for
+from dspark.server.xml_syntax import QWEN3_CODER
 from words import END, TEMPLATES, word_tokenizer
 
 
@@ -23,13 +27,13 @@ def tool(name: str, parameters: dict | None = None) -> dict:
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
 TOOLS = [tool("weather", CITY), tool("now"), tool("note", {"properties": {"text": {"type": "string"}, "tags": {"type": "object"}}})]
-FORMATS = {format.name: format for format in (DESCRIBED, HERMES, LLAMA3, MISTRAL)}
-SPECIAL = (END, "<|python_tag|>", "[TOOL_CALLS]")
+FORMATS = {format.name: format for format in (DESCRIBED, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, QWEN3_CODER)}
+SPECIAL = (END, "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]")
 
 
 @cache
 def tokenizer_of(name: str):
-    return word_tokenizer(TEMPLATES[name], words=["tool_call", '{"name', '": "', '"}}', "call>"], special=SPECIAL)
+    return word_tokenizer(TEMPLATES[name], words=["tool_call", '{"name', '": "', '"}}', "call>", "\n</parameter>"], special=SPECIAL)
 
 
 def named(name: str) -> dict:
@@ -53,9 +57,8 @@ def test_a_template_for_tools_among_several_is_the_one_that_counts():
 @pytest.mark.parametrize(
     ("template", "named"),
     [
-        ("{{ tools }}<tool_call>\n<function=name>", "Qwen3-Coder"),
+        ('{{ tools }}<function=name>{"a": 1}</function>', "Llama's custom"),
         ("{{ tools }}<tool_call>name\n<arg_key>", "GLM"),
-        ("{{ tools }}[TOOL_CALLS]name[ARGS]{}", r"\[ARGS\]"),
         ("{{ tools }}<|channel|>commentary", "gpt-oss"),
         ("{{ tools }}<｜tool▁calls▁begin｜>", "DeepSeek"),
         ("{{ tools }}<|tool_call|>", "Phi"),
@@ -72,7 +75,10 @@ def test_special_tokens_of_the_syntax_are_kept():
     ids = {text: 256 + i for i, text in enumerate(SPECIAL)}
     tokenizer = word_tokenizer(special=SPECIAL)
     kept = {name: format.kept_ids(tokenizer) for name, format in FORMATS.items()}
-    assert kept == {"described": set(), "hermes": set(), "llama3": {ids["<|python_tag|>"]}, "mistral": {ids["[TOOL_CALLS]"]}}
+    assert kept == {"described": set(), "hermes": set(), "llama3": {ids["<|python_tag|>"]}, "mistral": {ids["[TOOL_CALLS]"]}} | {
+        "mistral-args": {ids["[TOOL_CALLS]"], ids["[ARGS]"]},
+        "qwen3-coder": set(),
+    }
     special = word_tokenizer(special=(END, "<tool_call>", "</tool_call>"))
     assert HERMES.kept_ids(special) == {257, 258}
 
@@ -105,15 +111,15 @@ def rendered(name: str, messages=SENT, tools=TOOLS) -> str:
 @pytest.mark.parametrize("name", FORMATS)
 def test_templates_take_calls_and_results(name):
     text = rendered(name)
-    key = FORMATS[name].arguments
     for city in ("Oslo", "Rome"):
-        assert f'{{"name": "weather", "{key}": {{"city": "{city}"}}' in text
+        assert FORMATS[name].call("weather", {"city": city})[:-1] in text
     assert all(part in text for part in ("Be brief.", "Weather in Oslo and Rome?", "rain", "sun", "Rain and sun.", "to weather", '"city"'))
-    assert text.index("Oslo and") < text.index('{"city": "Oslo"}') < text.index("rain") < text.index("sun") < text.index("Rain and")
+    asked = text.index("Oslo and")
+    called = text.index("Oslo", asked + 1)
+    assert asked < called < text.index("rain") < text.index("sun") < text.index("Rain and")
     # what the model is shown of its calls is what the parser finds in its answers
-    written = "".join(text[text.index('{"city": "Oslo"}') - 100 : text.index("rain")]) if name != "mistral" else ""
-    if name in ("hermes", "described"):
-        calls = [event for event in run(FORMATS[name], [written]) if isinstance(event, Call)]
+    if name in ("hermes", "described", "mistral-args", "qwen3-coder"):
+        calls = [event for event in run(FORMATS[name], [text[asked : text.index("rain")]]) if isinstance(event, Call)]
         assert [json.loads(call.arguments)["city"] for call in calls] == ["Oslo", "Rome"]
 
 
@@ -184,13 +190,18 @@ def run(format: Format, pieces, tools=TOOLS) -> list:
     return joined
 
 
-NASTY = 'a "quoted" } { ] [ \\ </tool_call> <tool_call> [TOOL_CALLS] <|python_tag|> \n é \ud83d\ude00'
+NASTY = 'a "quoted" } { ] [ \\ </tool_call> <tool_call> [TOOL_CALLS] <|python_tag|> \n é \U0001f600'
 NOTE = json.dumps({"text": NASTY, "tags": {"a": [1, {"b": "}"}]}})
 OSLO, ROME = '{"city": "Oslo"}', '{"city": "Rome"}'
 
 
 def hermes(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def xml(name: str, **parameters: str) -> str:
+    values = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters.items())
+    return f"<tool_call>\n<function={name}>\n{values}</function>\n</tool_call>"
 
 
 def weather(index: int, city: str) -> Call:
@@ -257,6 +268,47 @@ TEXTS = {
     ),
     "empty array": (MISTRAL, "[TOOL_CALLS][]", ["[TOOL_CALLS][]"]),
     "array that is none": (MISTRAL, '[TOOL_CALLS]{"name": "now"}', ['[TOOL_CALLS]{"name": "now"}']),
+    "name and arguments": (MISTRAL_ARGS, f"[TOOL_CALLS]weather[ARGS]{OSLO}", [weather(0, OSLO)]),
+    "names and arguments": (
+        MISTRAL_ARGS,
+        f"I look. [TOOL_CALLS]weather[ARGS]{OSLO}[TOOL_CALLS]note[CALL_ID]aB3dE6gH9[ARGS] {NOTE}Done.",
+        ["I look.", weather(0, OSLO), Call(1, "note", NOTE), "Done."],
+    ),
+    "an unknown name and arguments": (
+        MISTRAL_ARGS,
+        "[TOOL_CALLS]rm[ARGS]{}[TOOL_CALLS]now[ARGS]{}",
+        ["[TOOL_CALLS]rm[ARGS]{}", Call(0, "now", "{}")],
+    ),
+    "a name alone": (MISTRAL_ARGS, "[TOOL_CALLS]now", ["[TOOL_CALLS]now"]),
+    "a name without arguments": (MISTRAL_ARGS, "[TOOL_CALLS]now[ARGS]", ["[TOOL_CALLS]now[ARGS]"]),
+    "a name and a list": (MISTRAL_ARGS, "[TOOL_CALLS]now[ARGS][1] [x]", ["[TOOL_CALLS]now[ARGS][1] [x]"]),
+    "the older array": (MISTRAL_ARGS, '[TOOL_CALLS][{"name": "now"}]', ['[TOOL_CALLS][{"name": "now"}]']),
+    "arguments cut short": (MISTRAL_ARGS, '[TOOL_CALLS]weather[ARGS]{"city', ['[TOOL_CALLS]weather[ARGS]{"city']),
+    "broken arguments": (MISTRAL_ARGS, "[TOOL_CALLS]weather[ARGS]{city: 1} so", ["[TOOL_CALLS]weather[ARGS]{city: 1} so"]),
+    "tags": (QWEN3_CODER, xml("weather", city="Oslo"), [weather(0, OSLO)]),
+    "tags in text": (
+        QWEN3_CODER,
+        f"I look:\n\n{xml('weather', city='Oslo')}\n{xml('weather', city='Rome')} Done.",
+        ["I look:", weather(0, OSLO), weather(1, ROME), "Done."],
+    ),
+    "tags close together": (
+        QWEN3_CODER,
+        "<tool_call><function=weather><parameter=city>Oslo</parameter></function></tool_call>",
+        [weather(0, OSLO)],
+    ),
+    "tags without parameters": (QWEN3_CODER, xml("now"), [Call(0, "now", "{}")]),
+    "a text of several lines": (QWEN3_CODER, xml("note", text="\n a\n\n"), [Call(0, "note", json.dumps({"text": "\n a\n\n"}))]),
+    "tags in a value": (
+        QWEN3_CODER,
+        xml("note", text=f"</function>{NASTY}<parameter=x>") + xml("now"),
+        [Call(0, "note", json.dumps({"text": f"</function>{NASTY}<parameter=x>"})), Call(1, "now", "{}")],
+    ),
+    "an object as JSON": (QWEN3_CODER, xml("note", tags='{"a": [1, true]}'), [Call(0, "note", '{"tags": {"a": [1, true]}}')]),
+    "an unknown name in tags": (QWEN3_CODER, f"{xml('rm', x='1')} {xml('now')}", [xml("rm", x="1"), Call(0, "now", "{}")]),
+    "no function": (QWEN3_CODER, f"<tool_call>\n{{}}</tool_call>{xml('now')}", ["<tool_call>\n{}</tool_call>", Call(0, "now", "{}")]),
+    "text between parameters": (QWEN3_CODER, xml("now").replace("</f", "well </f"), [xml("now").replace("</f", "well </f")]),
+    "tags cut in the last": (QWEN3_CODER, xml("weather", city="Oslo")[:-4], [weather(0, OSLO)]),
+    "tags cut in a value": (QWEN3_CODER, xml("weather", city="Oslo")[:-40], [xml("weather", city="Oslo")[:-40]]),
     "nothing": (HERMES, "", []),
 }
 
@@ -287,6 +339,63 @@ def test_every_number_of_tokens_a_step_gives_the_same_events(name):
         assert run(format, [b[len(a) :] for a, b in pairwise(texts)]) == expected, step
 
 
+PARAMETERS = {
+    "type": "object",
+    "$defs": {"colour": {"enum": ["red", "5", 5]}},
+    "properties": {
+        "text": {"type": "string", "minLength": 1},
+        "count": {"type": "integer"},
+        "share": {"type": "number"},
+        "on": {"type": "boolean"},
+        "list": {"type": "array"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "either": {"type": ["string", "integer"]},
+        "colour": {"$ref": "#/$defs/colour"},
+        "none": {"const": None},
+        "any": {},
+        "lost": {"$ref": "#/$defs/lost"},
+        "round": {"$ref": "#/properties/round"},
+    },
+}
+# parameter, its text, the value
+VALUES: list[tuple[str, str, object]] = [
+    ("text", "5", "5"), ("text", "null", "null"), ("text", '"a"', '"a"'), ("text", "", ""), ("text", " \t", " \t"), ("text", "\n", "\n"),
+    ("count", "5", 5), ("count", " 5 ", 5), ("count", "-3", -3), ("count", "5.5", "5.5"), ("count", "five", "five"), ("count", "true", "true"),
+    ("share", "5", 5), ("share", "0.5", 0.5), ("share", "NaN", "NaN"), ("share", "1e3", 1000.0),
+    ("on", "true", True), ("on", "True", True), ("on", "False", False), ("on", "yes", "yes"), ("on", "1", "1"),
+    ("list", '[1, "a"]', [1, "a"]), ("list", "{}", "{}"), ("list", "[1", "[1"),
+    ("maybe", "null", None), ("maybe", "None", None), ("maybe", "5", "5"), ("maybe", "x", "x"),
+    ("either", "5", 5), ("either", "x", "x"), ("either", "[5]", "[5]"),
+    ("colour", "red", "red"), ("colour", "5", 5), ("none", "null", None),
+    ("any", "5", 5), ("any", "x", "x"), ("any", '"x"', "x"), ("lost", "5", 5), ("round", "x", "x"), ("unknown", "[]", []), ("unknown", "é", "é"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "text", "value"), VALUES)
+def test_values_in_tags_are_what_the_schema_says(key, text, value):
+    [call] = run(QWEN3_CODER, [xml("f", **{key: text})], [tool("f", PARAMETERS)])
+    assert json.loads(call.arguments) == {key: value} and type(json.loads(call.arguments)[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$ref": 5}, {"type": {}}, {"type": "foo"}, {"enum": 5}, {"anyOf": 5}, [], None, {"anyOf": [{"$ref": "#/properties/x"}] * 9}]
+)
+def test_values_of_schemas_that_are_none_are_read_all_the_same(schema):
+    [call] = run(QWEN3_CODER, [xml("f", x="5")], [tool("f", {"properties": {"x": schema}})])
+    assert json.loads(call.arguments) in ({"x": 5}, {"x": "5"})
+
+
+def test_a_value_beyond_numbers_is_no_call():
+    assert run(QWEN3_CODER, [xml("f", share="1e999")], [tool("f", PARAMETERS)]) == [xml("f", share="1e999")]
+
+
+def test_a_long_value_in_tags_is_read_once():
+    parser = ToolParser(QWEN3_CODER, TOOLS)
+    text = xml("note", text="</parameter" * 10_000)
+    events = [event for at in range(0, len(text), 3) for event in parser.push(text[at : at + 3])]
+    assert events == [Call(0, "note", json.dumps({"text": "</parameter" * 10_000}))]
+
+
 def test_text_and_calls_go_out_as_soon_as_they_are_decided():
     parser = ToolParser(HERMES, TOOLS)
     assert parser.push("Let me <b>look") == ["Let me <b>look"]
@@ -298,6 +407,11 @@ def test_text_and_calls_go_out_as_soon_as_they_are_decided():
     assert parser.finish() == []
     bare = ToolParser(LLAMA3, TOOLS)
     assert bare.push("An {") == ["An {"]
+    named = ToolParser(MISTRAL_ARGS, TOOLS)
+    assert named.push("[TOOL_CALLS]he") == [] and named.push(" said") == ["[TOOL_CALLS]", "he said"]
+    tags = ToolParser(QWEN3_CODER, TOOLS)
+    assert tags.push("<tool_call>\n<func") == [] and tags.push("y") == ["<tool_call>", "\n<funcy"]
+    assert tags.push(xml("now") + "<tool_call><function=now>\nSo") == [Call(0, "now", "{}"), "<tool_call>", "<function=now>\nSo"]
 
 
 def test_a_long_call_is_read_once():
@@ -317,7 +431,7 @@ def random_answer(grammar: Grammar, tokenizer, seed: int, limit: int = 400) -> l
     while len(ids) < limit:
         masked = matcher.processor(torch.tensor([ids], dtype=torch.long), torch.zeros(1, len(tokenizer)))
         allowed = torch.isfinite(masked[0]).nonzero()[:, 0].tolist()
-        quotes = [id for id in allowed if '"' in tokenizer.decode([id]) or "}" in tokenizer.decode([id])]
+        quotes = [id for id in allowed if re.search('"|}|</parameter>', tokenizer.decode([id]))]
         forced = matcher.propose(ids)
         ids.append(forced[0] if forced else rng.choice(quotes if quotes and rng.random() < 0.5 else allowed))
         if ids[-1] == tokenizer.eos_token_id:
@@ -361,6 +475,14 @@ def test_special_tokens_of_the_syntax_are_tokens_in_its_grammar():
     assert ids[0] == 257 and ids[-1] == 258 and run(HERMES, [tokenizer.decode(ids)], CLOSED) == [Call(0, "now", "{}")]
 
 
+def test_a_call_may_have_an_id_where_the_tokenizer_has_a_token_for_it():
+    for special, allowed in ((("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), True), (("[TOOL_CALLS]", "[ARGS]"), False)):
+        tokenizer = word_tokenizer(special=(END, *special))
+        grammar = Grammar.for_tools(tokenizer, CLOSED, named("now"), MISTRAL_ARGS, end_ids=[256])
+        assert follows(grammar, tokenizer, "[TOOL_CALLS]now[ARGS]{}")
+        assert follows(grammar, tokenizer, "[TOOL_CALLS]now[CALL_ID]aB3dE6gH9[ARGS]{}") == allowed
+
+
 def test_choices_that_force_nothing_are_refused():
     tokenizer = tokenizer_of("hermes")
     for choice, said in (("auto", "auto"), (named("rm"), "'rm'"), ({}, "None")):
@@ -368,3 +490,69 @@ def test_choices_that_force_nothing_are_refused():
             Grammar.for_tools(tokenizer, TOOLS, choice, HERMES, end_ids=[tokenizer.eos_token_id])
     with pytest.raises(SettingError, match="parameters"):
         Grammar.for_tools(tokenizer, [tool("x", {"not": {}})], "required", HERMES, end_ids=[tokenizer.eos_token_id])
+
+
+# Text that the grammar of a call to `f` holds, or not
+IN_TAGS = {
+    "text": ({"type": "string"}, ["", "a\nb", "</parameter", "5", '"'], []),
+    "short": ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "abc", "é\n"], ["a", "abcd"]),
+    "integer": ({"type": "integer", "minimum": 0}, ["0", "17"], ["-1", "x", "", "0.5"]),
+    "object": ({"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": False}, ['{"a": 1}', "{}"], ['{"b": 1}']),
+    "enum": ({"enum": ["red", None, 5, "a b"]}, ["red", "null", "5", "a b"], ["blue", '"red"']),
+    "optional": ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, ["7", "null"], ["None", "x"]),
+    "reference": ({"$ref": "#/$defs/size"}, ["[1, [2]]", "[]"], ["1"]),
+}
+
+
+def follows(grammar: Grammar, tokenizer, text: str) -> bool:
+    """Whether the whole text is one of the grammar."""
+    state = grammar.root
+    for id in [*tokenizer.encode(text), tokenizer.eos_token_id]:
+        state = state.after(id)
+    return state.intact
+
+
+@pytest.mark.parametrize("name", IN_TAGS)
+def test_the_grammar_of_a_value_in_tags_is_its_schema(name):
+    schema, good, bad = IN_TAGS[name]
+    tokenizer = tokenizer_of("qwen3-coder")
+    parameters = {"$defs": {"size": {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/size"}, {"type": "integer"}]}}}}
+    tools = [
+        tool("f", parameters | {"properties": {"x": schema, "y": {"type": "boolean"}}, "required": ["x"], "additionalProperties": False})
+    ]
+    grammar = Grammar.for_tools(tokenizer, tools, "required", QWEN3_CODER, end_ids=[tokenizer.eos_token_id])
+    for text in good:
+        assert follows(grammar, tokenizer, xml("f", x=text)), text
+        assert follows(grammar, tokenizer, xml("f", x=text, y="true") + "\n" + xml("f", x=text))
+    for text in bad:
+        assert not follows(grammar, tokenizer, xml("f", x=text)), text
+    assert not any(
+        follows(grammar, tokenizer, text) for text in (xml("f"), xml("f", y="true"), xml("f", x=good[0], z="1"), xml("g", x="1"))
+    )
+
+
+def test_a_function_without_declared_parameters_takes_any_in_tags():
+    tokenizer = tokenizer_of("qwen3-coder")
+    grammar = Grammar.for_tools(tokenizer, [tool("f", {"type": "object"})], "required", QWEN3_CODER, end_ids=[tokenizer.eos_token_id])
+    assert all(follows(grammar, tokenizer, text) for text in (xml("f"), xml("f", x="a", y="b\nc")))
+    assert not follows(grammar, tokenizer, xml("f", x="a").replace("=x>", "=>"))
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"properties": {"x": {"type": "string", "pattern": "a+"}}}, "'pattern' of parameter 'x' of tool 'f'"),
+        ({"properties": {"x>": {}}}, "'x>'"),
+        ({"properties": {"x": {"enum": ["</parameter>"]}}}, "cannot be written"),
+        ({"properties": {}, "oneOf": []}, "'oneOf' of the parameters of tool 'f'"),
+        ({"properties": []}, "no JSON schema"),
+        ({"properties": {"x": {"type": "string", "maxLength": "long"}}}, "cannot be followed"),
+        ({"properties": {"x": {"$ref": "#/properties/x"}}}, "cannot be followed"),
+        ({"properties": {"x": {"anyOf": [{"$ref": "#/properties/x"}] * 9}}}, "alternatives"),
+        ({"properties": {"x": {"type": "foo"}}}, "foo"),
+    ],
+)
+def test_what_tags_cannot_hold_is_refused(schema, said):
+    tokenizer = tokenizer_of("qwen3-coder")
+    with pytest.raises(SettingError, match=said):
+        Grammar.for_tools(tokenizer, [tool("f", schema)], "required", QWEN3_CODER, end_ids=[tokenizer.eos_token_id])

@@ -24,6 +24,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
 from dspark.train.sample import sample_batch
+from dspark.train.trainer import anchor_states, loss_after
 from dspark.train.warmstart import widened
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model
@@ -112,6 +113,22 @@ def test_loss_of_a_perfect_draft_is_small(target, store):
     tail = 1 - batch.teacher_probs_NAGP.sum(-1)[batch.valid_NAG]
     assert perfect.total.item() <= 2 * tail.max().item() + 1e-3 < uniform.total.item()
     assert torch.equal(greedy_agreement(probs, batch, index), batch.valid_NAG)
+
+
+def test_a_detached_confidence_trains_its_own_layer_alone(target, store):
+    def gradients(**settings):
+        head = tiny_head(target, block_size=3)
+        for parameter in head.parameters():
+            parameter.requires_grad_(True)
+        batch = make_batch([store[3]], 4, 3, None)
+        loss_after(head, anchor_states(target, batch), batch, torch.arange(128), replace(CONFIG, **settings)).total.backward()
+        return {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
+
+    without, detached, attached = gradients(confidence_weight=0.0), gradients(detached_confidence=True), gradients()
+    own = {name for name in attached if name.startswith("confidence_head")}
+    assert own and all(torch.equal(detached[name], attached[name]) and detached[name].any() for name in own)
+    assert all(torch.equal(detached[name], without[name]) for name in attached.keys() - own)
+    assert any(not torch.equal(attached[name], without[name]) for name in attached.keys() - own)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 300])

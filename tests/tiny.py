@@ -154,6 +154,7 @@ def tiny_head(
     draft_vocab: int | None = None,
     seed: int = 0,
     head_dim: int = 8,
+    with_markov: bool = True,
 ) -> Head:
     """A random head for this target; rank 0 is DFlash, `draft_vocab` keeps every n-th id only."""
     num_draft = draft_vocab or target.vocab_size
@@ -174,6 +175,7 @@ def tiny_head(
         num_target_layers=target.num_layers,
         markov_rank=rank,
         markov_head_type=kind,
+        confidence_head_with_markov=with_markov,
     )
     draft_ids = torch.arange(num_draft) * target.vocab_size // num_draft
     rows = target.output_rows(draft_ids).to(target.model.dtype)
@@ -189,7 +191,9 @@ def tiny_head(
 
 
 # for a block of 4
-TINY_FIT = Fit(0.0, 0, 1.0, (2.0, 3.0, 4.0, 5.0), (0.0, 0.5, 0.0, -1.0), (0.5,) * 4, (0.1,) * 4, (0.01, 0.02, 0.03, None), 400, 200, 20)
+TINY_FIT = Fit(
+    0.0, 0, 1.0, (2.0, 3.0, 4.0, 5.0), (0.0, 0.5, 0.0, -1.0), (0.0,) * 4, (0.5,) * 4, (0.1,) * 4, (0.01, 0.02, 0.03, None), 400, 200, 20
+)
 
 
 def tiny_calibration(head: Head, target: Target, *fits: Fit) -> Calibration:

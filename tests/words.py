@@ -26,7 +26,28 @@ MISTRAL = """{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOL
 %}{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}, "id": "{{ call.id }}"}{% endfor %}]{%
 elif m.role == "tool" %}[TOOL_RESULTS]{{ m.tool_call_id }} {{ m.content }}[/TOOL_RESULTS]{% else %}<|{{ m.role }}|>{{ m.content }}{%
 endif %}{% endfor %}"""
-TEMPLATES = {"described": PLAIN, "hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL}
+MISTRAL_ARGS = """{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}{% for m in messages %}{%
+if m.role == "tool" %}[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]{% else %}<|{{ m.role }}|>{{ m.content }}{%
+for call in m.tool_calls or [] %}{% if call.id | length != 9 %}{{ raise_exception("nine characters") }}{% endif
+%}[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}{% endfor %}{% endif %}{% endfor %}"""
+QWEN3_CODER = """{% if tools %}You may call {{ tools | tojson }}: <tool_call><function=NAME><parameter=KEY>
+{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}
+<tool_call>
+<function={{ call.function.name }}>
+{% for key, value in call.function.arguments.items() %}<parameter={{ key }}>
+{{ value if value is string else value | tojson }}
+</parameter>
+{% endfor %}</function>
+</tool_call>{% endfor %}
+{% endfor %}"""
+TEMPLATES = {
+    "described": PLAIN,
+    "hermes": HERMES,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "mistral-args": MISTRAL_ARGS,
+    "qwen3-coder": QWEN3_CODER,
+}
 
 
 def word_tokenizer(
@@ -36,7 +57,7 @@ def word_tokenizer(
     ones; the first of these ends a text."""
     vocabulary = {c: i for i, c in enumerate(sorted(alphabet or pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
-    for word in (word.replace(" ", "Ġ") for word in words):
+    for word in (word.replace(" ", "Ġ").replace("\n", "Ċ") for word in words):
         for size in range(2, len(word) + 1):
             if word[:size] not in vocabulary:
                 vocabulary[word[:size]] = len(vocabulary)

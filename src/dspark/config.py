@@ -64,6 +64,7 @@ class TrainConfig:
     ce_weight: float = 0.1
     l1_weight: float = 0.9
     confidence_weight: float = 1.0
+    detached_confidence: bool = False  # its loss trains the confidence head alone, not the states it reads
     decay: float = 4.0  # position weights exp(-k/decay), as in DeepSpec's code
     teacher_tokens: int = 32  # target probabilities kept a token; the softmax over all costs as much as the head
     held_out: int = 64  # answers never trained on

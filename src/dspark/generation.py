@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Round, decode
 from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, always
 from dspark.core.sampling import Law, Streams
@@ -30,7 +31,8 @@ PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinP
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
 DRAFTERS = ("auto", "dspark", "dflash", "lookup", "none")
-PLANS = ("auto", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
+PLANS = ("auto", "online", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
+ADAPTIVE = ("auto", "online")
 DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
 
 
@@ -125,7 +127,7 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
         return PromptLookup(target.vocab_size, device=target.device)
     if head is None:
         raise SettingError(
-            f"drafter {name!r} needs a head, and none is known for {target.name or 'this target'}",
+            f"drafter {name!r} needs a head, and there is none",
             "pass `--head DIR`, or train one: `dspark train`",
         )
     if name == "dflash" and head.config.markov_rank:
@@ -151,12 +153,12 @@ def usual_acceptance(drafter: Drafter) -> tuple[Sequence[float], float]:
 def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callable[[str], None] = lambda text: None) -> Planner:
     """The planner that `spec` names, one of `PLANS`; None: auto. Raises `SettingError` for another.
 
-    auto, early-stop and lagged need this machine's costs, which are measured at first use (profiling.py).
+    online is auto with confidences corrected by what was accepted so far. Both, early-stop and lagged need this machine's costs, which are measured at first use (profiling.py).
     An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
     a name to start each call alike, which is what lets a seed replay at a temperature above 0."""
     spec = DEFAULT_PLAN if spec is None else spec
     lengths: Planner | None = always(spec)
-    if lengths is None and spec not in ("auto", "early-stop", "lagged"):
+    if lengths is None and spec not in (*ADAPTIVE, "early-stop", "lagged"):
         raise SettingError(
             f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
         )
@@ -167,11 +169,13 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     source = drafter.head if isinstance(drafter, Arbiter) else drafter
     head = source.head if isinstance(source, DSparkDrafter) else None
     table = planning_costs(target, head, 1 + drafter.block_size, say)
-    if spec != "auto":
+    if spec not in ADAPTIVE:
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)
     if isinstance(drafter, Arbiter):
-        return drafter.plan_with(table, lengths)
-    return lengths or Adaptive(table, *usual_acceptance(drafter))
+        return drafter.plan_with(table, lengths, online=spec == "online")
+    return lengths or Adaptive(
+        table, *usual_acceptance(drafter), online=OnlineCalibration(drafter.block_size) if spec == "online" else None
+    )
 
 
 def stream(
@@ -239,24 +243,30 @@ def as_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
-    """Values are checked here, once, at the border."""
-    if len(prompt_ids) == 0:
-        raise PromptError("the prompt is empty", "give at least one token; a chat template always does")
+def check_settings(max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
+    """What is wrong whatever the target and the prompt are. Raises `SettingError`."""
     if max_new_tokens < 1:
         raise SettingError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1 new token")
     if not isinstance(seed, int) or not 0 <= seed < 2**61:
         raise SettingError(f"seed is {seed}", "seeds are whole numbers from 0 to 2**61 - 1")
+    if any(not s for s in stop):
+        raise SettingError("a stop string is empty", "leave it out")
+
+
+def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
+    """Values are checked here, once, at the border."""
+    if len(prompt_ids) == 0:
+        raise PromptError("the prompt is empty", "give at least one token; a chat template always does")
+    check_settings(max_new_tokens, seed, stop)
     bad = [t for t in prompt_ids if not 0 <= t < target.vocab_size]
     if bad:
         raise PromptError(f"token id {bad[0]} is outside the target's vocabulary of {target.vocab_size}")
     if len(prompt_ids) + max_new_tokens > target.max_context:
+        room = target.max_context - len(prompt_ids)
         raise PromptError(
             f"prompt of {len(prompt_ids)} tokens plus {max_new_tokens} new ones exceeds the target's context of {target.max_context}",
-            f"shorten the prompt, or ask for at most {max(0, target.max_context - len(prompt_ids))} new tokens",
+            f"shorten the prompt, or ask for at most {room} new tokens" if room > 0 else "shorten the prompt",
         )
-    if any(not s for s in stop):
-        raise SettingError("a stop string is empty", "leave it out")
     if stop and target.tokenizer is None:
         raise SettingError("stop strings need a tokenizer, and this target has none")
 

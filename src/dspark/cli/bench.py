@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,10 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_head(parser)
     parser.add_argument("--dflash-head", default=None, metavar="HEAD", help="a head of rank 0 for the mode dflash")
     parser.add_argument(
+        "--other", action="append", default=[], metavar="NAME=HEAD", help="another head, a mode of this name; may be given again"
+    )
+    parser.add_argument(
         "--compare",
         default="plain,dspark",
         metavar="LIST",
-        help="of plain, dspark, dflash, lookup, hf, hf-lookup; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
+        help="of plain, auto, dspark, dflash, lookup, hf, hf-lookup and the names of --other; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -50,14 +54,15 @@ def run(options: argparse.Namespace) -> int:
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     prompts = first_of_each_set(prompts, options.limit)
     from dspark.generation import make_law
-    from dspark.head.folder import find_head, load_head
+    from dspark.head.folder import find_head, load_head, named_head
     from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
     from dspark.measure.report import figures, write_report
     from dspark.measure.trace import Trace, as_request, write_trace
     from dspark.profiling import device_name, planning_costs, read_bandwidth, weight_bytes
 
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
-    check_modes(names)
+    others = dict(named(other) for other in options.other)
+    check_modes(names, list(others))
     recorded = options.trace is not None or options.report is not None
     if options.trace is not None:
         check_folder("--trace", options.trace)
@@ -81,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
             f"the head of {options.target} has no confidences to record", "leave --trace and --report out, or train one with them"
         )
     heads = {"dspark": own, "auto": own, "dflash": load_head(options.dflash_head, target) if "dflash" in kinds else None}
+    heads |= {name: load_head(named_head(folder), target) for name, folder in others.items() if name in kinds}
     modes = [Mode(name, heads.get(name.partition("@")[0])) for name in names]
     for head in {id(head): head for head in heads.values() if head is not None}.values():
         say_calibration(head, options.temperature)
@@ -113,8 +119,15 @@ def run(options: argparse.Namespace) -> int:
         trace = Trace(own.config.block_size, costs, tuple(requests), made_by)
     if options.trace is not None:
         write_trace(trace, Path(options.trace))
+        say(f"trace in {options.trace}: `dspark replay {options.trace}`")
     if options.report is not None:
-        write_report(figures(report, trace, made_by), table(report), Path(options.report))
+        drafting = {mode.name: mode.head.config for mode in modes if mode.head is not None and mode.kind != "auto"}
+        shapes = {
+            name: {"layers": config.num_hidden_layers, "block_size": config.block_size, "rank": config.markov_rank}
+            for name, config in drafting.items()
+        }
+        write_report(figures(report, trace, made_by, shapes), table(report), Path(options.report))
+        say(f"report in {Path(options.report) / 'index.html'}")
     say(
         f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
     )
@@ -132,6 +145,16 @@ def run(options: argparse.Namespace) -> int:
         document = {**made_by, "modes": report, "prompts": [asdict(r) for r in runs]}
         print(json.dumps(document))
     return 0
+
+
+def named(other: str) -> tuple[str, str]:
+    """The name and the head of an --other."""
+    from dspark.measure.bench import MODES
+
+    name, _, head = other.partition("=")
+    if not re.fullmatch(r"[\w.-]+", name) or not head or name in MODES:
+        raise SettingError(f"--other is {other!r}", f"write NAME=HEAD, the name a word other than {', '.join(MODES)}")
+    return name, head
 
 
 def check_folder(name: str, file: str) -> None:

@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from dspark.cli.options import add_target, open_prompts, open_target
+from dspark.cli.options import add_target, open_prompts, open_target, say
 from dspark.errors import SettingError
 
 INVENTED = 128
@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="of the laws above T=0: keep the K best tokens (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the laws above T=0: keep this mass (1: all)")
-    parser.add_argument(
-        "--bias", action="store_true", help="fit a bias beside each temperature (default: temperatures alone, as the paper)"
-    )
+    fit = parser.add_mutually_exclusive_group()
+    fit.add_argument("--bias", action="store_true", help="fit a bias beside each temperature (default: temperatures alone, as the paper)")
+    fit.add_argument("--margin", action="store_true", help="fit a bias, and a weight of the margin between the two best draft logits")
     parser.add_argument("--json", action="store_true", help="end with one JSON document on the last line")
 
 
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
-    from dspark.head.calibration import refuse_unwritable, write_calibration
+    from dspark.head.calibration import doubts, refuse_unwritable, write_calibration
     from dspark.head.folder import load_head, named_head
 
     folder = named_head(options.head)
@@ -61,10 +61,13 @@ def run(options: argparse.Namespace) -> int:
         ids = [(target.prompt_ids(p.content), name) for p, name in prompts]
     else:
         ids = invented(target, options.num_prompts or INVENTED, bar)
-    found, reports = calibrate(target, head, ids, laws, options.max_new_tokens, bar, options.bias)
+    curve = "margin" if options.margin else "bias" if options.bias else "temperatures"
+    found, reports = calibrate(target, head, ids, laws, options.max_new_tokens, bar, curve)
     write_calibration(found, folder)
     print(table(reports))
     print(f"\nwritten to {folder / 'calibration.json'}")
+    for doubt in doubts(found):
+        say(doubt)
     if options.json:
         print(
             json.dumps({"machine": machine(target.device), "calibration": asdict(found), "reports": [asdict(report) for report in reports]})

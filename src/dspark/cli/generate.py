@@ -9,6 +9,7 @@ from dspark.cli.options import (
     add_plan,
     add_sampling,
     add_target,
+    check_sampling,
     open_head,
     open_prompts,
     open_target,
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_sampling(options)
     prompts = open_prompts(options.prompt, options.prompts)
     target = open_target(options)
     head = open_head(options, target)

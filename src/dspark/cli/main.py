@@ -24,28 +24,38 @@ VERBS = {
 }
 
 
-def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The parser; with `only`, the other verbs' modules are not imported."""
+def build_parser() -> argparse.ArgumentParser:
+    """What stands before a verb, and the list of them; their own options are `verb_parser`'s, so no verb is imported for it."""
     parser = argparse.ArgumentParser(
         prog="dspark",
         description="Makes a language model you already have answer faster and say exactly what it would have said.",
         epilog="DSpark is a decoding method (speculative decoding); the DGX Spark is a computer.",
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, summary in VERBS.items():
-        sub = verbs.add_parser(verb, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if only in (None, verb):
-            module = importlib.import_module(f"dspark.cli.{verb}")
-            module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
+        verbs.add_parser(verb, help=summary)
     return parser
 
 
+def verb_parser(verb: str) -> argparse.ArgumentParser:
+    summary = VERBS[verb]
+    parser = argparse.ArgumentParser(prog=f"dspark {verb}", description=summary[0].upper() + summary[1:] + ".")
+    module = importlib.import_module(f"dspark.cli.{verb}")
+    module.add_arguments(parser)
+    parser.set_defaults(verb=verb, run=module.run)
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a verb: in any order, prompts between them. A mistake is told with the usage of that verb."""
+    if arguments and arguments[0] in VERBS:
+        return verb_parser(arguments[0]).parse_intermixed_args(arguments[1:])
+    return build_parser().parse_args(arguments or ["--help"])
+
+
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    verb = next((a for a in arguments if a in VERBS), "")
-    options = build_parser(only=verb).parse_args(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not end the answer
         sys.stdout.reconfigure(errors="replace")
     try:

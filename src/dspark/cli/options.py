@@ -35,7 +35,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--plan",
         default=None,
         metavar="PLAN",
-        help="how much to speculate: auto, fixed, length:N, threshold:P, early-stop or lagged (default auto: what gains most time here)",
+        help="how much to speculate: auto, online (auto, and confidences are corrected on the way), fixed, length:N, threshold:P, early-stop "
+        "or lagged (default auto: what gains most time here)",
     )
 
 
@@ -54,6 +55,14 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> 
 def sampling_options(options: argparse.Namespace) -> dict:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
+
+
+def check_sampling(options: argparse.Namespace) -> None:
+    """Raises `SettingError` for sampling settings without meaning, before anything is loaded or measured."""
+    from dspark.generation import check_settings, make_law
+
+    check_settings(options.max_new_tokens, options.seed, options.stop)
+    make_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
 
 
 def set_threads(options: argparse.Namespace) -> None:
@@ -95,6 +104,11 @@ def say_calibration(head, temperature: float) -> None:
 
 
 def open_prompts(texts: list[str], file: str | None) -> list[Prompt]:
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for bytes that are no text
+            raise PromptError(
+                f"the prompt {text!a} is not text in this terminal's encoding", "write it in UTF-8, or use --prompts FILE.jsonl"
+            )
     prompts = [Prompt(text) for text in texts] + (read_prompts(file) if file else [])
     if not prompts:
         raise PromptError("no prompt given", "pass a PROMPT, or --prompts FILE.jsonl")

@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", default=None, metavar="KEY", help=f"clients must send it (default: ${KEY}; else none is needed)")
     parser.add_argument("--speculation", choices=("auto", "off"), default="auto", help="for requests that do not say (default auto)")
     parser.add_argument(
-        "--plan", choices=("auto", "fixed"), default="auto", help="how much to speculate (default auto: what gains most time)"
+        "--plan",
+        choices=("auto", "online", "fixed"),
+        default="auto",
+        help="how much to speculate (default auto: what gains most time; online: and confidences are corrected on the way)",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-running", type=int, default=32, metavar="N", help="answers decoded together (default 32)")
@@ -98,7 +101,8 @@ def model_name(target: str) -> str:
 
 def greet(url: str, model: str, key: bool) -> None:
     header = f' -H "Authorization: Bearer ${KEY}"' if key else ""
-    say(f"{model} answers at {url}, to OpenAI's clients at {url}/v1; a page to try it is at {url}/\n")
+    export = f" (set ${KEY} to the key before you try this)" if key and not os.environ.get(KEY) else ""
+    say(f"{model} answers at {url}, to OpenAI's clients at {url}/v1; a page to try it is at {url}/{export}\n")
     print(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
         f'  -d \'{{"messages": [{{"role": "user", "content": "Explain why the sky is blue."}}], "max_tokens": 64}}\'',

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes, "start_from": None,
     **{option: default for option, (_, default) in SHAPE.items()},
     "steps": CONFIG.steps, "sequences": CONFIG.sequences_per_step, "anchors": CONFIG.anchors_per_sequence, "optimizer": CONFIG.optimizer,
-    "lr": CONFIG.learning_rate, "muon_lr": CONFIG.muon_learning_rate, "loss": "paper", "seed": CONFIG.seed,
+    "lr": CONFIG.learning_rate, "muon_lr": CONFIG.muon_learning_rate, "loss": "paper", "confidence": "attached", "seed": CONFIG.seed,
 }  # fmt: skip
 FILES = ("prompts", "answers", "start_from")  # train() compares what they hold: they may have moved
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-gb",
         type=float,
         metavar="G",
-        help=f"bound of the feature cache on disk (default {DEFAULTS['cache_gb']})",
+        help=f"bound of the feature cache on disk; 0: none (default {DEFAULTS['cache_gb']})",
     )
     shape = parser.add_argument_group("head")
     shape.add_argument("--start-from", metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it")
@@ -74,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"peak learning rate of Muon (default {DEFAULTS['muon_lr']})",
     )
     steps.add_argument("--loss", choices=LOSSES, help=LOSS_HELP)
+    steps.add_argument(
+        "--confidence", choices=("attached", "detached"),
+        help="detached: the loss of the confidences trains their layer alone (default attached)",
+    )  # fmt: skip
     steps.add_argument("--seed", type=int, metavar="S", help="the same seed and threads give the same head on a CPU (default 0)")
     parser.add_argument("--json", action="store_true", help="print the provenance record as JSON at the end")
     parser.set_defaults(dtype=None, device=None)  # as with the others: what was given can be told from what was not
@@ -120,6 +124,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed, num_prompts=num_prompts, kinds=kinds, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
         sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
         muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
+        detached_confidence=options.confidence == "detached",
     )  # fmt: skip
     target = open_target(options)
     from dspark.head.folder import named_head

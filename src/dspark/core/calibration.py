@@ -5,13 +5,12 @@ This module imports no torch."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
-from typing import Protocol
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What makes confidence logits z chances, sigmoid(z / T + b), fitted under one sampling law (paper, Sequential
-    Temperature Scaling, where b is 0).
+    """What makes confidence logits z and margins m chances, sigmoid(z / T + b + w m), fitted under one sampling law (paper,
+    Sequential Temperature Scaling, where b and w are 0). A margin is the best draft logit of a position less the second.
 
     Tuples go by drafted position. `temperature` is the law's own, 0 for greedy. `acceptance` is the share of judged tokens
     that were accepted, given that all before them were. The errors (ECE, 20 bins) are those of `held_out_rounds` rounds,
@@ -22,12 +21,27 @@ class Fit:
     top_p: float
     temperatures: tuple[float, ...]
     biases: tuple[float, ...]
+    margin_weights: tuple[float, ...]
     acceptance: tuple[float, ...]
     ece_before: tuple[float | None, ...]
     ece_after: tuple[float | None, ...]
     rounds: int
     held_out_rounds: int
     prompts: int
+
+
+def chances(logits: Sequence[float], margins: Sequence[float] | None, fit: Fit | None) -> list[float]:
+    """Confidences of the first positions; without a fit the head's own, sigmoid(z). `margins` may be None where the fit weighs none."""
+    if fit is None:
+        return [sigmoid(z) for z in logits]
+    sums = [z / T + b for z, T, b in zip(logits, fit.temperatures, fit.biases, strict=False)]
+    if margins is not None:
+        sums = [z + w * m if w else z for z, w, m in zip(sums, fit.margin_weights, margins, strict=False)]  # a margin can be infinite
+    return [sigmoid(z) for z in sums]
+
+
+def sigmoid(z: float) -> float:
+    return 0.0 if z < -700 else 1 / (1 + exp(-z))
 
 
 @dataclass(frozen=True)
@@ -44,17 +58,6 @@ class Calibration:
     def nearest(self, temperature: float) -> Fit:
         """The fit whose law has the nearest temperature; the higher of two that are equally near."""
         return min(self.fits, key=lambda fit: (abs(fit.temperature - temperature), -fit.temperature))
-
-
-class Judged(Protocol):
-    """As much of a round (core.decode.Round) as learning from it takes."""
-
-    @property
-    def confidences(self) -> Sequence[float] | None: ...
-    @property
-    def num_planned(self) -> int: ...
-    @property
-    def num_accepted(self) -> int: ...
 
 
 STEP = 0.05  # of a shift, times how far an estimate was off: a drift of 1 takes about a hundred judged tokens
@@ -75,13 +78,11 @@ class OnlineCalibration:
         """The drafter's confidences with each position's shift applied."""
         return [shifted(c, b) for c, b in zip(confidences, self.shifts, strict=False)]
 
-    def learn(self, done: Judged) -> None:
+    def learn(self, confidences: Sequence[float], num_planned: int, num_accepted: int) -> None:
         """Take up one round; its confidences are those of the drafter, not adjusted ones."""
-        if done.confidences is None:
-            return
-        num_judged = min(done.num_accepted + 1, done.num_planned)  # the first rejection ends what is known
-        for k, estimate in enumerate(self.adjust(done.confidences[:num_judged])):
-            moved = self.shifts[k] + self.step * ((k < done.num_accepted) - estimate)
+        num_judged = min(num_accepted + 1, num_planned)  # the first rejection ends what is known
+        for k, estimate in enumerate(self.adjust(confidences[:num_judged])):
+            moved = self.shifts[k] + self.step * ((k < num_accepted) - estimate)
             self.shifts[k] = max(-MOST_SHIFT, min(MOST_SHIFT, moved))
 
 

@@ -48,7 +48,7 @@ class Drafter(Protocol):
 class Round:
     """What one round did. `tokens` are its new tokens: accepted ones, then the target's own.
 
-    `confidences` and `margins` are the draft's, one a drafted token; None where the drafter has no opinion."""
+    `confidences`, `margins` and `uncalibrated` are the draft's, one a drafted token; None where the drafter has no opinion."""
 
     tokens: list[int]
     num_drafted: int
@@ -56,6 +56,7 @@ class Round:
     num_accepted: int
     confidences: list[float] | None = None
     margins: list[float] | None = None
+    uncalibrated: list[float] | None = None
 
 
 # (law, ids, draft, num_planned, scored, streams) -> what stands, and the token after it
@@ -144,7 +145,7 @@ def decode(
             finished = stop(ids[num_prompt:])
             if finished:
                 break
-        yield Round(new, len(draft.tokens), num_planned, verdict.num_accepted, draft.confidences, draft.margins)
+        yield Round(new, len(draft.tokens), num_planned, verdict.num_accepted, draft.confidences, draft.margins, draft.uncalibrated)
 
 
 def row_laws(law: Law, ids: list[int], drafted: list[int], logits_TV: torch.Tensor) -> torch.Tensor:

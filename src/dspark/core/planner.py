@@ -15,6 +15,8 @@ from itertools import accumulate, pairwise, takewhile
 from operator import mul
 from typing import Protocol
 
+from dspark.core.calibration import OnlineCalibration
+
 # (confidences, limit) -> number of tokens to verify, 0..limit
 Plan = Callable[[Sequence[float], int], int]
 
@@ -323,7 +325,8 @@ class Adaptive:
     one that gained, the next round is drafted too.
     Every decision rests on rounds that are over, on costs, and within a block on `worth`: the law of the output is kept.
 
-    `expected` is the acceptance by position to start from, worth `trust` rounds; `pace` is shared by planners that take turns."""
+    `expected` is the acceptance by position to start from, worth `trust` rounds; `pace` is shared by planners that take turns;
+    `online`, if given, corrects confidences by what was accepted so far."""
 
     LATELY, LONG = 1 / 64, 1 / 512
     CLEARLY = -0.1  # plain steps a round: one deviation of the mean of 64 rounds that break even
@@ -331,8 +334,17 @@ class Adaptive:
     BORROWED = 8.0  # rounds' worth of trust in a position's neighbour
     PAUSES = (2, 256)  # rounds between probes: at first, at most
 
-    def __init__(self, table: Table, expected: Sequence[float], trust: float = 16.0, pace: Pace | None = None):
-        self.table, self.costs, self.pace = table, table.at(0), pace or Pace()
+    def __init__(
+        self,
+        table: Table,
+        expected: Sequence[float],
+        trust: float = 16.0,
+        pace: Pace | None = None,
+        online: OnlineCalibration | None = None,
+    ):
+        self.table, self.costs, self.pace, self.online = table, table.at(0), pace or Pace(), online
+        self.num_tokens = 0
+        self.confidences: Sequence[float] | None = None  # of this round's draft, as the drafter gave them
         self.usual = [Mean(self.LATELY, chance, trust if k == 0 else 1.0) for k, chance in enumerate(expected)]
         self.trust = trust
         self.hope_for(max(self.best_gain(expected), self.HOPE))
@@ -353,7 +365,7 @@ class Adaptive:
 
     def costs_changed(self) -> None:
         """Drafting pays or not at the new costs; the acceptance that was seen says what to expect."""
-        self.costs = self.table.at(0)
+        self.costs = self.table.at(self.num_tokens)
         self.hope_for(self.best_gain(self.acceptance()))
         if self.parked:
             self.wait = self.pause = self.PAUSES[1] // 8
@@ -372,13 +384,18 @@ class Adaptive:
         return self.lately.value < self.CLEARLY or self.long.value < 0
 
     def ask(self, limit: int, num_tokens: int) -> int:
-        self.costs = self.table.at(num_tokens)
+        self.num_tokens, self.costs = num_tokens, self.table.at(num_tokens)
         return 0 if self.parked and self.wait > 0 else limit
 
     def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
         usual = self.acceptance()
         usual += usual[-1:] * (limit - len(usual))
-        planned = worth(self.costs, self.pace.value / self.costs.plain, usual)(usual if confidences is None else confidences, limit)
+        self.confidences = confidences
+        if confidences is None:
+            confidences = usual
+        elif self.online is not None:
+            confidences = self.online.adjust(confidences)
+        planned = worth(self.costs, self.pace.value / self.costs.plain, usual)(confidences, limit)
         return max(planned, min(limit, 1)) if self.parked else planned  # a probe that verifies nothing teaches nothing
 
     def acceptance(self) -> list[float]:
@@ -402,6 +419,8 @@ class Adaptive:
         """Learn from what stood of a draft."""
         for k in range(min(num_planned, num_accepted + 1, len(self.usual))):
             self.usual[k].add(float(k < num_accepted))
+        if self.online is not None and self.confidences is not None:
+            self.online.learn(self.confidences, num_planned, num_accepted)
 
     def settle(self, gain: float, num_rounds: int = 1) -> None:
         """Learn from what so many drafted rounds gained on average, in plain steps: park or not, and how long until the

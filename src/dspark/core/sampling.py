@@ -103,11 +103,15 @@ class Coupled:
     A drafted token then stands with probability (1 - d) / (1 + d) or better, d the laws' total variation distance; independent
     randomness gives 1 - d (`Streams`), which is why this is for requests that ask for a seed."""
 
-    KEPT = 64  # positions whose numbers are kept: those of a round are used twice
+    KEPT = 16  # positions whose numbers are kept, a vocabulary each: those of a round are used twice
 
     def __init__(self, seed: int):
         self.seed, self.kept = seed, {}  # type: tuple[int, dict[int, torch.Tensor]]
-        self.draft = self
+
+    @property
+    def draft(self) -> "Coupled":
+        """The same numbers serve the draft. (An attribute would be a cycle, and keep them until the garbage collector comes.)"""
+        return self
 
     def exponentials(self, position: int, vocab_size: int, device: torch.device) -> torch.Tensor:
         if position not in self.kept:

@@ -48,7 +48,8 @@ class Draft:
     """Proposed tokens with the law each was drawn from, `probs_KV` (rows [V]), and its estimated chance of
     acceptance given that all before it were accepted (None: the drafter has no opinion).
 
-    `margins` (best draft logit of each row minus the second) are noted for calibration only. `num_asked` is set where
+    `margins` (best draft logit of each row minus the second) are noted for calibration only, `uncalibrated` are the confidences
+    as the head gave them where a calibration has changed them. `num_asked` is set where
     the draft ended early for what it drew: it was to have so many tokens."""
 
     tokens: list[int]
@@ -56,6 +57,7 @@ class Draft:
     confidences: list[float] | None = None
     margins: list[float] | None = None
     num_asked: int = 0
+    uncalibrated: list[float] | None = None
 
     def planned(self, plan: Callable[[Sequence[float] | None, int], int]) -> int:
         """How many of its tokens to verify by `plan(confidences, limit)`.

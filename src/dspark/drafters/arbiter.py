@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dspark.core.calibration import OnlineCalibration
 from dspark.core.planner import Adaptive, Costs, CostTable, Pace, Planner, Table, WithoutDrafts
 from dspark.core.sampling import Coupled, Law
 from dspark.core.verifier import Draft
@@ -32,11 +33,12 @@ class Arbiter:
         self.block_size = max(head.block_size if head else 0, lookup.block_size)
         self.plan_with(NOMINAL)
 
-    def plan_with(self, table: Table, lengths: Planner | None = None) -> "Arbiter":
-        """Forget what was learned, and go by these costs."""
+    def plan_with(self, table: Table, lengths: Planner | None = None, online: bool = False) -> "Arbiter":
+        """Forget what was learned, and go by these costs; `online`: and correct the head's confidences on the way."""
         self.lengths, self.pace = lengths, Pace()
         free = WithoutDrafts(table)
-        self.head_planner = Adaptive(table, self.expected, self.trust, self.pace)
+        corrected = OnlineCalibration(self.block_size) if online else None
+        self.head_planner = Adaptive(table, self.expected, self.trust, self.pace, corrected)
         self.found_planners = {
             size: Adaptive(free, [FOUND_AGAIN[size]] * self.lookup.block_size, trust=4, pace=self.pace) for size in SIZES
         }

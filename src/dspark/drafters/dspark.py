@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from dspark.core.calibration import chances
 from dspark.core.sampling import Coupled, Law, Streams, apply, best, draw, probs
 from dspark.core.verifier import Draft, FewTokens
-from dspark.head.context import Runner, make_runner
+from dspark.head.context import Chained, Pending, Runner, feature_pool, make_runner
 from dspark.head.head import Head
 from dspark.target.target import Target
 
@@ -30,8 +31,7 @@ class DSparkDrafter:
     def start(self) -> None:
         self.tap()
         self.context = self.runner.start()
-        self.pending: list[torch.Tensor] = []
-        self.num_pending = 0
+        self.pending = Pending()
 
     def tap(self) -> None:
         """Another drafter may have tapped other layers since this one's last round."""
@@ -40,14 +40,24 @@ class DSparkDrafter:
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         """Kept until the next draft: while others draft, or nobody does, the head costs nothing."""
-        self.pending.append(features_TMD)
-        self.num_pending += len(features_TMD)
+        if len(features_TMD):
+            self.pending.add(features_TMD, feature_pool(self.runner, features_TMD))
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes for its request."""
-        some = next((features for features in self.pending if len(features)), None)
-        return self.context.num_bytes + (0 if some is None else some.nbytes // len(some) * self.num_pending)
+    def fork(self, num_tokens: int) -> "DSparkDrafter":
+        """A drafter for another text that begins with the same tokens. What is pending stays so: the other may never draft."""
+        forked = DSparkDrafter(self.head, self.target, self.recording, self.runner)
+        forked.context = self.context.fork(min(num_tokens, self.context.num_tokens))
+        forked.pending = self.pending.fork(num_tokens - forked.context.num_tokens, self.runner.feature_pool)
+        return forked
+
+    def commit_bytes(self, num_tokens: int) -> int:
+        """Memory that features of so many tokens more take."""
+        pool = self.runner.feature_pool
+        return 0 if pool is None else pool.page_bytes * self.pending.growth(num_tokens)
+
+    def draft_bytes(self, num_tokens: int = 0) -> int:
+        """Memory that the context takes, beyond what it has, for a draft after so many tokens more."""
+        return self.runner.growth(self.context, self.context.num_tokens + self.pending.num_tokens + num_tokens)
 
     def flush(self) -> None:
         """Turn what was committed into context keys and values."""
@@ -74,11 +84,11 @@ class Ask(NamedTuple):
 @torch.inference_mode()
 def flush_many(drafters: Sequence[DSparkDrafter]) -> None:
     """`flush` of each, in one pass where the runner can."""
-    new = [(d.context, torch.cat(d.pending)) for d in drafters if d.pending]
+    new = [(d.context, d.pending.features()) for d in drafters if d.pending.num_tokens]
     if new:
         drafters[0].runner.commit(new)
     for drafter in drafters:
-        drafter.pending, drafter.num_pending = [], 0
+        drafter.pending = Pending()
 
 
 @dataclass
@@ -92,11 +102,17 @@ class Block:
     uniforms: list[float]
     tokens: list[int] = field(default_factory=list)
     laws: list[torch.Tensor] = field(default_factory=list)
+    chained: Chained | None = None
     ended: bool = False
 
     @property
     def last(self) -> int:
         return self.tokens[-1] if self.tokens else self.ask.ids[-1]
+
+    @property
+    def greedy(self) -> bool:
+        """Each token is the best of its row, which no processor changes: such laws need not be formed."""
+        return self.ask.law.greedy and not self.ask.law.processors
 
     def add_bias(self, k: int, z_r: torch.Tensor) -> None:
         """The sequential head's bias on the shortlist of row k."""
@@ -107,7 +123,7 @@ class Block:
     def take(self, k: int, choice: int) -> None:
         """Draw token k; `choice` is where its row is largest, if that is known (else -1)."""
         law, head, row_C = self.ask.law, self.ask.drafter.head, self.logits_KC[k]
-        if law.greedy and not law.processors:  # no need to form such laws
+        if self.greedy:
             self.tokens.append(int(self.ids_KC[k, best(row_C[None])[0] if choice < 0 else choice]))
             return
         q_C = law_of_choices(law, [*self.ask.ids, *self.tokens], row_C, self.ids_KC[k], head.config.vocab_size)
@@ -123,25 +139,45 @@ class Block:
         self.laws.append(q_C)
         self.tokens.append(int(self.ids_KC[k, where]))
 
+    def attempt(self, k: int, choice: int) -> None:
+        """`take` token k; of what cannot be drawn behind the first the draft ends."""
+        try:
+            self.take(k, choice)
+        except Exception:  # broken numbers, or a processor's
+            if k == 0:
+                raise
+            self.ended = True  # tokens that led here stay: to drop a draft for what it drew would change the law
+
+    def follow(self, chained: Chained) -> None:
+        """Draw all tokens as a runner has chosen them."""
+        self.chained = chained
+        for k in range(len(self.logits_KC)):
+            if not self.ended:
+                self.attempt(k, chained.choices[k])
+
     def finish(self, h_GD: torch.Tensor, w_Kr: torch.Tensor | None) -> Draft:
         """The draft, with its confidences."""
         num, law, head, recording = len(self.tokens), self.ask.law, self.ask.drafter.head, self.ask.drafter.recording
         if num == 0:
             return Draft([], torch.empty(0, 0))
-        confidences = None
-        if head.confidence_head is not None:
-            logits_K = head.confidence_head(h_GD[:num], None if w_Kr is None else w_Kr[:num]).float()
-            if head.calibration is not None and not recording:
-                fit = head.calibration.nearest(law.temperature)
-                logits_K = logits_K / logits_K.new_tensor(fit.temperatures[:num]) + logits_K.new_tensor(fit.biases[:num])
-            confidences = logits_K.sigmoid().tolist()
-        # logits_KC has the biases in it by now
-        margins = (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist() if recording else None
-        if law.greedy and not law.processors:
+        logits: list[float] | None = None
+        if self.chained is not None:
+            logits = self.chained.confidences
+        elif head.confidence_head is not None:
+            logits = head.confidence_head(h_GD[:num], None if w_Kr is None else w_Kr[:num]).tolist()
+        fit = None if head.calibration is None or recording else head.calibration.nearest(law.temperature)
+        margins = None
+        if recording or (fit is not None and any(fit.margin_weights)):
+            # logits_KC has the biases in it by now
+            chained = self.chained and self.chained.margins[:num]
+            margins = chained or (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist()
+        confidences = None if logits is None else chances(logits[:num], margins, fit)
+        uncalibrated = None if logits is None or fit is None else chances(logits[:num], None, None)
+        if self.greedy:
             laws = FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device)
         else:
             laws = FewTokens(self.ids_KC[:num], torch.stack(self.laws), head.config.vocab_size)
-        return Draft(self.tokens, laws, confidences, margins, len(self.logits_KC) if self.ended else 0)
+        return Draft(self.tokens, laws, confidences, margins if recording else None, len(self.logits_KC) if self.ended else 0, uncalibrated)
 
 
 @torch.inference_mode()
@@ -157,12 +193,21 @@ def draft_many(asks: Sequence[Ask]) -> list[Draft]:
     anchors = torch.tensor([asks[i].ids[-1] for i in wanting], device=head.fc.weight.device)
     h_RGD, logits_RGC = runner.block([drafter.context for drafter in drafters], drafters[0].target.embed(anchors))
     blocks = [begin(asks[i], logits_GC) for i, logits_GC in zip(wanting, logits_RGC, strict=True)]
+    longest = max(len(block.logits_KC) for block in blocks)
+    greedy = [r for r, block in enumerate(blocks) if block.greedy and block.shortlist_KC is None]
+    if greedy and (
+        found := runner.chain([blocks[r].last for r in greedy], *[[rows[r, :longest] for r in greedy] for rows in (h_RGD, logits_RGC)])
+    ):
+        for r, chained in zip(greedy, found, strict=True):
+            blocks[r].follow(chained)
     w_RKr: list[list[torch.Tensor]] = [[] for _ in blocks]
     state_Rr: torch.Tensor | None = None
-    for k in range(max(len(block.logits_KC) for block in blocks)):
-        going = [r for r, block in enumerate(blocks) if k < len(block.logits_KC) and not block.ended]
+    for k in range(longest):
+        going = [r for r, block in enumerate(blocks) if k < len(block.logits_KC) and not block.ended and block.chained is None]
+        if not going:
+            break
         choices = [-1] * len(going)
-        if markov is not None and going:
+        if markov is not None:
             # All requests take the step, so that the state's rows stay theirs.
             w_Rr = markov.markov_w1.weight[torch.tensor([block.last for block in blocks], device=h_RGD.device)]
             z_Rr, state_Rr = markov.step(w_Rr, h_RGD[:, k], state_Rr)
@@ -174,12 +219,7 @@ def draft_many(asks: Sequence[Ask]) -> list[Draft]:
                 for r in going:
                     blocks[r].add_bias(k, z_Rr[r])
         for r, choice in zip(going, choices, strict=True):
-            try:
-                blocks[r].take(k, choice)
-            except Exception:  # broken numbers, or a processor's
-                if k == 0:
-                    raise
-                blocks[r].ended = True  # tokens that led here stay: to drop a draft for what it drew would change the law
+            blocks[r].attempt(k, choice)
     for i, block, h_GD, w_Kr in zip(wanting, blocks, h_RGD, w_RKr, strict=True):
         drafts[i] = block.finish(h_GD, torch.stack(w_Kr) if w_Kr else None)
     return drafts

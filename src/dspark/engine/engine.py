@@ -27,14 +27,16 @@ from dspark.engine.request import Event, Failed, Finished, Request, Round, Step,
 from dspark.engine.running import NOTHING, Running
 from dspark.errors import Busy, SettingError
 from dspark.generation import check_request, usual_acceptance
-from dspark.head.context import make_runner
+from dspark.head.context import feature_pool, make_runner
 from dspark.head.head import Head
-from dspark.target.target import Target
+from dspark.target.native.cache import PAGE_TOKENS, Cache, pages_for
+from dspark.target.target import State, Target
 
 log = logging.getLogger(__name__)
 
 # Prompt tokens of a step: beside others few enough that their next tokens come soon, alone enough for one large product.
 CHUNK_BESIDE, CHUNK_ALONE = 64, 512
+LEAST_TOKENS = 64  # of a request that there must be memory for
 PENDING_TOKENS = 1024  # tokens of a request whose features wait, at most, to become the head's context keys
 SHARE_OF_MEMORY = 0.5  # of what is free at the start, for caches
 PROBE_STEPS = 32  # steps from one draft pass of few requests to the next
@@ -45,9 +47,10 @@ NEWEST = 1 / 32  # weight of the newest step in the running mean of measured ove
 class Engine:
     """Serves requests from a thread of its own (`start`); `step` does one by hand.
 
-    `speculate=False` decodes everything plainly; `plan` is auto, or for study fixed, length:N or threshold:P. `cache_bytes` bounds keys and
-    values of running requests and of the prefix cache together (None: half of the memory that is free now); one request alone may
-    exceed it while its cache doubles. `on_step` hears of every step."""
+    `speculate=False` decodes everything plainly; `plan` is auto or online (`make_planner`), or for study fixed, length:N or threshold:P.
+    `cache_bytes` bounds keys and values of running requests and of the prefix cache together, the head's and its features among them
+    (None: half of the memory that is free now). They are never more; a request that could not be served within is refused. `on_step`
+    hears of every step."""
 
     def __init__(
         self,
@@ -65,9 +68,9 @@ class Engine:
         for name, value, least in (("max_running", max_running, 1), ("max_waiting", max_waiting, 0)):
             if value < least:
                 raise SettingError(f"{name} is {value}", f"give at least {least}")
-        self.lengths = None if plan == "auto" else always(plan)
-        if self.lengths is None and plan != "auto":
-            raise SettingError(f"unknown plan {plan!r}", "choose auto, fixed, length:N or threshold:P")
+        self.lengths, self.online = always(plan), plan == "online"
+        if self.lengths is None and plan not in ("auto", "online"):
+            raise SettingError(f"unknown plan {plan!r}", "choose auto, online, fixed, length:N or threshold:P")
         self.target, self.head, self.speculate = target, head if speculate else None, speculate
         self.max_running, self.max_waiting, self.on_step = max_running, max_waiting, on_step
         self.runner = None if self.head is None else make_runner(self.head, target)
@@ -77,12 +80,15 @@ class Engine:
             target.tap(self.head.config.target_layer_ids)
         block = max(self.head.config.block_size if self.head else 0, LOOKUP_TOKENS) if speculate else 0
         self.load: Load | None = measured_load(target, self.head, max_running, block + 1, say) if speculate else None
-        self.token_bytes, self.state_bytes = self._measured_bytes()
+        self.most_rows = max(block, LOOKUP_TOKENS) + 1  # of one request in a step
+        self.fixed_bytes, self.state_bytes, self.token_bytes = self._measured_bytes()
         self.cache_bytes = int(SHARE_OF_MEMORY * free_memory()) if cache_bytes is None else cache_bytes
-        if self.capacity < 64:
+        self.reserved = 0  # bytes that the present step will take
+        least = self._most_bytes(LEAST_TOKENS)
+        if least > self.cache_bytes:
             raise SettingError(
-                f"{self.cache_bytes / 1e6:.0f} MB of cache hold {self.capacity} tokens",
-                f"a token takes {self.token_bytes} bytes: give more",
+                f"{self.cache_bytes / 1e6:.1f} MB of cache are too few for one request of {LEAST_TOKENS} tokens",
+                f"give at least {least / 1e6:.1f} MB",
             )
         self.prefixes = PrefixCache(target)
         self.waiting: deque[Running] = deque()
@@ -102,8 +108,8 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Tokens of one request whose state fits."""
-        return max(0, self.cache_bytes - self.state_bytes) // self.token_bytes
+        """Tokens whose keys and values fit, about."""
+        return max(0, self.cache_bytes - self.fixed_bytes) // self.token_bytes
 
     def start(self) -> "Engine":
         """Serve from now on; once is enough."""
@@ -127,11 +133,12 @@ class Engine:
         check_request(self.target, request.prompt_ids, request.max_new_tokens, seed, request.stop)
         if request.logprobs is not None and not 0 <= request.logprobs <= self.target.vocab_size:
             raise SettingError(f"logprobs is {request.logprobs}", f"ask for 0 to {self.target.vocab_size} alternatives")
-        needed = len(request.prompt_ids) + request.max_new_tokens + LOOKUP_TOKENS + 1
-        if needed > self.capacity:
+        num_tokens = len(request.prompt_ids) + request.max_new_tokens
+        needed = self._most_bytes(num_tokens)
+        if needed > self.cache_bytes:
             raise SettingError(
-                f"prompt and answer take up to {needed} tokens of cache; {self.capacity} fit",
-                "ask for fewer tokens, or start with more cache",
+                f"{num_tokens} tokens of prompt and answer take up to {needed / 1e6:.1f} MB of cache; {self.cache_bytes / 1e6:.1f} MB are allowed",
+                "ask for fewer tokens, or start with more cache (--cache-gb)",
             )
         with self.changed:
             if self.closing:
@@ -205,6 +212,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """One target pass for everybody, if there is anything to do."""
+        self.reserved = 0
         self._admit()
         if not self.running:
             return
@@ -260,23 +268,31 @@ class Engine:
         filling = next((r for r in self.running if r.state is None or r.missing), None)
         if filling is None or filling.state is not None:
             return filling
-        others = [r for r in self.running if r.state is not None]
-        beside = [Entry(np.asarray(r.ids[: r.state.num_tokens]), r.state, r.head) for r in others if r.state]
-        try:
-            known = self.prefixes.take(filling.ids[:-1], beside)
-        except Exception:  # memory, say: the prompt is computed anew
-            log.warning("a known beginning cannot be copied", exc_info=True)
-            known = None
-        filling.state, context = known or (self.target.start(), None)
+        filling.state, filling.head = self._known_beginning(filling) or (self.target.start(), None)
         if not filling.num_new:
             filling.cached_tokens = filling.state.num_tokens
-        if self.head is not None:
+        if self.head is not None and filling.head is None:
             filling.head = DSparkDrafter(self.head, self.target, runner=self.runner)
-            if context is not None:
-                filling.head.context = context
         if filling.arbiter is not None:
             filling.arbiter.head = filling.head  # a preempted request has a new one
         return filling
+
+    def _known_beginning(self, r: Running) -> tuple[State, DSparkDrafter | None] | None:
+        """What a prefix or a running request knows of this text, if there is room for it."""
+        others = [other for other in self.running if other.state is not None]
+        beside = [Entry(np.asarray(o.ids[: o.state.num_tokens]), o.state, o.head) for o in others if o.state]
+        found = self.prefixes.find(r.ids[:-1], beside)
+        if found is None:
+            return None
+        entry, size = found
+        kept = self.prefixes.holds(entry)
+        if not (kept and size == len(entry.ids)) and not (self._free(self._fork_bytes(entry)) and kept == self.prefixes.holds(entry)):
+            return None
+        try:
+            return self.prefixes.take(entry, size)
+        except Exception:  # memory, say: the prompt is computed anew
+            log.warning("a known beginning cannot be copied", exc_info=True)
+            return None
 
     def _prepare(self, r: Running) -> None:
         """Its planner and lookup, made when it first may draft, and told when the load has changed since it last did."""
@@ -284,25 +300,44 @@ class Engine:
             return
         if r.arbiter is None:
             acceptance, trust = usual_acceptance(r.head) if r.head else ([0.5], 1.0)
-            r.arbiter = Arbiter(r.head, r.lookup(), acceptance, trust).plan_with(self.load, self.lengths)
+            r.arbiter = Arbiter(r.head, r.lookup(), acceptance, trust).plan_with(self.load, self.lengths, self.online)
             r.arbiter.lookup.start()
             r.loads_seen = self.loads if self.load.running == 1 else -1
         if r.loads_seen != self.loads:
             r.arbiter.costs_changed()
             r.loads_seen = self.loads
 
+    @property
+    def held_bytes(self) -> int:
+        """Keys, values and features of running requests and prefixes, each counted once. Pages of others that use this target count too."""
+        pools = [] if self.target.runtime is None else [self.target.runtime.pool]
+        pools += [] if self.runner is None else [pool for pool in (self.runner.pool, self.runner.feature_pool) if pool]
+        holders: list[Entry | Running] = [*self.prefixes.entries, *self.running]
+        eager = [h.state for h in holders if h.state is not None and not isinstance(h.state.cache, Cache)]
+        own = [h.head.context.own for h in holders if h.head is not None]
+        contexts = {id(tensors[0]): tensors for tensors in own if tensors}  # forks borrow them
+        return (
+            sum(pool.used_bytes for pool in pools)
+            + sum(state.num_bytes for state in eager)
+            + sum(tensor.nbytes for tensors in contexts.values() for tensor in tensors)
+        )
+
+    def _free(self, needed: int) -> bool:
+        """Are so many bytes free, beside what this step will take? Prefixes go for them, those unused for longest first."""
+        while self.held_bytes + self.reserved + needed > self.cache_bytes:
+            if not self.prefixes.drop_oldest():
+                return False
+        return True
+
     def _make_room(self, filling: Running | None, chunk: int) -> None:
-        """Before caches grow past the bound: old prefixes go, then the newest request goes back to the queue."""
+        """For all that this step's pass will add: old prefixes go, then the newest request goes back to the queue."""
         while True:
-            growth = sum(self._growth(r, chunk if r is filling else LOOKUP_TOKENS + 1) for r in self.running if r.state is not None)
-            held = self.prefixes.num_bytes + sum(r.num_bytes for r in self.running)
-            if held + growth <= self.cache_bytes:
+            holding = [r for r in self.running if r.state is not None]
+            growth = sum(self._growth(r, chunk if r is filling else self.most_rows) for r in holding)
+            if self._free(growth) or len(holding) <= 1:  # alone it fits: `submit` has seen to that
+                self.reserved = growth
                 return
-            if self.prefixes.drop_oldest():
-                continue
-            newest = max((r for r in self.running if r.state is not None), key=lambda r: r.number)
-            if sum(r.state is not None for r in self.running) == 1:
-                return  # alone it fits, or nearly: `submit` has seen to that
+            newest = max(holding, key=lambda r: r.number)
             self._release(newest)
             self.full = True
             with self.changed:  # in one of the two whenever `cancel` looks
@@ -310,10 +345,34 @@ class Engine:
                 self.waiting.appendleft(newest)
 
     def _growth(self, r: Running, rows: int) -> int:
-        """Bytes that its caches may take more: they grow by doubling."""
-        assert r.state is not None
-        needed = self.state_bytes + self.token_bytes * (r.state.num_tokens + rows + 16)
-        return 0 if needed <= r.num_bytes else max(r.num_bytes, needed - r.num_bytes)
+        """Bytes that a pass with so many rows of it takes, at most, and their features, which go into the context when they are many."""
+        state, head = r.state, r.head
+        assert state is not None
+        size = self.state_bytes * rows + (0 if state.num_tokens else self.fixed_bytes)
+        if isinstance(state.cache, Cache):
+            size = state.cache.growth(state.num_tokens, state.num_tokens + rows)
+        if head is not None:
+            size += head.commit_bytes(rows)
+            size += head.draft_bytes(rows) if head.pending.num_tokens + rows > PENDING_TOKENS else 0
+        return size
+
+    def _fork_bytes(self, entry: Entry) -> int:
+        """Bytes that a fork of it takes: a page that was begun, natively; eagerly all of it."""
+        size = entry.state.cache.pool.page_bytes if isinstance(entry.state.cache, Cache) else entry.state.num_bytes
+        if self.runner is not None:
+            size += sum(pool.page_bytes for pool in (self.runner.pool, self.runner.feature_pool) if pool)
+        return size
+
+    def _most_bytes(self, num_tokens: int) -> int:
+        """Bytes that one request of so many tokens takes at most, while it runs alone."""
+        rows = num_tokens + self.most_rows
+        size = self.fixed_bytes + self.state_bytes * (rows if self.target.runtime is None else PAGE_TOKENS * pages_for(rows))
+        if self.runner is not None:
+            empty = self.runner.start()
+            size += self.runner.growth(empty, num_tokens) * (2 if self.runner.pool is None else 1)  # old and new while it is copied
+            pending = min(num_tokens, PENDING_TOKENS + CHUNK_ALONE) + self.most_rows
+            size += pages_for(pending) * (0 if self.runner.feature_pool is None else self.runner.feature_pool.page_bytes)
+        return size
 
     def _guard(self, num_decoding: int) -> Guard | None:
         """Of this load. One request alone has its planner, which knows what it gained."""
@@ -338,11 +397,14 @@ class Engine:
         wanting = sum(draft is None for draft in drafts)
         if self.lengths is None and 2 * wanting < len(decoding) and self.steps % PROBE_STEPS:
             drafts = [r.without_head() if draft is None else draft for r, draft in zip(decoding, drafts, strict=True)]
-        asks = {
-            i: Ask(r.head, r.ids, min(r.left - 1, r.head.block_size), r.request.law, r.noise.draft)
-            for i, r in enumerate(decoding)
-            if drafts[i] is None and r.head is not None
-        }
+        asks, needed = {}, 0
+        for i, r in enumerate(decoding):
+            if drafts[i] is None and r.head is not None:
+                needed += r.head.draft_bytes()
+                if self._free(needed):
+                    asks[i] = Ask(r.head, r.ids, min(r.left - 1, r.head.block_size), r.request.law, r.noise.draft)
+                else:
+                    drafts[i] = r.without_head()
         try:
             found = draft_many(list(asks.values()))
         except Exception:  # one of them: each for itself then
@@ -365,7 +427,7 @@ class Engine:
 
     def _bound_pending(self, head: DSparkDrafter) -> None:
         """A head that does not draft costs nothing but the memory of features, up to a bound."""
-        if head.num_pending > PENDING_TOKENS:
+        if head.pending.num_tokens > PENDING_TOKENS:
             head.flush()
 
     def _take(self, r: Running, draft: Draft, num_planned: int, scored: Any) -> Round | None:
@@ -402,6 +464,8 @@ class Engine:
 
     def _release(self, r: Running) -> None:
         r.state = r.head = None
+        if r.arbiter is not None:
+            r.arbiter.head = None
 
     def _emit(self, r: Running, event: Event) -> None:
         try:
@@ -433,7 +497,7 @@ class Engine:
                     r.saved_seconds += 1e-3 * (one * (1 + done.accepted) - elapsed)
         if self.on_step is not None:
             known = [done for done in rounds if done is not None]
-            tokens = self.prefixes.num_tokens + sum(r.state.num_tokens for r in self.running if r.state is not None)
+            tokens = self.held_bytes // self.token_bytes
             step = Step(
                 sum(planned) + len(decoding) + chunk, chunk, elapsed, plain if not chunk else elapsed, known, len(self.running),
                 len(self.waiting), sum(done.drafted == 0 for done in known), tokens, self.capacity,
@@ -443,21 +507,19 @@ class Engine:
             except Exception:  # a listener's mistake is nobody's answer
                 log.exception("on_step failed")
 
-    def _measured_bytes(self) -> tuple[int, int]:
-        """What a token takes, the head's share too, and what a request takes besides, in recurrent states and full windows."""
+    def _measured_bytes(self) -> tuple[int, int, int]:
+        """Of a request whatever its length (recurrent states, full windows); of a token's keys and values; and with the head's."""
         state, sizes = self.target.start(), []
         for _ in range(2):
-            features = self.target.score(state, [0] * 16, num_logits=1).features_TMD
+            features = self.target.score(state, [0] * PAGE_TOKENS, num_logits=1).features_TMD
             self.target.rollback(state, 0)
             sizes.append(state.num_bytes)
-        native = self.target.runtime is not None
-        size = sizes[0] / 256 if native else (sizes[1] - sizes[0]) / 16
-        fixed = 0.0 if native else max(0.0, sizes[0] - 16 * size)
-        if self.runner is not None:
-            context = self.runner.start()
-            self.runner.commit([(context, features)])
-            size += context.num_bytes / 256
-        return max(1, round(size)), round(fixed)
+        size = max(1, (sizes[1] - sizes[0]) // PAGE_TOKENS)
+        fixed = max(0, sizes[0] - PAGE_TOKENS * size)
+        if self.runner is None:
+            return fixed, size, size
+        feature_pool(self.runner, features)
+        return fixed, size, size + self.runner.token_bytes
 
 
 def free_memory() -> int:

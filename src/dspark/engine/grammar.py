@@ -26,9 +26,32 @@ READY: WeakKeyDictionary[Any, LLTokenizer] = WeakKeyDictionary()
 
 
 class Syntax(Protocol):
-    """How calls are written (`server.tools.Format`)."""
+    """How calls are written (`server.syntax.Format`)."""
+
+    @property
+    def open_ends(self) -> str: ...
 
     def grammar(self, tools: Sequence[dict], special: Mapping[str, int], parallel: bool) -> str: ...
+
+    def rest(self, tools: Sequence[dict], special: Mapping[str, int]) -> str: ...
+
+    def opening(self, text: str, quiet: bool) -> tuple[int, int] | None: ...
+
+    def undecided(self, text: str, quiet: bool) -> int: ...
+
+    def kept_ids(self, tokenizer) -> frozenset[int]: ...
+
+
+class Place(Protocol):
+    """Where a grammar stands after a text. Never changed, so that any number of texts can go on from it."""
+
+    def after(self, token: int) -> "Place": ...
+
+    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [1, V] with every token masked that may not come next."""
+
+    def forced(self) -> list[int]:
+        """The tokens that the grammar leaves no choice about, in the tokenizer's own spelling, the end of the text included."""
 
 
 def ready(tokenizer) -> LLTokenizer:
@@ -101,19 +124,25 @@ class Grammar:
                 raise SettingError(f"tool_choice names {name!r}, which is not among the tools", "name one of them")
         elif choice != "required":
             raise SettingError(f"tool_choice {choice!r} forces no call", 'a grammar is for "required" or a named tool')
-        special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return cls(tokenizer, LLMatcher.grammar_from_lark(syntax.grammar(tools, special, parallel)), end_ids, "tool's parameters")
+        return cls(
+            tokenizer, LLMatcher.grammar_from_lark(syntax.grammar(tools, special(tokenizer), parallel)), end_ids, "tool's parameters"
+        )
 
     def matcher(self, num_prompt: int) -> "Matcher":
         """This grammar for the texts of one request, which follow `num_prompt` tokens of prompt."""
-        return Matcher(self, num_prompt)
+        return Matcher(self.root, num_prompt)
+
+
+def special(tokenizer) -> dict[str, int]:
+    """The tokens that a grammar must name, as their text does not match them, and their ids: special ones, and to llguidance
+    also other added ones in angle brackets."""
+    vocabulary = ready(tokenizer)
+    return {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if vocabulary.is_special_token(id)}
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a grammar stands after a text. Never changed, so that any number of texts can go on from it.
-
-    Without a matcher the text is over: ended (`intact`), or not of the grammar."""
+    """A `Place` in a grammar. Without a matcher the text is over: ended (`intact`), or not of the grammar."""
 
     grammar: Grammar
     matcher: LLMatcher | None
@@ -148,8 +177,14 @@ class State:
         bits[self.grammar.end_ids] = ends
         return np.packbits(bits)
 
+    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+        """After an end token only end tokens are allowed; after a text that is not of the grammar nothing is."""
+        size, width = self.grammar.vocabulary.vocab_size, logits.shape[-1]
+        allowed_V = np.zeros(max(size, width), dtype=bool)
+        allowed_V[:size] = np.unpackbits(self.allowed_V, count=size)
+        return logits.masked_fill(~torch.from_numpy(allowed_V[:width]).to(logits.device), float("-inf"))
+
     def forced(self) -> list[int]:
-        """The tokens that the grammar leaves no choice about, in the tokenizer's own spelling, the end of the text included."""
         if self.matcher is None:
             return []
         tokens = self.matcher.deep_copy().compute_ff_tokens()
@@ -168,30 +203,24 @@ class Matcher:
     """A grammar along one request. What it says of a text depends on that text alone: rows of a draft may be asked in any
     order, and texts grow and shrink. States of the last text asked are kept, so that its next token costs one step."""
 
-    def __init__(self, grammar: Grammar, num_prompt: int):
-        self.grammar, self.num_prompt = grammar, num_prompt
+    def __init__(self, root: Place, num_prompt: int):
+        self.root, self.num_prompt = root, num_prompt
         self.restart()
 
     def restart(self) -> None:
         # trail[k] is the state after the first `dropped + k` tokens of `answer`
         self.answer: list[int] = []
-        self.trail, self.dropped = [self.grammar.root], 0
+        self.trail, self.dropped = [self.root], 0
 
     def processor(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The logits [1, V] with every token masked that may not follow `input_ids` [1, n], prompt included.
-
-        After an end token only end tokens are allowed; after a text that is not of the grammar nothing is."""
-        state = self.state(input_ids[0, self.num_prompt :].tolist())
-        size, width = self.grammar.vocabulary.vocab_size, logits.shape[-1]
-        allowed_V = np.zeros(max(size, width), dtype=bool)
-        allowed_V[:size] = np.unpackbits(state.allowed_V, count=size)
-        return logits.masked_fill(~torch.from_numpy(allowed_V[:width]).to(logits.device), float("-inf"))
+        """The logits [1, V] with every token masked that may not follow `input_ids` [1, n], prompt included."""
+        return self.state(input_ids[0, self.num_prompt :].tolist()).masked(logits)
 
     def propose(self, ids: Sequence[int]) -> list[int]:
         """The tokens that the grammar leaves no choice about after `ids`, prompt included: worth drafting, to be verified."""
         return self.state(list(ids[self.num_prompt :])).forced()
 
-    def state(self, answer: list[int]) -> State:
+    def state(self, answer: list[int]) -> Place:
         """The state after these tokens."""
         known = shared(self.answer, answer)
         if known < self.dropped:

@@ -18,6 +18,7 @@ from dspark.drafters.dspark import Ask, DSparkDrafter, draft_many
 from dspark.head.context import make_runner
 from dspark.head.head import Head
 from dspark.profiling import ascending, cached_costs, forget, planning_costs
+from dspark.target.native.cache import Cache
 from dspark.target.target import Target
 
 REQUESTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # running together; between them the cost is taken to be linear
@@ -135,6 +136,8 @@ def measure_together(target: Target, head: Head | None, counts: Sequence[int], m
     features = target.prefill(first, ids[:-1])
     forks = [target.fork(first, context) for _ in range(counts[-1])]
     states = [first if fork is None else fork for fork in forks]
+    for state in states:
+        unshared(state.cache, context)
     drafters: list[DSparkDrafter] = []
     if head is not None and runner is not None:
         drafters = [DSparkDrafter(head, target, runner=runner)]
@@ -143,6 +146,7 @@ def measure_together(target: Target, head: Head | None, counts: Sequence[int], m
         for _ in states[1:]:
             drafters.append(DSparkDrafter(head, target, runner=runner))
             drafters[-1].context = drafters[0].context.fork(context)
+            unshared(drafters[-1].context.kv, context)
     found = []
     for count in counts:
         drafted = [k for k in DRAFTED if k < most_rows and (k == 0 or count * (k + 1) <= MOST_ROWS)]
@@ -152,6 +156,12 @@ def measure_together(target: Target, head: Head | None, counts: Sequence[int], m
         draft = timed(partial(one_draft, drafters[:count], ids)) if drafters else 0.0
         found.append(Costs(draft, ascending(cost_of)))
     return found
+
+
+def unshared(cache: object, num_tokens: int) -> None:
+    """Requests seldom read the same keys and values: a copy of its own, if it shares pages."""
+    if isinstance(cache, Cache):
+        cache.reserve(0, num_tokens)
 
 
 def extended(rows: dict[int, float], drafted: Sequence[int], k: int, rate: float) -> float:

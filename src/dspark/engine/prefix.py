@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dspark.drafters import DSparkDrafter
-from dspark.head.context import Context
 from dspark.target.target import State, Target
 
 SHORTEST = 16  # a shorter beginning is computed as fast as copied
@@ -28,10 +27,6 @@ class Entry:
     state: State
     head: DSparkDrafter | None
     used: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        return self.state.num_bytes + (0 if self.head is None else self.head.num_bytes)
 
     def common(self, ids: np.ndarray) -> int:
         return common_prefix(self.ids, ids)
@@ -52,14 +47,6 @@ class PrefixCache:
     entries: list[Entry] = field(default_factory=list)
     clock: itertools.count = field(default_factory=itertools.count)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self.entries)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(entry.ids) for entry in self.entries)
-
     def add(self, ids: Sequence[int], state: State, head: DSparkDrafter | None) -> None:
         """Keep a finished text. Entries that can be had from another one are no longer needed."""
         new = Entry(np.asarray(ids, dtype=np.int64), state, head, next(self.clock))
@@ -72,25 +59,31 @@ class PrefixCache:
         size = entry.common(ids)
         return size if size == len(entry.ids) or self.target.can_shorten(entry.state) else 0
 
-    def take(self, ids: Sequence[int], running: Sequence[Entry]) -> tuple[State, Context | None] | None:
-        """State and context of the longest known beginning of `ids`, for the caller to go on with; None if none is worth it.
-
-        An entry that the new text only extends is handed over; of others, and of running requests, a copy is made."""
+    def find(self, ids: Sequence[int], running: Sequence[Entry]) -> tuple[Entry, int] | None:
+        """Whoever knows the longest beginning of `ids`, an entry or a running request, and how many tokens that is; None if it is not
+        worth it."""
         wanted = np.asarray(ids, dtype=np.int64)
         found = max([*self.entries, *running], key=lambda entry: self.usable(entry, wanted), default=None)
         size = 0 if found is None else self.usable(found, wanted)
         if found is None or size < SHORTEST:
             return None
         found.used = next(self.clock)
-        mine = any(entry is found for entry in self.entries)
-        if mine and size == len(found.ids):
+        return found, size
+
+    def holds(self, entry: Entry) -> bool:
+        return any(mine is entry for mine in self.entries)
+
+    def take(self, found: Entry, size: int) -> tuple[State, DSparkDrafter | None] | None:
+        """State and drafter of the first `size` tokens of what was found, for the caller to go on with; None where they cannot be had.
+
+        An entry that the new text only extends is handed over. Else they are a fork: natively it shares its pages, eagerly it is a copy."""
+        if self.holds(found) and size == len(found.ids):
             self.entries = [entry for entry in self.entries if entry is not found]
-            return found.state, context_of(found)
+            return found.state, found.head
         state = self.target.fork(found.state, size)
         if state is None:
             return None
-        context = context_of(found)
-        return state, None if context is None else context.fork(size)
+        return state, None if found.head is None else found.head.fork(size)
 
     def drop_oldest(self) -> bool:
         """Free the entry that was not used for longest; False if there is none."""
@@ -99,11 +92,3 @@ class PrefixCache:
         oldest = min(self.entries, key=lambda entry: entry.used)
         self.entries = [entry for entry in self.entries if entry is not oldest]
         return True
-
-
-def context_of(entry: Entry) -> Context | None:
-    """The head's, of all its tokens."""
-    if entry.head is None:
-        return None
-    entry.head.flush()
-    return entry.head.context

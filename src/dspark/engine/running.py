@@ -57,11 +57,6 @@ class Running:
         """Tokens that the target has yet to see before the next round."""
         return len(self.ids) - 1 - (0 if self.state is None else self.state.num_tokens)
 
-    @property
-    def num_bytes(self) -> int:
-        head = 0 if self.head is None else self.head.num_bytes
-        return head if self.state is None else head + self.state.num_bytes
-
     def lookup(self) -> PromptLookup:
         """Prompt lookup, for which an expected answer stands before the prompt, behind the prompt's own ending."""
         predicted = self.request.predicted_ids

@@ -16,10 +16,17 @@ from dspark.prompts import read_json
 from dspark.target.target import Target
 
 NAME = "calibration.json"
-FORMAT = 1
+FORMAT = 2
 WAY_OUT = "delete it, or calibrate again: `dspark calibrate HEAD --target TARGET`"
 # name in a fit -> the least and the most that its number, or each number of its list, can be
-LISTS = {"temperatures": (1e-3, 1e3), "biases": (-50, 50), "acceptance": (0, 1), "ece_before": (0, 1), "ece_after": (0, 1)}
+LISTS = {
+    "temperatures": (1e-3, 1e3),
+    "biases": (-50, 50),
+    "margin_weights": (-50, 50),
+    "acceptance": (0, 1),
+    "ece_before": (0, 1),
+    "ece_after": (0, 1),
+}
 MAY_BE_NONE = ("ece_before", "ece_after")
 NUMBERS = {
     "temperature": (0, 1e6),
@@ -51,6 +58,17 @@ def summary(calibration: Calibration) -> str:
     )
 
 
+def doubts(calibration: Calibration) -> list[str]:
+    """A warning for each law where the fit does worse than none on the prompts it was not made from."""
+    errors = [(fit.temperature, average(fit.ece_before), average(fit.ece_after)) for fit in calibration.fits]
+    return [
+        f"warning: at T={T:g} these confidences are further from the truth than the head's own ({after:.1%} against {before:.1%}): "
+        "calibrate on more prompts"
+        for T, before, after in errors
+        if after > before
+    ]
+
+
 def average(errors: Sequence[float | None]) -> float:
     known = [error for error in errors if error is not None]
     return sum(known) / len(known) if known else math.nan
@@ -65,7 +83,9 @@ def read_calibration(folder: Path, block_size: int) -> Calibration | None:
     names = {f.name for f in fields(Calibration)} - {"fits"}
     if not isinstance(raw, dict) or raw.keys() != names | {"format", "fits"} or not all(isinstance(raw[n], str) for n in names):
         raise HeadError(f"{path} is damaged: it is not a record with format, fits, {', '.join(sorted(names))}", WAY_OUT)
-    if raw["format"] != FORMAT:
+    if raw["format"] == 1 and isinstance(raw["fits"], list):  # of heads calibrated before margins were weighed
+        raw["fits"] = [{**fit, "margin_weights": [0.0] * block_size} if isinstance(fit, dict) else fit for fit in raw["fits"]]
+    elif raw["format"] != FORMAT:
         raise HeadError(f"{path} has format {raw['format']!r}; this version of dspark reads {FORMAT}", WAY_OUT)
     if not isinstance(raw["fits"], list) or not raw["fits"]:
         raise HeadError(f"{path} is damaged: it holds no fit", WAY_OUT)

@@ -81,10 +81,14 @@ class Head(nn.Module):
             z.append(z_k)
         return torch.stack(z, dim=2), w
 
-    def forward(self, h: torch.Tensor, previous_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, h: torch.Tensor, previous_ids: torch.Tensor, detached_confidence: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft logits [N, A, G, Vd] and confidence logits [N, A, G] with the real previous tokens given."""
         z, w = self.sequential(h, previous_ids)
         logits = self.base_logits(h)
         if self.markov_head is not None and z is not None:
             logits = logits + self.markov_head.markov_w2(z)
+        if detached_confidence:
+            h, w = h.detach(), None if w is None else w.detach()
         return logits, None if self.confidence_head is None else self.confidence_head(h, w)

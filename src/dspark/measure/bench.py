@@ -24,18 +24,24 @@ DRAFTER_OF = {"plain": "none", "auto": "auto", "dspark": "dspark", "dflash": "df
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of decoding: one of MODES, and behind an @ its plan where it has one (`dspark@length:3`)."""
+    """One way of decoding: one of MODES, or a head's own name, and behind an @ its plan where it has one (`dspark@length:3`)."""
 
     name: str
     head: Head | None = None
 
     @property
     def kind(self) -> str:
-        return self.name.partition("@")[0]
+        return kind_of(self.name)
 
     @property
     def plan(self) -> str | None:
         return self.name.partition("@")[2] or None
+
+
+def kind_of(mode: str) -> str:
+    """What it is called in MODES: a name that is not there is a head's."""
+    kind = mode.partition("@")[0]
+    return kind if kind in MODES else "dspark"
 
 
 @dataclass
@@ -69,7 +75,7 @@ def bench(
 
     Raises `SettingError` for an unknown mode or one named twice, and the `UserError` family for a request that no
     mode could serve, before anything is measured."""
-    check_modes([mode.name for mode in modes])
+    check_modes([mode.name for mode in modes], [mode.name.partition("@")[0] for mode in modes if mode.head is not None])
     for index, (ids, name) in enumerate(prompts):
         try:
             check_request(target, ids, max_new_tokens, seed + index, ())
@@ -92,14 +98,15 @@ def bench(
     return runs
 
 
-def check_modes(names: Sequence[str]) -> None:
-    """Raise `SettingError` for no mode, an unknown one, or one named twice."""
+def check_modes(names: Sequence[str], heads: Sequence[str] = ()) -> None:
+    """Raise `SettingError` for no mode, one that is neither of MODES nor a head's name, or one named twice."""
     if not names:
         raise SettingError("no mode is named", f"give some of {', '.join(MODES)}")
     for name in names:
         kind, _, plan = name.partition("@")
-        if kind not in MODES or (plan and (kind == "plain" or kind not in DRAFTER_OF)):
-            raise SettingError(f"unknown mode {name!r}", f"choose from {', '.join(MODES)}, with @PLAN behind one that drafts")
+        if kind not in (*MODES, *heads) or (plan and (kind == "plain" or kind_of(kind) not in DRAFTER_OF)):
+            known = ", ".join(dict.fromkeys([*MODES, *heads]))
+            raise SettingError(f"unknown mode {name!r}", f"choose from {known}, with @PLAN behind one that drafts")
     if len(set(names)) < len(names):
         raise SettingError(f"a mode is named twice in {', '.join(names)}", "name each mode once")
 
@@ -202,14 +209,19 @@ def summary(runs: Sequence[Run], plain: dict[int, Run]) -> dict:
 
 def table(report: dict) -> str:
     """The aggregate for people: one line a mode and set."""
-    lines = [f"{'mode':<10} {'set':<12} {'prompts':>7} {'tokens/s':>9} {'tau':>6} {'ratio':>6}  {'quartiles':<13} acceptance by position"]
+    wide = max(10, *map(len, report))
+    lines = [
+        f"{'mode':<{wide}} {'set':<12} {'prompts':>7} {'tokens/s':>9} {'tau':>6} {'ratio':>6}  {'quartiles':<13} acceptance by position"
+    ]
     for mode, figures in report.items():
         for name, f in [("all", figures), *figures["sets"].items()]:
             ratio = f.get("ratio_to_plain")
             spread = "{:.2f} - {:.2f}".format(*ratio["quartiles"]) if ratio and ratio["quartiles"] else "-"
             middle = f"{ratio['median']:>6.2f}  {spread:<12}" if ratio else " " * 20
             accepted = " ".join("  - " if a is None else f"{a:.2f}" for a in f["acceptance_by_position"][:SHOWN_POSITIONS])
-            lines.append(f"{mode:<10} {name:<12} {f['prompts']:>7} {f['tokens_per_second']:>9.1f} {f['tau']:>6.2f} {middle}  {accepted}")
+            lines.append(
+                f"{mode:<{wide}} {name:<12} {f['prompts']:>7} {f['tokens_per_second']:>9.1f} {f['tau']:>6.2f} {middle}  {accepted}"
+            )
     return "\n".join(lines)
 
 

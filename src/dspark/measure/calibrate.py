@@ -11,7 +11,7 @@ from dspark.errors import HeadError, PromptError, SettingError
 from dspark.generation import check_request, generate, make_law
 from dspark.head.calibration import head_digest
 from dspark.head.head import Head
-from dspark.measure.calibration import Rounds, acceptance, figures, fit_curves, fit_temperatures, margin_survival, survival
+from dspark.measure.calibration import Curves, Rounds, acceptance, figures, fit_curves, fit_temperatures, margin_survival, survival
 from dspark.target.target import Target
 
 LEAST_ROUNDS = 200  # half of them are fitted; fewer leave most of the 20 bins of a late position empty
@@ -28,6 +28,11 @@ class Settings:
 
 
 LAWS = (Settings(0.0), Settings(1.0))
+CURVES = {  # what confidences are fitted with
+    "temperatures": lambda rounds: Curves.temperatures_only(fit_temperatures(rounds)),
+    "bias": fit_curves,
+    "margin": lambda rounds: fit_curves(rounds, with_margin=True),
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,10 @@ def calibrate(
     laws: Sequence[Settings] = LAWS,
     max_new_tokens: int = 128,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    bias: bool = False,
+    curve: str = "temperatures",
 ) -> tuple[Calibration, list[Report]]:
     """Fit the head's confidences to what is accepted after these prompts (ids, set name), under each law: temperatures
-    as in the paper, or with `bias` a logistic curve a position.
+    as in the paper, or another of `CURVES`.
 
     Raises `HeadError` for a head without confidences, the `UserError` family for a request that cannot be served, both
     before anything is measured, and `SettingError` when the rounds are too few to fit."""
@@ -70,7 +75,7 @@ def calibrate(
         except PromptError as error:
             raise PromptError(f"prompt {index} (set {name}): {error.message}", error.hint) from error
     sets = [name for _, name in prompts]
-    reports = [fit_law(record(target, head, prompts, law, max_new_tokens, progress), law, sets, bias) for law in laws]
+    reports = [fit_law(record(target, head, prompts, law, max_new_tokens, progress), law, sets, curve) for law in laws]
     fits = tuple(report.fit for report in reports)
     return Calibration(target.name, target.precision, target.digest(), head_digest(head), fits), reports
 
@@ -96,20 +101,21 @@ def padded(rows: Sequence[Sequence[float]], size: int) -> np.ndarray:
     return np.array([[*row, *[np.nan] * (size - len(row))] for row in rows])
 
 
-def fit_law(rounds: Rounds, law: Settings, sets: Sequence[str], bias: bool = False) -> Report:
+def fit_law(rounds: Rounds, law: Settings, sets: Sequence[str], curve: str = "temperatures") -> Report:
     fitted_prompts, held_out_prompts = halves(sets)
     fitted, held_out = rounds.of(fitted_prompts), rounds.of(held_out_prompts)
     if min(len(fitted), len(held_out)) < LEAST_ROUNDS // 4:
         raise SettingError(f"the halves of the prompts gave {len(fitted)} and {len(held_out)} rounds at T={law.temperature:g}", MORE)
     size = rounds.logits_RG.shape[1]
-    temperatures, biases = fit_curves(fitted) if bias else (fit_temperatures(fitted), [0.0] * size)
-    before, after = before_and_after(held_out, temperatures, biases)
+    curves = CURVES[curve](fitted)
+    before, after = before_and_after(held_out, curves)
     happened_RG = (held_out.num_accepted_R[:, None] > np.arange(size)).astype(float)
     happened_RG[np.isnan(held_out.logits_RG)] = np.nan
     fit = Fit(
         **asdict(law),
-        temperatures=tuple(temperatures),
-        biases=tuple(biases),
+        temperatures=tuple(curves.temperatures),
+        biases=tuple(curves.biases),
+        margin_weights=tuple(curves.margin_weights),
         acceptance=tuple(acceptance(rounds)),
         ece_before=tuple(f["ece"] for f in before),
         ece_after=tuple(f["ece"] for f in after),
@@ -121,14 +127,13 @@ def fit_law(rounds: Rounds, law: Settings, sets: Sequence[str], bias: bool = Fal
     for name in dict.fromkeys(sets):
         mine = held_out.of([i for i in held_out_prompts if sets[i] == name])
         if len(mine):
-            by_set[name] = dict(zip(("before", "after"), before_and_after(mine, temperatures, biases), strict=True))
+            by_set[name] = dict(zip(("before", "after"), before_and_after(mine, curves), strict=True))
     margin = figures(margin_survival(fitted, held_out), held_out.num_accepted_R)
     return Report(fit, before, after, margin, figures(happened_RG, held_out.num_accepted_R), by_set)
 
 
-def before_and_after(rounds: Rounds, temperatures: Sequence[float], biases: Sequence[float]) -> tuple[list[dict], list[dict]]:
-    before_RG, after_RG = survival(rounds.logits_RG, np.ones(len(temperatures))), survival(rounds.logits_RG, temperatures, biases)
-    return figures(before_RG, rounds.num_accepted_R), figures(after_RG, rounds.num_accepted_R)
+def before_and_after(rounds: Rounds, curves: Curves) -> tuple[list[dict], list[dict]]:
+    return figures(survival(rounds), rounds.num_accepted_R), figures(survival(rounds, curves), rounds.num_accepted_R)
 
 
 def halves(sets: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -153,15 +158,15 @@ def law_table(report: Report) -> str:
     fit = report.fit
     law = f"T={fit.temperature:g}" + (f", top-k {fit.top_k}" if fit.top_k else "") + (f", top-p {fit.top_p:g}" if fit.top_p < 1 else "")
     lines = [f"{law}: {fit.rounds} rounds of {fit.prompts} prompts; the figures are of {fit.held_out_rounds} rounds of the half not fitted on",
-             f"{'':<12} {'rounds':>6} {'accepted':>8} {'T_k':>6} {'b_k':>6} {'ECE':>7} {'after':>7} {'chance':>7} {'AUROC':>6} {'after':>6} {'Brier':>6} {'after':>6}"]  # fmt: skip
+             f"{'':<12} {'rounds':>6} {'accepted':>8} {'T_k':>6} {'b_k':>6} {'w_k':>6} {'ECE':>7} {'after':>7} {'chance':>7} {'AUROC':>6} {'after':>6} {'Brier':>6} {'after':>6}"]  # fmt: skip
     for k, (before, after) in enumerate(zip(report.before, report.after, strict=True)):
-        cells = f"{before['rounds']:>6} {fit.acceptance[k]:>8.3f} {fit.temperatures[k]:>6.2f} {fit.biases[k]:>6.2f}"
+        cells = f"{before['rounds']:>6} {fit.acceptance[k]:>8.3f} {fit.temperatures[k]:>6.2f} {fit.biases[k]:>6.2f} {fit.margin_weights[k]:>6.2f}"
         lines.append(f"position {k + 1:<3} {cells} {compared([before], [after])}")
-    lines.append(f"{'all, mean':<12} {fit.held_out_rounds:>6} {'':>8} {'':>13} {compared(report.before, report.after)}")
+    lines.append(f"{'all, mean':<12} {fit.held_out_rounds:>6} {'':>8} {'':>20} {compared(report.before, report.after)}")
     for name, by_position in (("margin", report.margin), ("oracle", report.oracle)):
-        lines.append(f"{name + ', mean':<12} {'':>6} {'':>8} {'':>13} {compared(None, by_position)}")
+        lines.append(f"{name + ', mean':<12} {'':>6} {'':>8} {'':>20} {compared(None, by_position)}")
     for name, found in report.sets.items():
-        lines.append(f"{name[:12]:<12} {found['before'][0]['rounds']:>6} {'':>8} {'':>13} {compared(found['before'], found['after'])}")
+        lines.append(f"{name[:12]:<12} {found['before'][0]['rounds']:>6} {'':>8} {'':>20} {compared(found['before'], found['after'])}")
     return "\n".join(lines)
 
 

@@ -37,9 +37,29 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -50, 50)))  # NaN stays NaN
 
 
-def survival(logits_RG: np.ndarray, temperatures_G: Sequence[float] | np.ndarray, biases_G: Sequence[float] | float = 0.0) -> np.ndarray:
-    """prod_{i<=k} sigmoid(z_i / T_i + b_i): the estimated chance that the first k tokens stand [R, G]."""
-    return np.cumprod(sigmoid(logits_RG / np.asarray(temperatures_G) + np.asarray(biases_G)), axis=1)
+@dataclass(frozen=True)
+class Curves:
+    """Confidences by position, sigmoid(z / T + b + w m), from logits z and margins m."""
+
+    temperatures: Sequence[float]
+    biases: Sequence[float]
+    margin_weights: Sequence[float]
+
+    @staticmethod
+    def temperatures_only(temperatures: Sequence[float]) -> "Curves":
+        none = [0.0] * len(temperatures)
+        return Curves(temperatures, none, none)
+
+
+def survival(rounds: Rounds, curves: Curves | None = None) -> np.ndarray:
+    """The estimated chance that the first k tokens stand [R, G]: the running product of confidences, raw ones without curves."""
+    logits_RG = rounds.logits_RG
+    if curves is not None:
+        weights_G = np.asarray(curves.margin_weights)
+        logits_RG = logits_RG / np.asarray(curves.temperatures) + np.asarray(curves.biases)
+        if weights_G.any():
+            logits_RG = logits_RG + weights_G * rounds.margins_RG
+    return np.cumprod(sigmoid(logits_RG), axis=1)
 
 
 def ece(estimates_R: np.ndarray, happened_R: np.ndarray) -> float:
@@ -98,17 +118,20 @@ def fit_temperatures(rounds: Rounds) -> list[float]:
     return temperatures
 
 
-def fit_curves(rounds: Rounds) -> tuple[list[float], list[float]]:
-    """Temperatures and biases by position: the logistic curve of least log loss through the tokens judged there.
+def fit_curves(rounds: Rounds, with_margin: bool = False) -> Curves:
+    """The logistic curve of least log loss through the tokens judged at each position, of the logit or of logit and margin.
 
-    Where nearly all logits are near 0 a temperature alone changes nothing, and cannot put right what is off by a bias."""
-    temperatures, biases = [], []
-    for k, logits_R in enumerate(rounds.logits_RG.T):
+    Where nearly all logits are near 0 a temperature alone changes nothing, and cannot put right what is off by a bias; and a head learns
+    to tell the overlap of the laws, the acceptance at temperature 1, while the margin tells more of greedy drafts."""
+    temperatures, biases, weights = [], [], []
+    for k, (logits_R, margins_R) in enumerate(zip(rounds.logits_RG.T, rounds.margins_RG.T, strict=True)):
         judged_R = ~np.isnan(logits_R) & (rounds.num_accepted_R >= k)
-        slope, offset = fit_logistic(logits_R[judged_R], rounds.num_accepted_R[judged_R] > k, prior=(1.0, 0.0))
+        inputs = np.stack([logits_R[judged_R], np.ones(judged_R.sum()), *([margins_R[judged_R]] if with_margin else [])])
+        slope, offset, *weight = fit_logistic(inputs, rounds.num_accepted_R[judged_R] > k, prior=[1.0, 0.0, 0.0][: len(inputs)])
         temperatures.append(float(1 / np.clip(slope, 1 / COARSE[-1], 1 / COARSE[0])))
         biases.append(float(offset))
-    return temperatures, biases
+        weights.append(float(weight[0]) if with_margin else 0.0)
+    return Curves(temperatures, biases, weights)
 
 
 def least(error: Callable[[float], float], candidates: np.ndarray) -> float:
@@ -131,17 +154,18 @@ def margin_survival(fitted: Rounds, held_out: Rounds) -> np.ndarray:
     confidences_RG = np.full_like(held_out.margins_RG, np.nan)
     for k, margins_R in enumerate(fitted.margins_RG.T):
         judged_R = ~np.isnan(margins_R) & (fitted.num_accepted_R >= k)
-        slope, offset = fit_logistic(margins_R[judged_R], fitted.num_accepted_R[judged_R] > k)
+        inputs = np.stack([margins_R[judged_R], np.ones(judged_R.sum())])
+        slope, offset = fit_logistic(inputs, fitted.num_accepted_R[judged_R] > k, prior=[0.0, 0.0])
         confidences_RG[:, k] = sigmoid(slope * held_out.margins_RG[:, k] + offset)
     return np.cumprod(confidences_RG, axis=1)
 
 
-def fit_logistic(x: np.ndarray, happened: np.ndarray, prior: tuple[float, float] = (0.0, 0.0), ridge: float = 1.0) -> np.ndarray:
-    """(slope, offset) of the logistic curve of least log loss, by Newton's method. The ridge, which draws both towards
+def fit_logistic(inputs: np.ndarray, happened: np.ndarray, prior: Sequence[float], ridge: float = 1.0) -> np.ndarray:
+    """Weights of the inputs [inputs, R], the logistic curve of least log loss, by Newton's method. The ridge, which draws them towards
     `prior`, keeps them finite where the data are few or can be told apart."""
-    rows, weights = np.stack([x, np.ones_like(x)]), np.array(prior)
+    weights = np.array(prior)
     for _ in range(30):
-        p = sigmoid(weights @ rows)
-        gradient = rows @ (p - happened) + ridge * (weights - prior)
-        weights = weights - np.linalg.solve((rows * (p * (1 - p))) @ rows.T + ridge * np.eye(2), gradient)
+        p = sigmoid(weights @ inputs)
+        gradient = inputs @ (p - happened) + ridge * (weights - prior)
+        weights = weights - np.linalg.solve((inputs * (p * (1 - p))) @ inputs.T + ridge * np.eye(len(inputs)), gradient)
     return weights

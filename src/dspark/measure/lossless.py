@@ -137,19 +137,27 @@ def law_error(p_V: torch.Tensor, q_V: torch.Tensor) -> float:
 
 
 def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:
-    """Score wrong tokens, roll all or some back, and compare the next logits with a state that never saw them."""
-    worst, tolerance = 0.0, TIE[target.model.dtype]
+    """Score wrong tokens, roll all or some back, and compare the next logits with a state that never saw them.
+
+    A third state that was never rolled back reads the same tokens one a pass: what it differs by is rounding of this runtime, in
+    kernels that depend on the number of rows, and twice that is allowed."""
+    worst = rounding = 0.0
     wrong = [(ids[-1] + 1 + i) % target.vocab_size for i in range(block)]
     for kept in range(block + 1):
-        tried, straight = target.start(), target.start()
-        for state in (tried, straight):
+        tried, straight, single = target.start(), target.start(), target.start()
+        for state in (tried, straight, single):
             target.prefill(state, ids[:-1])
         target.score(tried, [ids[-1], *wrong])
         target.rollback(tried, block - kept)
         target.score(straight, [ids[-1], *wrong[:kept]])
         target.rollback(straight, 0)
-        difference = target.score(tried, ids[:1]).logits_TV - target.score(straight, ids[:1]).logits_TV
-        worst = max(worst, difference.abs().max().item())
+        for token in [ids[-1], *wrong[:kept]]:
+            target.score(single, [token])
+            target.rollback(single, 0)
+        after, expected, other = (target.score(state, ids[:1]).logits_TV for state in (tried, straight, single))
+        worst = max(worst, (after - expected).abs().max().item())
+        rounding = max(rounding, (other - expected).abs().max().item())
+    tolerance = max(TIE[target.model.dtype], 2 * rounding)
     return Check("roll-back restores the state", worst <= tolerance, f"largest logit difference {worst:.1e} (tolerance {tolerance:g})")
 
 

@@ -137,25 +137,55 @@ def thresholds(figure, data: dict) -> None:
     legend_beside(figure, left)
 
 
+def lengths(figure, data: dict) -> None:
+    figure.set_size_inches(8, 3.6)
+    left, right = figure.subplots(1, 2)
+    for n, (name, points) in enumerate(data["lengths"].items()):
+        left.plot([p["length"] for p in points], [p["tau"] for p in points], label=name, **look(n))
+        right.plot([p["length"] for p in points], [p["ratio"] for p in points], **look(n))
+    right.axhline(1, color=INK, linewidth=1, linestyle="--")
+    left.set(xlabel="tokens drafted and verified", ylabel="tau (tokens a round)")
+    right.set(xlabel="tokens drafted and verified", ylabel="speed (times plain)")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    legend_beside(figure, left)
+
+
+def heads(figure, data: dict) -> None:
+    figure.set_size_inches(8, 0.8 + 0.35 * len(data["heads"]))
+    axes = figure.subplots()
+    for n, head in enumerate(reversed(data["heads"].values())):
+        axes.barh(n, head["tau"], color=SERIES[0])
+        axes.text(head["tau"], n, f" {head['tau']:.2f}", va="center")
+    names = [f"{mode}: {h['layers']} layers, block {h['block_size']}, rank {h['rank']}" for mode, h in reversed(data["heads"].items())]
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="tau (tokens a round)")
+    axes.grid(False, axis="y")
+
+
 def reliability(figure, data: dict) -> None:
     found = data["reliability"]
     lines = -(-len(found) // 5)
     columns = -(-len(found) // lines)
-    figure.set_size_inches(8, 0.6 + 1.9 * lines)
+    figure.set_size_inches(8, 0.9 + 2.1 * lines)
     grid = figure.subplots(lines, columns, squeeze=False)
     most = max((b["rounds"] for f in found for b in f["bins"]), default=1)
     for axes, f in zip(grid.flat, found, strict=False):
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
-        axes.plot([b["estimate"] for b in f["bins"]], [b["frequency"] for b in f["bins"]], linewidth=1, color=SERIES[0])
-        sizes = [8 + 80 * b["rounds"] / most for b in f["bins"]]
-        axes.scatter([b["estimate"] for b in f["bins"]], [b["frequency"] for b in f["bins"]], s=sizes, color=SERIES[0])
-        error = "" if f["ece"] is None else f", ECE {f['ece']:.1%}"
+        for n, (name, each) in enumerate({"calibrated": f, **({"before": f["before"]} if "before" in f else {})}.items()):
+            estimates, frequencies = [b["estimate"] for b in each["bins"]], [b["frequency"] for b in each["bins"]]
+            axes.plot(estimates, frequencies, linewidth=1, color=SERIES[n], linestyle=DASHES[n], label=name)
+            axes.scatter(estimates, frequencies, s=[(8 + 80 * b["rounds"] / most) / (1 + n) for b in each["bins"]], color=SERIES[n])
+        errors = [f"{each['ece']:.1%}" for each in (f.get("before"), f) if each and each["ece"] is not None]
+        error = f"\nECE {' -> '.join(errors)}" if errors else ""
         axes.set(title=f"position {f['position']}\n{f['rounds']} rounds{error}", xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
         axes.set_xticks([0, 0.5, 1]), axes.set_yticks([0, 0.5, 1])
     for axes in list(grid.flat)[len(found) :]:
         axes.remove()
     figure.supxlabel("estimated chance that the first tokens all stand", fontsize=10)
     figure.supylabel("how often they did (share)", fontsize=10)
+    if any("before" in f for f in found):
+        legend_beside(figure, grid.flat[0])
 
 
 def concurrency(figure, data: dict) -> None:
@@ -183,6 +213,8 @@ PLOTS = [
     ("Tau and speed by set", "Measured, modes taking turns prompt by prompt. Bars of speed are medians over prompts, whiskers quartiles.", speed),
     ("Net time saved by set", "Measured: 1 - 1 / speed. Below zero speculation costs time.", saved),
     ("Verifying only what is likely to stand", "Replayed from recorded rounds; the paper's figure 5. Survival is the product of confidences.", thresholds),
-    ("Reliability of confidences", "Recorded rounds; the paper's figure 6. By how many tokens: the product of confidences, and how often all stood. Dots grow with rounds; right estimates lie on the dashed line.", reliability),
+    ("Drafting fewer tokens", "Replayed from recorded rounds with this machine's costs; the paper's figure 4. Every draft is cut at this length.", lengths),
+    ("Heads", "Measured, the modes that draft with a head alone; the paper's figures 3 and 4 are such rows: heads of other depths and blocks take part by --other.", heads),
+    ("Reliability of confidences", "Recorded rounds, calibrated and as the head gave them; the paper's figure 6. By how many tokens: the product of confidences, and how often all stood. Dots grow with rounds; right estimates lie on the dashed line.", reliability),
     ("Requests that share a step", "Replayed from recorded rounds, with costs from tables; the paper's figure 8. The default planner is auto, Algorithm 1 is early-stop. How it is done: docs/replay.md.", concurrency),
 ]  # fmt: skip

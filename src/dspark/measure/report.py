@@ -15,8 +15,8 @@ CUTS = [round(0.1 * n, 1) for n in range(10)]
 BINS = 10
 
 
-def figures(modes: dict, trace: Trace, made_by: dict) -> dict:
-    """All that the page shows. `modes` is the aggregate of a bench run that holds `plain`."""
+def figures(modes: dict, trace: Trace, made_by: dict, heads: dict[str, dict]) -> dict:
+    """All that the page shows. `modes` is the aggregate of a bench run that holds `plain`, `heads` tells the shapes of modes' heads."""
     by_set = {name: with_changes(trace, requests=tuple(r for r in trace.requests if r.set == name)) for name in modes["plain"]["sets"]}
     about, example = read_costs(EXAMPLE_COSTS)
     drafting = {mode: found for mode, found in modes.items() if found["acceptance_by_position"]}
@@ -26,6 +26,8 @@ def figures(modes: dict, trace: Trace, made_by: dict) -> dict:
         "acceptance": {mode: found["acceptance_by_position"] for mode, found in drafting.items()},
         "speed": {mode: {name: speed(found) for name, found in with_all(modes[mode])} for mode in modes if mode != "plain"},
         "thresholds": {name: [sweep(part, cut) for cut in CUTS] for name, part in {"all": trace, **by_set}.items()},
+        "lengths": {name: [at_length(part, n) for n in range(1, trace.block_size + 1)] for name, part in {"all": trace, **by_set}.items()},
+        "heads": {mode: {**heads[mode], "tau": modes[mode]["tau"]} for mode in modes if mode in heads},
         "reliability": [reliability_of(trace, k) for k in range(trace.block_size)],
         "concurrency": {
             "this machine's costs, extrapolated: not a measurement": [
@@ -56,11 +58,20 @@ def sweep(trace: Trace, cut: float) -> dict:
     return {"cut": cut, "acceptance": found["acceptance"], "tau": found["tau"]}
 
 
+def at_length(trace: Trace, length: int) -> dict:
+    plain, found = replay(trace, "plain").figures(), replay(trace, f"length:{length}").figures()
+    return {"length": length, "tau": found["tau"], "ratio": found["tokens_per_second"] / plain["tokens_per_second"]}
+
+
 def reliability_of(trace: Trace, k: int) -> dict:
     """How often the first k+1 drafted tokens all stood, by the product of their confidences, over the rounds that drafted so far."""
     rounds = [r for request in trace.requests for r in request.rounds if len(r.confidences) > k]
     estimates, stood = [survivals_of(r.confidences)[k] for r in rounds], [r.num_accepted > k for r in rounds]
-    return {"position": k + 1, "rounds": len(rounds), "bins": reliability(estimates, stood), "ece": calibration_error(estimates, stood)}
+    found = {"position": k + 1, "rounds": len(rounds), "bins": reliability(estimates, stood), "ece": calibration_error(estimates, stood)}
+    if all(r.uncalibrated for r in rounds):
+        before = [survivals_of(r.uncalibrated)[k] for r in rounds]
+        found["before"] = {"bins": reliability(before, stood), "ece": calibration_error(before, stood)}
+    return found
 
 
 def reliability(probabilities: Sequence[float], outcomes: Sequence[bool]) -> list[dict]:

@@ -20,10 +20,12 @@ REMEDY = "record it anew: `dspark bench TARGET --prompts FILE.jsonl --trace FILE
 
 @dataclass(frozen=True)
 class Drafted:
-    """One round: the confidences of its drafted tokens, all of them verified, and how many stood."""
+    """One round: the confidences of its drafted tokens, all of them verified, and how many stood; and the confidences before
+    calibration, none where they are the same."""
 
     confidences: tuple[float, ...]
     num_accepted: int
+    uncalibrated: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Trace:
 
 def as_request(prompt: int, set: str, num_prompt: int, rounds: Sequence[Round]) -> Request:
     """What a trace keeps of an answer's rounds, drafted by a head with a confidence head."""
-    drafted = tuple(Drafted(tuple(r.confidences or ()), r.num_accepted) for r in rounds)
+    drafted = tuple(Drafted(tuple(r.confidences or ()), r.num_accepted, tuple(r.uncalibrated or ())) for r in rounds)
     return Request(prompt, set, num_prompt, sum(len(r.tokens) for r in rounds), drafted)
 
 
@@ -134,4 +136,7 @@ def read_request(record: dict, block_size: int) -> Request:
 
 def read_round(record: dict, block_size: int) -> Drafted:
     confidences = tuple(number(each, 0, 1) for each in record["confidences"])
-    return Drafted(confidences, whole(record["num_accepted"], 0, whole(len(confidences), 0, block_size)))
+    uncalibrated = tuple(number(each, 0, 1) for each in record.get("uncalibrated", ()))
+    if uncalibrated and len(uncalibrated) != len(confidences):
+        raise ValueError(f"{len(uncalibrated)} uncalibrated confidences for {len(confidences)} tokens")
+    return Drafted(confidences, whole(record["num_accepted"], 0, whole(len(confidences), 0, block_size)), uncalibrated)

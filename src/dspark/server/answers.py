@@ -18,7 +18,7 @@ class Delta:
     """What one event adds to an answer: text, whole tool calls, log-probabilities, and each token's text and source."""
 
     text: str = ""
-    calls: list[Any] = field(default_factory=list)  # tools.Call
+    calls: list[Any] = field(default_factory=list)  # calls.Call
     logprobs: list[tuple[int, Logprob]] = field(default_factory=list)
     sources: list[dict] = field(default_factory=list)
 
@@ -39,7 +39,7 @@ class Answer:
         self.ask, self.eos_ids = ask, eos_ids
         self.parser: Any = None
         if ask.syntax is not None:
-            from dspark.server.tools import ToolParser
+            from dspark.server.calls import ToolParser
 
             self.parser = ToolParser(ask.syntax, ask.tools)
         self.texts = TextStream(tokenizer, ask.request.stop, ask.syntax.kept_ids(tokenizer) if ask.syntax else ())

@@ -23,7 +23,7 @@ class Ask:
     request: Request
     prompt: int = 0
     begin: str = ""  # text before the answer's (echo)
-    syntax: Any = None  # of tool calls (tools.Format), where the text may hold some
+    syntax: Any = None  # of tool calls (syntax.Format), where the text may hold some
     tools: tuple[dict, ...] = ()
     one_call: bool = False  # the answer ends with its first call
 
@@ -36,7 +36,7 @@ def chat_asks(target: Target, body: ChatRequest, speculate: bool) -> list[Ask]:
     messages: list[dict] = [as_dict(message) for message in body.messages]
     syntax, shown = None, None
     if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
-        from dspark.server.tools import described, format_for
+        from dspark.server.told import described, format_for
 
         syntax = format_for(target.tokenizer) if tools else None
         messages, shown = described(target.tokenizer, messages, tools or None)

@@ -61,23 +61,28 @@ class Bias:
 
 
 def grammar_of(body: Sampling, target: Target, syntax: Any = None) -> Any | None:
-    """The grammar that every answer must follow (`dspark.engine.grammar.Grammar`), None for none; `syntax` is that of the
-    target's tool calls. Raises `SettingError` for one that cannot be followed."""
+    """The grammar that every answer must follow (`dspark.engine.grammar.Grammar`; `LazyGrammar` where the model may call
+    `strict` functions), None for none; `syntax` is that of the target's tool calls. Raises `SettingError` for one that
+    cannot be followed."""
     tools = body.tools if isinstance(body, ChatRequest) else None
     choice = body.tool_choice if isinstance(body, ChatRequest) else None
     forced = tools and choice not in (None, "auto", "none")
+    strict = choice in (None, "auto") and any(tool.function.strict for tool in tools or ())
     form = body.response_format
-    if not (forced or isinstance(form, JsonObjectFormat | JsonSchemaFormat) or body.guided_regex or body.guided_grammar):
+    if not (forced or strict or isinstance(form, JsonObjectFormat | JsonSchemaFormat) or body.guided_regex or body.guided_grammar):
         return None
     try:
         from dspark.engine.grammar import Grammar
+        from dspark.engine.lazy import LazyGrammar
     except ImportError as error:
         raise SettingError("this server cannot follow grammars: llguidance is not installed", "pip install 'dspark[serve]'") from error
     tokenizer, end_ids = target.tokenizer, target.eos_ids
+    described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+    if strict:
+        return LazyGrammar(tokenizer, described, syntax, end_ids=end_ids)
     if forced:
-        assert isinstance(body, ChatRequest) and tools
+        assert isinstance(body, ChatRequest)
         named = choice if isinstance(choice, str) else choice.model_dump()  # type: ignore[union-attr]
-        described = [tool.model_dump(exclude_none=True) for tool in tools]
         return Grammar.for_tools(tokenizer, described, named, syntax, end_ids=end_ids, parallel=body.parallel_tool_calls is not False)
     if isinstance(form, JsonSchemaFormat):
         return Grammar.from_json_schema(tokenizer, form.json_schema.schema_, end_ids=end_ids)

@@ -15,6 +15,13 @@ log = logging.getLogger(__name__)
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
+# Of errors that FastAPI raises itself
+OF_STATUS = {
+    # its only one: what Python's JSON reader cannot take
+    400: "the body is not JSON that can be read: not UTF-8, nested too deeply, or a number too long",
+    404: "nothing is at this path; there are /v1/chat/completions, /v1/completions and /v1/models, and /openapi.json describes them",
+}
+
 
 class Refusal(Exception):
     """A request that is not answered, or not to its end: the HTTP status, why, and what of the request is meant."""
@@ -51,13 +58,7 @@ def refusal(error: BaseException, closing: bool = False, retry_seconds: float = 
         case RequestValidationError():
             return of_validation(error.errors())
         case HTTPException():
-            # FastAPI's only 400: what Python's JSON reader cannot take
-            message = (
-                "the body is not JSON that can be read: not UTF-8, nested too deeply, or a number too long"
-                if error.status_code == 400
-                else None
-            )
-            return Refusal(error.status_code, message or str(error.detail), headers=dict(error.headers or {}))
+            return Refusal(error.status_code, OF_STATUS.get(error.status_code, str(error.detail)), headers=dict(error.headers or {}))
         case RecursionError():
             return Refusal(400, "the request is nested too deeply")
     log.error("a request failed", exc_info=error)
@@ -74,7 +75,7 @@ def of_validation(errors: Sequence[dict]) -> Refusal:
         return Refusal(400, "the body is not a JSON object: send one, with Content-Type: application/json")
     steps = [step for step in loc[1:] if isinstance(step, int) or not ("[" in step or step in ("str", "list", "TextPart"))]
     param = ".".join(map(str, steps)) or None
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "none_required"):
         return Refusal(400, f"{param} is not supported", param, "unknown_parameter")
     message = message[0].lower() + message[1:]
     return Refusal(400, f"{param}: {message}" if param else message, param, "missing" if kind == "missing" else "invalid_value")

@@ -109,7 +109,9 @@ class Function(Fields):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[bool | None, Field(description="ignored: required calls always follow the schema")] = None
+    strict: Annotated[
+        bool | None, Field(description="calls always follow the schema, also where the model may choose (tool_choice auto)")
+    ] = None
 
 
 class Tool(Fields):

@@ -94,6 +94,9 @@ class GatedDeltaLayer(LinearAttentionLayer):
             self.recurrent_states[0] = self._without(-tokens_to_remove)
         self.before = self.steps = None
         super().crop(tokens_to_remove)
+        for index, window in self.conv_states.items():
+            if window is not None:
+                self.conv_states[index] = window.clone()  # the crop is a view of all rows of the pass
 
     def _without(self, num_rejected: int) -> torch.Tensor | None:
         if self.steps is None or num_rejected > self.steps.num_rows:

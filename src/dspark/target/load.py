@@ -41,7 +41,6 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     check_wish(rollback)
     if str(device).startswith("meta"):
         raise SettingError(f"--device is {device}", "its tensors hold no numbers: use cpu, or a GPU like cuda")
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -50,11 +49,11 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(f"no folder {name}", f"{like(name)}give a folder written by `save_pretrained`, a hub id, or {demo.NAME}")
     source, cached_only = (where, False) if where.is_dir() else (str(name), not hub.answers())
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(source, cached_only).from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
         )
         model, loading = loaded
-        model.to(device)
+        move(model, device)
         if dtype == "int8":
             quantize_int8(model)
     except UserError:
@@ -78,12 +77,35 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     return target
 
 
+def model_class(source: str | Path, cached_only: bool) -> Any:
+    """AutoModelForCausalLM, or what reads images too for a family that has no class for text alone (Step-3.7)."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    config = type(AutoConfig.from_pretrained(source, local_files_only=cached_only))
+    wrapped = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+
+
 def say_rollback(target: Target, say: Callable[[str], None]) -> None:
     """A word where rejected tokens are forgotten in a way that is slow, or that only a check at load vouches for."""
     if target.forgets.trusted and not target.forgets.replays:
         return
     checked = "" if target.forgets.trusted else "; no test of dspark covers this model, a check of its next logits did just now"
     say(f"roll-back by snapshot: each rejection costs one more pass over the accepted tokens{checked}")
+
+
+def move(model: Any, device: str) -> None:
+    """Raises `SettingError` for a device that this machine, or this build of torch, does not have."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's kinds for a device it does not know, lacks, or cannot fill
+        raise SettingError(f"cannot put the target on {device}: {first_line(error)}", "use --device cpu, or a GPU like cuda") from error
 
 
 def like(name: str | Path) -> str:

@@ -48,8 +48,9 @@ class State:
     def num_bytes(self) -> int:
         """Memory that the cache takes."""
         if isinstance(self.cache, NativeCache):
-            return self.cache.data.nbytes
-        return sum(tensor.nbytes for layer in self.cache.layers for tensor in tensors_of(vars(layer)))
+            return len(self.cache.pages) * self.cache.pool.page_bytes
+        storages = [tensor.untyped_storage() for layer in self.cache.layers for tensor in tensors_of(vars(layer))]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # more than a view of it shows
 
 
 @dataclass

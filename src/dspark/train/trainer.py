@@ -79,16 +79,18 @@ def anchor_states(target: Target, batch: Batch) -> torch.Tensor:
     return target.embed(batch.previous_NAG[:, :, 0]).float()
 
 
-def logits_after(head: Head, anchors_NAD: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+def logits_after(
+    head: Head, anchors_NAD: torch.Tensor, batch: Batch, detached_confidence: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     device, S = anchors_NAD.device, batch.features_NSMD.shape[1]
     with torch.autocast(device.type, torch.bfloat16):
         context_kv = head.context_kv(batch.features_NSMD, torch.arange(S, device=device)[None])
         h = head.hidden(anchors_NAD, batch.anchors_NA, context_kv, batch.visible_NAS)
-        return head(h, batch.previous_NAG)
+        return head(h, batch.previous_NAG, detached_confidence)
 
 
 def loss_after(head: Head, anchors_NAD: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig) -> Losses:
-    return losses(*logits_after(head, anchors_NAD, batch), batch, index, config)
+    return losses(*logits_after(head, anchors_NAD, batch, config.detached_confidence), batch, index, config)
 
 
 def loss_function(device: torch.device) -> Callable[..., Losses]:

@@ -12,8 +12,9 @@ from torch import nn
 from dspark.core.decode import Scored
 from dspark.errors import RuntimeUnavailable
 from dspark.target.native.build import compiled
+from dspark.target.native.cache import Cache, Pool
 from dspark.target.native.pages import gather_weights
-from dspark.target.native.stack import Cache, NativeStack, Rows, passes
+from dspark.target.native.stack import NativeStack, Rows, passes
 from dspark.target.quantize import is_int8
 from dspark.target.taps import Tap
 
@@ -53,9 +54,13 @@ def reason_against(model: Any) -> str | None:
     if kinds != {"full_attention"} or window is not None:
         return "attention with a sliding window"
     shape = shape_of(model)
-    sizes = (shape.hidden_size, shape.head_dim, config.intermediate_size, model.lm_head.weight.shape[0])
-    if any(size % 16 for size in sizes):
-        return f"sizes {sizes} are not all multiples of 16"
+    sizes = {
+        "hidden size": shape.hidden_size, "head size": shape.head_dim, "intermediate size": config.intermediate_size,
+        "vocabulary": model.lm_head.weight.shape[0],
+    }  # fmt: skip
+    odd = [f"{name} of {size}" for name, size in sizes.items() if size % 16]
+    if odd:
+        return f"its sizes must be multiples of 16, and it has a {' and a '.join(odd)}"
     if model.model.rotary_emb.inv_freq.numel() * 2 != shape.head_dim:
         return "rotary positions on a part of each head"
     for path, module in model.named_modules():
@@ -120,6 +125,7 @@ class NativeRuntime:
         if gather:
             gather_weights(model)
         self.model = model
+        self.pool = Pool(0)
         self.start()
 
     def start(self) -> Cache:
@@ -134,7 +140,9 @@ class NativeRuntime:
             shape_of(self.model), self.model.model.layers, self.model.model.norm, self.model.lm_head.weight,
             (rotary.inv_freq, float(rotary.attention_scaling)),
         )  # fmt: skip
-        return self.stack.new_cache()
+        if self.pool.page_bytes != self.stack.page_bytes:  # the first time, or the model has another precision now
+            self.pool = Pool(self.stack.page_bytes)
+        return Cache(self.pool)
 
     def score(self, pieces: Sequence[Piece], taps: Sequence[int]) -> list[Scored]:
         """Rows of each request's `tokens` after its `past` cached ones: logits of its last `num_logits` rows, and the

@@ -502,11 +502,10 @@ struct Stack {
     const float* final_norm;
     Linear output;
 };
-// The keys and values of one request: [layer][key or value][kv head], then capacity * E numbers, laid out so that
-// sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
-// values [position / N][E][N]. The capacity is a multiple of 32, and what no token has filled is finite.
-struct Cache { void* data; int64_t capacity; };
-struct Segment { Cache cache; int32_t num_rows, past; };  // rows of one request, after `past` cached ones
+// The keys and values of one request lie in pages of 32 positions: [layer][key or value][kv head], then 32 * E numbers, laid
+// out so that sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
+// values [position / N][E][N]. What no token has filled is finite. A page starts at a line.
+struct Segment { void* const* pages; int32_t num_rows, past; };  // rows of one request, after `past` cached ones
 struct Segments { const Segment* all; int32_t count; };
 struct Pass {
     Segments segments;  // their rows one after the other are the T rows of the pass
@@ -517,6 +516,20 @@ struct Pass {
     float* logits;   // [num_logits, V]
     float* normed;   // [num_logits, D] the states behind the logits
     int32_t* best;   // [num_logits] where the largest logit is, the first of equals; -1 where none is or one is no number
+};
+// Greedy drafts of R requests, G tokens each, through a sequential head whose bias is W2 W1[previous token] (paper eq. 5).
+struct Chain {
+    Linear w2;                // [Vd, r]
+    const void* w1;           // [V, r], in the precision of the stack's weights
+    const int64_t* draft_ids; // [Vd] target ids
+    const float* confidence;  // [D + r + 1] weights and bias of the confidence head (paper eq. 7); null for none
+    const float* const* hidden;  // [R] of [G, D]
+    const int64_t* anchors;   // [R] the token before each draft
+    float* const* logits;     // [R] of [G, Vd] base logits; the bias is added
+    int32_t* choices;         // [R, G] which draft tokens are the largest, as `best` above; -1 also for all after a -1
+    float *confidences;       // [R, G] logits
+    float *margins;           // [R, G] the largest logit less the second
+    int32_t num_requests, num_tokens, threads;
 };
 
 }  // extern "C"
@@ -582,13 +595,15 @@ template <class X> struct Rows {
     }
 };
 
-// The largest of many numbers that come sixteen at a time, and where it was: the first of equals.
+// The largest of many numbers that come sixteen at a time, and where it was: the first of equals; and the second largest.
 struct Largest {
-    f16v value = f16v{} - INFINITY;
+    f16v value = f16v{} - INFINITY, second = value;
     i16v index{}, broken{};
     void see(f16v x, int n) {
         const i16v lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         const i16v better = x > value;
+        const f16v less = better ? value : x;
+        second = less > second ? less : second;
         value = better ? x : value;
         index = better ? lanes + n : index;
         broken |= x != x;
@@ -604,6 +619,17 @@ struct Largest {
                 if (part.value[i] > most || (part.value[i] == most && part.index[i] < where)) most = part.value[i], where = part.index[i];
             }
         return most == INFINITY ? -1 : where;
+    }
+    // The largest of all less the second.
+    static float margin(const Largest* parts, int count, int distance) {
+        float most = -INFINITY, next = -INFINITY;
+        for (int p = 0; p < count; p++)
+            for (int i = 0; i < 16; i++)
+                for (const float x : {parts[int64_t(p) * distance].value[i], parts[int64_t(p) * distance].second[i]}) {
+                    next = std::max(next, std::min(x, most));
+                    most = std::max(most, x);
+                }
+        return most - next;
     }
 };
 
@@ -636,8 +662,14 @@ template <class Dot, class Lanes> struct Runner {
         return rows;
     }
 
-    KV* cached(const Cache& cache, int layer, int value, int head) const {
-        return (KV*)cache.data + ((int64_t(layer) * 2 + value) * s.kv_heads + head) * cache.capacity * s.head_dim;
+    // Keys or values of one head: those of positions 32 i to 32 i + 31 begin at [i].
+    struct Column {
+        void* const* pages;
+        int64_t offset;
+        KV* operator[](int64_t i) const { return (KV*)pages[i] + offset; }
+    };
+    Column cached(const Segment& segment, int layer, int value, int head) const {
+        return {segment.pages, ((int64_t(layer) * 2 + value) * s.kv_heads + head) * 32 * s.head_dim};
     }
 
     // Outputs n..n+15 of all rows from `first` on.
@@ -681,8 +713,8 @@ template <class Dot, class Lanes> struct Runner {
         const int head = unit - value * s.kv_heads, E = s.head_dim;
         project_head(value ? l.v : l.k, head, x, y, head_TE, l.k_norm, !value);
         for (int t = 0; t < T; t++) {
-            KV* to = cached(segments.all[rows[t].segment].cache, layer, value, head);
-            const int64_t position = rows[t].position;
+            KV* to = cached(segments.all[rows[t].segment], layer, value, head)[rows[t].position / 32];
+            const int position = rows[t].position % 32;
             for (int e = 0; e < E; e++)
                 put(to + (value ? (position / N * E + e) * N + position % N
                                 : (position / 16 * (E / N) + e / N) * 16 * N + position % 16 * N + e % N),
@@ -691,12 +723,15 @@ template <class Dot, class Lanes> struct Runner {
     }
 
     // Dot products of up to MR queries with all keys, sixteen keys to a block, several blocks at once.
-    template <int MR> void score(const KV* keys, const KV* const* q, int count, int num_blocks, float* const* scores) const {
+    template <int MR> void score(Column keys, const KV* const* q, int count, int num_blocks, float* const* scores) const {
         constexpr int NB = 8 / MR;
         const int E = s.head_dim;
         for (int block = 0; block < num_blocks; block += NB) {
             const KV* k[NB];
-            for (int b = 0; b < NB; b++) k[b] = keys + int64_t(block + b < num_blocks ? block + b : block) * 16 * E;
+            for (int b = 0; b < NB; b++) {
+                const int here = block + b < num_blocks ? block + b : block;
+                k[b] = keys[here / 2] + here % 2 * 16 * E;
+            }
             f16v acc[MR][NB]{};
             for (int e = 0; e < E; e += N)
 #pragma GCC unroll 8
@@ -731,18 +766,22 @@ template <class Dot, class Lanes> struct Runner {
     }
 
     // Sums of the first `seen` values by the weights of up to MR rows: BE blocks of sixteen outputs from number e on.
-    template <int MR, int BE> void mix(const KV* values, const KV* const* weights, int count, int seen, int e, const float* share, float* const* out) const {
+    template <int MR, int BE> void mix(Column values, const KV* const* weights, int count, int seen, int e, const float* share, float* const* out) const {
         const int E = s.head_dim;
         f16v acc[MR][BE]{};
-        for (int j = 0; j < seen; j += N)
+        for (int begin = 0; begin < seen; begin += 32) {
+            const KV* page = values[begin / 32] + e * N;
+            const int end = std::min(32, seen - begin);
+            for (int j = 0; j < end; j += N)
 #pragma GCC unroll 4
-            for (int m = 0; m < MR; m++)
+                for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-                for (int b = 0; b < BE; b++) acc[m][b] = Lanes::step(acc[m][b], values + int64_t(j) * E + (e + 16 * b) * N, weights[m] + j);
+                    for (int b = 0; b < BE; b++) acc[m][b] = Lanes::step(acc[m][b], page + j * E + 16 * b * N, weights[m] + begin + j);
+        }
         for (int m = 0; m < count; m++)
             for (int b = 0; b < BE; b++) store(out[m] + e + 16 * b, acc[m][b] * share[m]);
     }
-    template <int MR> void mix(const KV* values, const KV* const* weights, int count, int seen, const float* share, float* const* out) const {
+    template <int MR> void mix(Column values, const KV* const* weights, int count, int seen, const float* share, float* const* out) const {
         int e = 0;
         for (; e + 64 <= s.head_dim; e += 64) mix<MR, 4>(values, weights, count, seen, e, share, out);
         for (; e < s.head_dim; e += 16) mix<MR, 1>(values, weights, count, seen, e, share, out);
@@ -750,7 +789,7 @@ template <class Dot, class Lanes> struct Runner {
 
 #if TILES
     // Sixteen rows of queries at most, in tiles: keys and values lie as the matrix unit wants them.
-    void attend_tiled(const KV* keys, const KV* values, const KV* const* q, int count, const int* seen, int padded, float* const* to, float* scores, KV* weights) const {
+    void attend_tiled(Column keys, Column values, const KV* const* q, int count, const int* seen, int padded, float* const* to, float* scores, KV* weights) const {
         const int E = s.head_dim;
         alignas(64) KV rows[4][512] = {};  // [E / 32][row][32]
         for (int m = 0; m < count; m++)
@@ -760,7 +799,7 @@ template <class Dot, class Lanes> struct Runner {
         if (E > 64) _tile_loadd(6, rows[2], 64);
         if (E > 96) _tile_loadd(7, rows[3], 64);
         for (int j = 0; j < padded; j += 16) {
-            const KV* k = keys + int64_t(j) * E;
+            const KV* k = keys[j / 32] + j % 32 * E;
             _tile_zero(0);
             _tile_loadd(1, k, 64);
             _tile_dpbf16ps(0, 4, 1);
@@ -780,7 +819,7 @@ template <class Dot, class Lanes> struct Runner {
             _tile_zero(0);
             _tile_zero(1);
             for (int j = 0; j < most; j += 32) {
-                const KV* v = values + int64_t(j) * E + 2 * e;
+                const KV* v = values[j / 32] + 2 * e;
                 _tile_loadd(4, weights + j, 2 * padded);
                 _tile_loadd(5, v, 4 * E);
                 _tile_dpbf16ps(0, 4, 5);
@@ -822,7 +861,7 @@ template <class Dot, class Lanes> struct Runner {
             weights[m] = &scratch.weights[size_t(m < count ? m : 0) * padded];
             seen[m] = causal ? segment.past + t + 1 : total;
         }
-        const KV *keys = cached(segment.cache, layer, 0, kv), *values = cached(segment.cache, layer, 1, kv);
+        const Column keys = cached(segment, layer, 0, kv), values = cached(segment, layer, 1, kv);
 #if TILES
         if constexpr (TileLayout<X>::PARTS > 0)
             if (tiles_fit()) return attend_tiled(keys, values, queries, count, seen, padded, to, scratch.scores.data(), scratch.weights.data());
@@ -1002,6 +1041,61 @@ template <class Dot, class Lanes> struct Runner {
         }
         for (int t = 0; t < T; t++) best[t] = Largest::of(&largest[t], threads, T);
     }
+
+    // Each token is the best of its row under the bias of the one before: `bias` over and over, with no word to the caller in between.
+    void chain(const Chain& c) {
+        const int R = c.num_requests, G = c.num_tokens, Vd = c.w2.num_out, r = c.w2.num_in, D = s.hidden;
+        std::vector<Largest> largest(size_t(2) * c.threads * R);  // of this step and the one before, which others may still read
+        Barrier barrier;
+#pragma omp parallel num_threads(c.threads)
+        {
+            Rows<X> x(R, r);
+            const TileConfig tiles(x.tiled);
+            std::vector<f16v> y(R);
+            std::vector<int64_t> last(c.anchors, c.anchors + R);
+            std::vector<int32_t> choices(R, 0);
+            Aligned<float> z(r);
+            for (int k = 0; k < G; k++) {
+                Largest* all = &largest[size_t(k % 2) * c.threads * R];
+                Largest* mine_of = all + size_t(omp_get_thread_num()) * R;
+                for (int t = 0; t < R; t++) {
+                    mine_of[t] = Largest{};
+                    const auto* row = (const typename Dot::W*)c.w1 + last[t] * r;
+                    if constexpr (!std::is_same_v<typename Dot::W, int8_t>)  // heads have no 8-bit weights
+                        for (int i = 0; i < r; i += 16) store(z.data() + i, load(row + i));
+                    x.take(t, z.data());
+                    if (c.confidence && omp_get_thread_num() == 0)
+                        c.confidences[t * G + k] = dot(c.confidence, c.hidden[t] + int64_t(k) * D, D) + dot(c.confidence + D, z.data(), r)
+                            + c.confidence[D + r];
+                }
+                const Range mine = share(Vd / 16);
+                for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
+                    outputs(c.w2, n, x, y.data());
+                    for (int t = 0; t < R; t++) {
+                        float* row = c.logits[t] + int64_t(k) * Vd + n;
+                        const f16v sum = y[t] + load(row);
+                        store(row, sum);
+                        mine_of[t].see(sum, n);
+                    }
+                }
+                barrier.meet();
+                for (int t = 0; t < R; t++) {
+                    if (choices[t] >= 0) choices[t] = Largest::of(all + t, c.threads, R);
+                    if (choices[t] >= 0) last[t] = c.draft_ids[choices[t]];
+                    if (omp_get_thread_num() == 0) {
+                        c.choices[t * G + k] = choices[t];
+                        c.margins[t * G + k] = Largest::margin(all + t, c.threads, R);
+                    }
+                }
+            }
+        }
+    }
+
+    static float dot(const float* a, const float* b, int n) {
+        f16v total{};
+        for (int i = 0; i < n; i += 16) total = multiply_add(load(a + i), load(b + i), total);
+        return sum(total);
+    }
 };
 
 // Calls `run` with the runner of this stack's kind.
@@ -1025,8 +1119,13 @@ void stack_context(const Stack* stack, const Segments* segments, const Linear* f
 }
 
 void stack_bias(const Stack* stack, const Linear* w2, int num_rows, const float* z, float* const* logits, int32_t* best, int threads) {
-    const Segment rows{{}, num_rows, 0};
+    const Segment rows{nullptr, num_rows, 0};
     with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.bias(*w2, z, logits, best, threads); });
+}
+
+void stack_chain(const Stack* stack, const Chain* chain) {
+    const Segment rows{nullptr, chain->num_requests, 0};
+    with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.chain(*chain); });
 }
 
 }  // extern "C"

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from dspark.target.native.build import compiled
+from dspark.target.native.cache import PAGE_TOKENS, Cache
 from dspark.target.quantize import is_int8
 
 KINDS = (torch.float32, torch.bfloat16, torch.int8)  # of weights, in the order of stack.cpp's
-BLOCK = 32  # tokens that stack.cpp reads together: a cache's capacity is a multiple
-FIRST_CAPACITY = 256
 # Rows of one pass: enough to read the weights from cache for most of them, few enough for small buffers.
 MAX_ROWS = 128
 
@@ -46,7 +45,7 @@ class Stack(ctypes.Structure):
 
 
 class Segment(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("capacity", ctypes.c_int64), ("num_rows", ctypes.c_int32), ("past", ctypes.c_int32)]
+    _fields_ = [("pages", ctypes.c_void_p), ("num_rows", ctypes.c_int32), ("past", ctypes.c_int32)]
 
 
 class Segments(ctypes.Structure):
@@ -61,6 +60,15 @@ class Pass(ctypes.Structure):
     ]
 
 
+class Chain(ctypes.Structure):
+    _fields_ = [
+        ("w2", Linear),
+        *[(name, ctypes.c_void_p) for name in ("w1", "draft_ids", "confidence", "hidden", "anchors", "logits")],
+        *[(name, ctypes.c_void_p) for name in ("choices", "confidences", "margins")],
+        *[(name, ctypes.c_int32) for name in ("num_requests", "num_tokens", "threads")],
+    ]
+
+
 @dataclass(frozen=True)
 class Passed:
     """What a pass gives, in float32: logits [num_logits, V], tapped states [T, M, D], the normed states behind the logits
@@ -70,31 +78,6 @@ class Passed:
     tapped: torch.Tensor
     normed: torch.Tensor
     best: list[int]
-
-
-def whole_blocks(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK) * BLOCK
-
-
-@dataclass
-class Cache:
-    """Keys and values of one request, [layers, 2, key heads, capacity, E]; grows by doubling."""
-
-    data: torch.Tensor
-
-    def reserve(self, num_tokens: int) -> None:
-        capacity = self.data.shape[3]
-        if num_tokens > capacity:
-            grown = self.data.new_zeros(*self.data.shape[:3], max(2 * capacity, whole_blocks(num_tokens)), self.data.shape[4])
-            grown[:, :, :, :capacity] = self.data
-            self.data = grown
-
-    def fork(self, num_tokens: int) -> "Cache":
-        """A copy of its first tokens. They lie in whole blocks; what a block holds besides is never read."""
-        capacity = whole_blocks(num_tokens)
-        copy = self.data.new_zeros(*self.data.shape[:3], max(FIRST_CAPACITY, capacity), self.data.shape[4])
-        copy[:, :, :, :capacity] = self.data[:, :, :, :capacity]
-        return Cache(copy)
 
 
 class Rows(NamedTuple):
@@ -108,8 +91,8 @@ class Rows(NamedTuple):
 def segments(parts: Sequence[Rows]) -> Segments:
     """As stack.cpp reads them. Makes room in the caches, so it comes right before the pass."""
     for part in parts:
-        part.cache.reserve(part.past + part.num_rows)
-    described = [Segment(p.cache.data.data_ptr(), p.cache.data.shape[3], p.num_rows, p.past) for p in parts]
+        part.cache.reserve(part.past, part.past + part.num_rows)
+    described = [Segment(p.cache.addresses.buffer_info()[0], p.num_rows, p.past) for p in parts]
     return Segments((Segment * len(parts))(*described), len(parts))
 
 
@@ -121,7 +104,8 @@ class NativeStack:
         self.kept: list[torch.Tensor] = []
         self.num_out, self.dtype = output.shape[0], torch.int8 if is_int8(output) else output.dtype
         self.hidden, self.head_dim = config.hidden_size, config.head_dim
-        self.cache_shape = (len(layers), 2, config.num_key_value_heads, FIRST_CAPACITY, config.head_dim)
+        number = 4 if self.dtype == torch.float32 else 2  # bytes; beside 8-bit weights too
+        self.page_bytes = len(layers) * 2 * config.num_key_value_heads * PAGE_TOKENS * config.head_dim * number
         self.layers = (Layer * len(layers))(*[self._layer(layer) for layer in layers])
         inverse_frequencies, rope_scale = rope
         self.stack = Stack(
@@ -151,9 +135,6 @@ class NativeStack:
             self._float(layer.input_layernorm.weight), self._float(layer.post_attention_layernorm.weight), *map(self._float, norms),
             *[self.linear(p.weight, p.bias) for p in projections],
         )  # fmt: skip
-
-    def new_cache(self) -> Cache:
-        return Cache(torch.zeros(self.cache_shape, dtype=torch.float32 if self.dtype == torch.float32 else torch.bfloat16))
 
     def forward(self, parts: Sequence[Rows], x_TD: torch.Tensor, num_logits: int, taps: Sequence[int] = (), causal: bool = True) -> Passed:
         """One pass over rows of requests, those of each after those of the one before it; logits of the last `num_logits`.
@@ -192,6 +173,27 @@ class NativeStack:
             torch.get_num_threads(),
         )  # fmt: skip
         return list(best)
+
+    def chain(
+        self, w1: torch.Tensor, w2: Linear, draft_ids: torch.Tensor, confidence: torch.Tensor | None,
+        anchors: Sequence[int], hidden_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor],
+    ) -> list[tuple[list[int], list[float], list[float]]]:  # fmt: skip
+        """Greedy drafts after the anchors, through rows of float32 logits [G, Vd] to which the bias W2 W1[previous token] is added in
+        place. Of each request, by token: where the largest sum is (-1: nowhere, or one is no number, then for the rest too), the confidence
+        logit (nothing meant if `confidence`, float32 [D + r + 1], is None) and how far the second largest is below."""
+        R, G = len(logits_R), len(logits_R[0])
+        choices, confidences, margins = (ctypes.c_int32 * (R * G))(), (ctypes.c_float * (R * G))(), (ctypes.c_float * (R * G))()
+        hidden_R = [h_GD.float().contiguous() for h_GD in hidden_R]
+        addresses = [(ctypes.c_void_p * R)(*[t.data_ptr() for t in tensors]) for tensors in (hidden_R, logits_R)]
+        ids = (ctypes.c_int64 * R)(*anchors)
+        described = Chain(
+            w2, w1.data_ptr(), draft_ids.data_ptr(), None if confidence is None else confidence.data_ptr(),
+            ctypes.addressof(addresses[0]), ctypes.addressof(ids), ctypes.addressof(addresses[1]),
+            *[ctypes.addressof(array) for array in (choices, confidences, margins)], R, G, torch.get_num_threads(),
+        )  # fmt: skip
+        compiled().stack_chain(ctypes.byref(self.stack), ctypes.byref(described))
+        parts = [slice(r * G, (r + 1) * G) for r in range(R)]
+        return [(choices[part], confidences[part], margins[part]) for part in parts]
 
 
 def passes(parts: Sequence[Rows]) -> Iterator[tuple[list[Rows], int, int]]:
