@@ -158,7 +158,7 @@ def test_little_memory_preempts_and_changes_nothing_whatever_the_cache(family):
     requests = [Request([i, *range(30 + i, 50)], 16, eos_ids=frozenset()) for i in range(6)]
     roomy = make_engine("eager", family=family, plan="fixed")
     assert roomy.fixed_bytes > roomy.state_bytes  # what a request holds however short it is
-    tight = make_engine("eager", family=family, cache_bytes=300_000, plan="fixed")  # two of the requests, with their heads
+    tight = make_engine("eager", family=family, cache_bytes=int(1.2 * roomy._most_bytes(64)), plan="fixed")
     released = []
     release = tight._release
     tight._release = lambda r: (released.append(r.number), release(r))
