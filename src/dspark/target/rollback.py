@@ -45,7 +45,7 @@ Snapshot = dict[int, dict[str, Any]]  # by layer: its attributes
 @dataclass(frozen=True)
 class Rollback:
     """How the caches of one model forget. `snapshot` holds the layers that need one, `trusted` is False for those that only the
-        user's wish lets in; `cache_argument` is the name under which the model takes its cache; `clamped` are the modules that `as_decoded`
+    user's wish lets in; `cache_argument` is the name under which the model takes its cache; `clamped` are the modules that `as_decoded`
     is about, with their limits."""
 
     model: PreTrainedModel
