@@ -74,7 +74,7 @@ would be. What goes into these layers is near only: eagerly, a pass of several r
   passes of one, so that a prompt leaves another state than the same tokens decoded. dspark never applies the bound: its state is that of
   decoding token by token, and its text can differ from `model.generate`'s, whose prompt pass applies it. The greedy tokens above are compared
   without the bound.
-* **Jamba, Mamba, FalconMamba** cannot be targets: a pass of several rows forgets their state in transformers 5.23. The check at load refuses them.
+* **Jamba and Mamba** cannot be targets: a pass of several rows forgets their state in transformers 5.23. The check at load refuses them.
   **Bamba** was refused by the check as well; why was not looked into.
 * **Qwen3.5, Step-3.7** and other models with a vision tower: text only.
 * Multi-token-prediction heads of these models are not used.

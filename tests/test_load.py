@@ -1,6 +1,7 @@
 """Names of targets: what cannot be found is said at once, with the names that are near."""
 
 import pytest
+import torch
 
 from dspark.errors import TargetError
 from dspark.generation import generate
@@ -61,3 +62,11 @@ def test_a_family_without_a_class_for_text_alone_is_loaded(tmp_path):
     target = load_target(tmp_path, runtime="eager")
     assert type(target.model).__name__ == "Step3p7ForConditionalGeneration"
     assert generate(target, None, [3, 4, 5], 4).num_tokens == 4
+
+
+@pytest.mark.parametrize(("stored", "precision"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_auto_is_the_precision_of_the_checkpoint(stored, precision, tmp_path, capfd):
+    tiny_model("llama").to(getattr(torch, stored)).save_pretrained(tmp_path)
+    target = load_target(tmp_path, dtype="auto")
+    assert target.precision == precision and {p.dtype for p in target.model.parameters()} == {getattr(torch, precision)}
+    assert ("stored in float16" in capfd.readouterr().err) == (stored == "float16")

@@ -13,11 +13,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def add_target(parser: argparse.ArgumentParser, dtype: str = "float32", name: str = "target", default: str | None = None) -> None:
+def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str = "target", default: str | None = None) -> None:
     needed: dict[str, Any] = {"required": True} if name.startswith("-") else {"nargs": "?", "default": default} if default else {}
     known = f" (default {default})" if default else ""
     parser.add_argument(name, metavar="TARGET", help=f"folder, hub id, or smollm2-135m (the demo target){known}", **needed)
-    parser.add_argument("--dtype", default=dtype, help=f"precision of the target: float32, bfloat16 or int8 weights (default {dtype})")
+    parser.add_argument(
+        "--dtype",
+        default=dtype,
+        help=f"precision of the target: auto (the checkpoint's own), float32, bfloat16 or int8 weights (default {dtype})",
+    )
     parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
     parser.add_argument("--runtime", default="auto", help="auto, native or eager (default auto: native where it runs the model)")
     parser.add_argument(
@@ -79,7 +83,9 @@ def open_target(options: argparse.Namespace):
     set_threads(options)
     from dspark.target.load import load_target
 
-    return load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
+    target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
+    options.dtype = target.precision  # what auto came to
+    return target
 
 
 def open_head(options: argparse.Namespace, target):

@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         from dspark.server.run import listen, serve
     except ImportError as error:
-        raise SettingError(f"the server needs {error.name}, which is not installed", "pip install 'dspark[serve]'") from error
+        raise SettingError(
+            f"the server needs {error.name}, which is not installed", "pip install 'dspark[serve]', in a checkout '.[serve]'"
+        ) from error
     listener = listen(options.host, options.port)  # before the target is loaded: a port in use is said at once
     target = open_target(options)
     head = open_head(options, target)

@@ -40,7 +40,9 @@ def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise SettingError("--report draws with matplotlib, which is not installed", "pip install 'dspark[report]'") from error
+        raise SettingError(
+            "--report draws with matplotlib, which is not installed", "pip install 'dspark[report]', in a checkout '.[report]'"
+        ) from error
 
 
 def draw(plot: Callable, data: dict, title: str) -> str:

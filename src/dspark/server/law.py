@@ -75,7 +75,9 @@ def grammar_of(body: Sampling, target: Target, syntax: Any = None) -> Any | None
         from dspark.engine.grammar import Grammar
         from dspark.engine.lazy import LazyGrammar
     except ImportError as error:
-        raise SettingError("this server cannot follow grammars: llguidance is not installed", "pip install 'dspark[serve]'") from error
+        raise SettingError(
+            "this server cannot follow grammars: llguidance is not installed", "pip install 'dspark[serve]', in a checkout '.[serve]'"
+        ) from error
     tokenizer, end_ids = target.tokenizer, target.eos_ids
     described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     if strict:

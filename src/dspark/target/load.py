@@ -18,6 +18,7 @@ from dspark.target.target import Target
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "int8": torch.bfloat16,  # linear layers become 8-bit after loading; what remains is bfloat16
+    "auto": "auto",  # the checkpoint's own
 }  # fmt: skip
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.tiktoken")
@@ -29,7 +30,7 @@ def say(text: str) -> None:
 
 
 def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", runtime: str = "auto", rollback: str = "auto") -> Target:
-    """Load a Hugging Face causal LM.
+    """Load a Hugging Face causal LM. `dtype` auto takes the checkpoint's own precision, float32 for one that is not supported.
 
     `runtime` is `eager` (transformers' modules), `native` (docs/runtime.md), or `auto`: native where it runs. `rollback` is `auto`, or
     `snapshot`: take a model whose caches no test covers, if it rolls back exactly here.
@@ -53,6 +54,11 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
             source, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
         )
         model, loading = loaded
+        if model.dtype not in (torch.float32, torch.bfloat16):
+            say(
+                f"{name} is stored in {str(model.dtype).removeprefix('torch.')}, which is taken up in float32; --dtype bfloat16 takes half the memory"
+            )
+            model.float()
         move(model, device)
         if dtype == "int8":
             quantize_int8(model)

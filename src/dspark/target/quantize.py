@@ -16,7 +16,7 @@ def quantize_int8(model: Any) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise SettingError("8-bit weights need torchao", "pip install 'dspark[int8]'") from error
+        raise SettingError("8-bit weights need torchao", "pip install 'dspark[int8]', in a checkout '.[int8]'") from error
     quantize_(model, Int8WeightOnlyConfig(version=2))
 
 
