@@ -140,13 +140,14 @@ def sample_batch(
             seen = mask.shape[1] - ids.shape[1]
             for ids_part, positions_part in zip(ids.split(columns, 1), positions.split(columns, 1), strict=True):
                 seen += ids_part.shape[1]
-                output = target.model(
-                    input_ids=ids_part,
-                    attention_mask=mask[:, :seen],
-                    position_ids=positions_part,
-                    logits_to_keep=1,
-                    **{target.forgets.cache_argument: cache},
-                )
+                with target.forgets.as_decoded():
+                    output = target.model(
+                        input_ids=ids_part,
+                        attention_mask=mask[:, :seen],
+                        position_ids=positions_part,
+                        logits_to_keep=1,
+                        **{target.forgets.cache_argument: cache},
+                    )
             token_B = draw(output.logits[:, -1].float(), temperature_B, generator)
             drawn[alive, step] = torch.where(running, token_B, -1)
             running &= ~torch.isin(token_B, stop)
