@@ -106,6 +106,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["train", "{target}", "--out", "{new}", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
         (["generate", "{target}", "hi", "--threads", "99999999999999999999"], "--threads is 99999999999999999999"),
         (["generate", "{target}", "hi", "--runtime", "warp"], "unknown runtime 'warp'"),
+        (["generate", "{target}", "hi", "--rollback", "warp"], "unknown rollback 'warp'"),
         (["generate", "{target}", "hi", "--head", "{prompts}"], "is a file"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain,warp", "--head", "none"], "unknown mode 'warp'"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "modes dspark and auto need a head"),

@@ -24,6 +24,9 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str =
     )
     parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
     parser.add_argument("--runtime", default="auto", help="auto, native or eager (default auto: native where it runs the model)")
+    parser.add_argument(
+        "--rollback", default="auto", metavar="WAY", help="auto, or snapshot: try a model whose caches no test covers (default auto)"
+    )
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
 
 
@@ -80,7 +83,7 @@ def open_target(options: argparse.Namespace):
     set_threads(options)
     from dspark.target.load import load_target
 
-    target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime)
+    target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
     options.dtype = target.precision  # what auto came to
     return target
 
