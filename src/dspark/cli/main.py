@@ -1,6 +1,7 @@
 """Entry point: find the verb, run it, print a user's mistake once."""
 
 import argparse
+import difflib
 import errno
 import importlib
 import io
@@ -52,6 +53,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a verb: in any order, prompts between them. A mistake is told with the usage of that verb."""
     if arguments and arguments[0] in VERBS:
         return verb_parser(arguments[0]).parse_intermixed_args(arguments[1:])
+    near = difflib.get_close_matches(arguments[0], VERBS, n=1) if arguments and not arguments[0].startswith("-") else []
+    if near:
+        build_parser().error(f"there is no verb {arguments[0]!r}; the nearest is {near[0]!r}")
     return build_parser().parse_args(arguments or ["--help"])
 
 

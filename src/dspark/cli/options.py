@@ -27,7 +27,7 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str =
     parser.add_argument(
         "--rollback", default="auto", metavar="WAY", help="auto, or snapshot: try a model whose caches no test covers (default auto)"
     )
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help=threads_help())
 
 
 def add_head(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +69,23 @@ def check_sampling(options: argparse.Namespace) -> None:
     make_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
 
 
+def threads_help() -> str:
+    return f"CPU threads; {cores()} CPUs can be used here (default: all cores)"
+
+
+def cores() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(options: argparse.Namespace) -> None:
     import torch
 
     if options.threads is not None:
-        most = 4 * (os.cpu_count() or 1)
-        if not 1 <= options.threads <= most:
-            raise SettingError(f"--threads is {options.threads}", f"use 1 to {most} here; more than there are cores only slows down")
+        if not 1 <= options.threads <= 4 * cores():
+            raise SettingError(
+                f"--threads is {options.threads}", f"use 1 to {cores()}: {cores()} CPUs can be used here, more threads only slow down"
+            )
         torch.set_num_threads(options.threads)
 
 

@@ -92,6 +92,9 @@ LOSS_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run(options: argparse.Namespace) -> int:
+    from dspark.train.run import check_folder, check_settings, train
+
+    check_folder(Path(options.out), options.resume)
     if options.resume:
         reuse_settings(options)
     command = command_of(options)
@@ -126,11 +129,11 @@ def run(options: argparse.Namespace) -> int:
         muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
         detached_confidence=options.confidence == "detached",
     )  # fmt: skip
-    target = open_target(options)
+    check_settings(config, shape, None if options.answers else len(prompts or ()))
     from dspark.head.folder import named_head
-    from dspark.train.run import train
 
     start_from = None if options.start_from is None else named_head(options.start_from)
+    target = open_target(options)
     report = train(
         target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command,
         start_from,
