@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -41,7 +41,6 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     check_wish(rollback)
     if str(device).startswith("meta"):
         raise SettingError(f"--device is {device}", "its tensors hold no numbers: use cpu, or a GPU like cuda")
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -50,7 +49,7 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(f"no folder {name}", f"{like(name)}give a folder written by `save_pretrained`, a hub id, or {demo.NAME}")
     source, cached_only = (where, False) if where.is_dir() else (str(name), not hub.answers())
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(source, cached_only).from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
         )
         model, loading = loaded
@@ -76,6 +75,15 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     say_rollback(target, say)
     use_runtime(target, runtime, gather=True)
     return target
+
+
+def auto_class(source: str | Path, cached_only: bool) -> Any:
+    """What loads this model: a few with a vision tower (Step-3.7) are not in transformers' list of causal language models."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config: Any = AutoConfig.from_pretrained(source, local_files_only=cached_only)
+    known = [each for each in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in cast(Any, each)._model_mapping]
+    return [*known, AutoModelForCausalLM][0]
 
 
 def say_rollback(target: Target, say: Callable[[str], None]) -> None:
