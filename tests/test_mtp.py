@@ -43,7 +43,7 @@ def targets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def greedy_of(targets):
-    return cache(lambda family, length=len(PROMPT), num=NUM_NEW: plain_greedy(targets(family), PROMPT[:length], num))
+    return cache(lambda family, length=None, num=NUM_NEW: plain_greedy(targets(family), PROMPT[:length], num))
 
 
 def by_hand(target: Target, family: str, ids: list[int], num: int) -> tuple[list[int], torch.Tensor]:
@@ -61,7 +61,7 @@ def by_hand(target: Target, family: str, ids: list[int], num: int) -> tuple[list
         target.model(torch.tensor([ids[:-1]]))
         norm.remove()
         hidden = seen["before" if before_norm else "after"]
-        text, rows = list(ids), []
+        text, rows, reads = list(ids), [], hidden
         for step in range(num):
             k = min(step, last)
             # past the last module, it reads its own output too, one slot further

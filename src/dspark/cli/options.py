@@ -8,7 +8,6 @@ from typing import Any
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
 
-
 NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own
 
 

@@ -147,7 +147,7 @@ def load_mtp(target: Target) -> MtpHead:
 def read_mtp(target: Target) -> MtpHead:
     name, model = target.name or type(target.model).__name__, target.model
     checkpoint = find_modules(target)
-    described = type("MtpModel", (MtpModel,), {"checkpoint": checkpoint})
+    described: Any = type("MtpModel", (MtpModel,), {"checkpoint": checkpoint})
     try:
         with settings(target.text_config, layer_settings(target, checkpoint)):
             modules = described.from_pretrained(model, device_map={"": target.device}).eval()
@@ -155,7 +155,9 @@ def read_mtp(target: Target) -> MtpHead:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HeadError(f"cannot read the multi-token-prediction modules of {name}: {reason}", "use another drafter") from error
     if any(getattr(layer, "post_norm", None) is None for layer in modules.layers):
-        raise HeadError(f"the multi-token-prediction modules of {name} share one output norm, a layout that is not known", "use another drafter")
+        raise HeadError(
+            f"the multi-token-prediction modules of {name} share one output norm, a layout that is not known", "use another drafter"
+        )
     modules.requires_grad_(False)
     return MtpHead(modules, target, own_outputs(target, checkpoint))
 
@@ -167,7 +169,9 @@ def find_modules(target: Target) -> Checkpoint:
     if not where:
         raise HeadError(f"{name} was not loaded from a checkpoint, where its multi-token-prediction modules would be", hint)
     try:
-        files, _ = _get_resolved_checkpoint_files(where, variant=None, gguf_file=None, use_safetensors=True, user_agent=None, is_remote_code=False)
+        files, _ = _get_resolved_checkpoint_files(
+            where, variant=None, gguf_file=None, use_safetensors=True, user_agent=None, is_remote_code=False
+        )
     except OSError as error:
         raise HeadError(f"no safetensors files of {name} to read multi-token-prediction modules from", hint) from error
     found = {str(file): names_in(file) for file in files or []}
