@@ -1,5 +1,6 @@
 """Tiny targets on disk with multi-token-prediction modules of random weights, in the names of the released checkpoints."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,25 +27,38 @@ WITH_MTP = {
         "model.layers.{layer}.",
     ),
 }
+# Families of the same layouts, of which less is run.
+ALSO_WITH_MTP = {
+    "qwen3_next": (1, {}, "mtp."),
+    "glm4_moe": (1, {"num_nextn_predict_layers": 1}, "model.layers.{layer}."),
+}
 QWEN_NAMES = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "post_norm": "norm"}
 
 
-def save_with_mtp(folder: Path, family: str, seed: int = 0, **overrides) -> Path:
-    """A tiny model of this family, saved with the modules of `modules_of`."""
-    tiny_model(family, seed, **WITH_MTP[family][1], **overrides).save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | tensors_of(family, *modules_of(family, seed, **overrides)), folder / "model.safetensors", {"format": "pt"})
+def save_with_mtp(folder: Path, family: str, seed: int = 0, shards: bool = False, **overrides) -> Path:
+    """A tiny model of this family, saved with the modules of `modules_of`; `shards` puts those in a file of their own."""
+    tiny_model(family, seed, **(WITH_MTP | ALSO_WITH_MTP)[family][1], **overrides).save_pretrained(folder)
+    tensors, ours = load_file(folder / "model.safetensors"), tensors_of(family, *modules_of(family, seed, **overrides))
+    if shards:
+        (folder / "model.safetensors").unlink()
+        files = {"model-00001-of-00002.safetensors": tensors, "model-00002-of-00002.safetensors": ours}
+        index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        files = {"model.safetensors": tensors | ours}
+    for file, held in files.items():
+        save_file(held, folder / file, {"format": "pt"})
     return folder
 
 
 def modules_of(family: str, seed: int = 0, **overrides) -> tuple[MtpModel, list[torch.Tensor]]:
     """transformers' modules with random weights on the tiny model of this seed, and an output head of each."""
-    count, settings, _ = WITH_MTP[family]
+    count, settings, _ = (WITH_MTP | ALSO_WITH_MTP)[family]
     model = tiny_model(family, seed, **settings, **overrides)
     config = model.config.get_text_config()
     config.num_mtp_layers = count
-    if family.startswith("qwen"):
-        config.mtp_layer_types = ["full_attention"]
+    if family != "step3p7" and getattr(config, "layer_types", None):
+        config.mtp_layer_types = config.layer_types[-1:]
     if family == "step3p7":
         config.mtp_per_layer_config = {k: {"num_attention_heads": 8} for k in range(count)}
     with torch.random.fork_rng():
@@ -60,7 +74,7 @@ def modules_of(family: str, seed: int = 0, **overrides) -> tuple[MtpModel, list[
 
 def tensors_of(family: str, modules: MtpModel, outputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """These weights under the names of a released checkpoint."""
-    place, num_layers = WITH_MTP[family][2], SHAPE["num_hidden_layers"]
+    place, num_layers = (WITH_MTP | ALSO_WITH_MTP)[family][2], SHAPE["num_hidden_layers"]
     named: dict[str, torch.Tensor] = {}
     for name, tensor in modules.state_dict().items():
         match = re.match(r"layers\.(\d+)\.(mtp_block\.)?(.*)", name)
@@ -68,7 +82,7 @@ def tensors_of(family: str, modules: MtpModel, outputs: list[torch.Tensor]) -> d
             named |= in_place(family, place.format(layer=num_layers + int(match[1])), match[3], bool(match[2]), tensor)
     for k, output in enumerate(outputs):
         where = place.format(layer=num_layers + k)
-        if family == "deepseek_v3":
+        if family in ("deepseek_v3", "glm4_moe"):
             named[f"{where}shared_head.head.weight"] = output
             named[f"{where}embed_tokens.weight"] = modules.embed_tokens.weight
         elif family == "step3p7":
@@ -94,4 +108,4 @@ def in_place(family: str, where: str, name: str, block: bool, tensor: torch.Tens
     return {f"{inside}{name}": tensor}
 
 
-assert WITH_MTP.keys() <= FAMILIES.keys()
+assert (WITH_MTP | ALSO_WITH_MTP).keys() <= FAMILIES.keys()

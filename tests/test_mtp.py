@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from functools import cache
-from itertools import cycle
+from itertools import cycle, product
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +22,7 @@ from dspark.generation import generate, make_drafter, make_law, make_planner
 from dspark.head.mtp import load_mtp
 from dspark.target.load import load_target
 from dspark.target.target import Target
-from mtp_checkpoints import WITH_MTP, modules_of, save_with_mtp
+from mtp_checkpoints import ALSO_WITH_MTP, WITH_MTP, modules_of, save_with_mtp
 from oracle import Oracle, plain_greedy
 from saved import byte_tokenizer
 from tiny import tiny_model
@@ -36,7 +36,7 @@ ROUNDING = 1e-4  # as in test_families.py
 def targets(tmp_path_factory):
     @cache
     def target_of(family: str) -> Target:
-        return load_target(save_with_mtp(tmp_path_factory.mktemp(family), family))
+        return load_target(save_with_mtp(tmp_path_factory.mktemp(family), family, shards=family == "deepseek_v3"))
 
     return target_of
 
@@ -95,11 +95,11 @@ def drafted(drafter: MtpDrafter, ids: list[int], num: int) -> tuple[list[int], t
     return tokens, MtpDrafter.draft(drafter, ids, num, make_law(1.0), forced).probs_KV
 
 
-@pytest.mark.parametrize("family", WITH_MTP)
+@pytest.mark.parametrize("family", WITH_MTP | ALSO_WITH_MTP)
 def test_drafts_are_those_of_the_saved_modules_without_a_cache(family, targets):
     target = targets(family)
     head = load_mtp(target)
-    assert head.num_modules == WITH_MTP[family][0]
+    assert head.num_modules == (WITH_MTP | ALSO_WITH_MTP)[family][0]
     for length in (2, 3, 4, len(PROMPT)):
         ids = PROMPT[:length]
         tokens, laws = drafted(committed(MtpDrafter(head, target, 5), target, ids), ids, 5)
@@ -108,12 +108,29 @@ def test_drafts_are_those_of_the_saved_modules_without_a_cache(family, targets):
         assert (laws - logits.softmax(-1)).abs().max() < ROUNDING
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "step3p7"])
+def test_a_prompt_in_pieces_gives_the_same_drafts(family, targets, monkeypatch):
+    target = targets(family)
+    drafters = [committed(MtpDrafter(load_mtp(target), target), target, PROMPT) for _ in range(2)]
+    tokens, laws = drafted(drafters[0], PROMPT, 3)
+    monkeypatch.setattr("dspark.head.mtp.PREFILL_ROWS", 3)
+    in_pieces, others = drafted(drafters[1], PROMPT, 3)
+    assert in_pieces == tokens and (laws - others).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_other_precisions_draft_too(dtype, tmp_path):
+    target = load_target(save_with_mtp(tmp_path / "target", "step3p7"), dtype=dtype)
+    result = generate(target, None, PROMPT, NUM_NEW, drafter="mtp", plan="fixed", temperature=0.0)
+    assert result.num_tokens == NUM_NEW and sum(done.num_drafted for done in result.rounds_log) > NUM_NEW / 2
+    assert target.mtp.hidden(torch.zeros(1, 1, target.hidden_size)).dtype == torch.bfloat16
+
+
 def test_only_heads_of_their_own_are_kept(targets):
     assert [load_mtp(targets(family)).config.own_heads for family in WITH_MTP] == [0, 0, 0, 3]
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("family", WITH_MTP)
+@pytest.mark.parametrize(("family", "block_size"), [*product(WITH_MTP, [1, 2, 3, 4]), *((family, 2) for family in ALSO_WITH_MTP)])
 def test_greedy_tokens_are_those_of_transformers(family, block_size, targets, greedy_of):
     target = targets(family)
     drafter = MtpDrafter(load_mtp(target), target, block_size)
@@ -253,6 +270,14 @@ def test_what_has_no_modules_says_so(tmp_path):
         make_drafter("mtp", load_target(tmp_path / "llama"), None)
 
 
+def test_modules_of_a_kind_that_transformers_cannot_run_are_refused(tmp_path):
+    tiny_model("deepseek_v32").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"model.layers.4.eh_proj.weight": torch.zeros(32, 64)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HeadError, match="layers of the kind indexed_attention"):
+        load_mtp(load_target(tmp_path))
+
+
 def test_a_missing_tensor_is_refused_by_name(tmp_path):
     folder = save_with_mtp(tmp_path / "damaged", "qwen3_5")
     tensors = load_file(folder / "model.safetensors")
@@ -279,4 +304,7 @@ def test_the_command_line_takes_them(targets, tmp_path, capsys):
     prompts.write_text('{"prompt": "abc"}\n')
     assert main(["bench", str(folder), "--prompts", str(prompts), "--compare", "plain,mtp@fixed", "--max-new-tokens", "8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["modes"]
+    assert main(["verify", str(folder), "--drafter", "mtp", "--prompts", str(prompts), "--max-new-tokens", "8", "--json"]) == 0
+    checks = json.loads(verified := capsys.readouterr().out)["checks"]
+    assert all(check["passed"] for check in checks) and "law of a round at T=1 (mtp)" in verified
     assert report["mtp@fixed"]["identical_to_plain"] == 1 and len(report["mtp@fixed"]["acceptance_by_position"]) == 3

@@ -33,6 +33,8 @@ PROJECTION = re.compile(r"^(?P<prefix>.*?)layers\.(?P<layer>\d+)\.eh_proj\.weigh
 QWEN_PROJECTION = re.compile(r"^(?P<prefix>.*?mtp\.)fc\.weight$")
 OWN_HEAD = re.compile(r"\.(transformer\.)?shared_head\.(head|output)\.weight$")
 SHARED = re.compile(rf"({OWN_HEAD.pattern})|\.embed_tokens\.weight$")
+MASKED = {"full_attention", "sliding_attention"}  # layers that transformers' modules can have
+OTHERS = "use another drafter: dspark with a head, or lookup"
 COMPARED_ROWS = 64  # of an output head, to see whether it is the target's
 
 
@@ -147,13 +149,21 @@ def load_mtp(target: Target) -> MtpHead:
 def read_mtp(target: Target) -> MtpHead:
     name, model = target.name or type(target.model).__name__, target.model
     checkpoint = find_modules(target)
+    wanted = layer_settings(target, checkpoint)
+    foreign = set(wanted.get("mtp_layer_types", [])) - MASKED
+    if foreign:
+        raise HeadError(
+            f"the multi-token-prediction modules of {name} have layers of the kind {', '.join(sorted(foreign))}, "
+            "for which transformers 5.23 makes no attention masks",
+            OTHERS,
+        )
     described: Any = type("MtpModel", (MtpModel,), {"checkpoint": checkpoint})
     try:
-        with settings(target.text_config, layer_settings(target, checkpoint)):
+        with settings(target.text_config, wanted):
             modules = described.from_pretrained(model, device_map={"": target.device}).eval()
     except (RuntimeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HeadError(f"cannot read the multi-token-prediction modules of {name}: {reason}", "use another drafter") from error
+        raise HeadError(f"cannot read the multi-token-prediction modules of {name}: {reason}", OTHERS) from error
     if any(getattr(layer, "post_norm", None) is None for layer in modules.layers):
         raise HeadError(
             f"the multi-token-prediction modules of {name} share one output norm, a layout that is not known", "use another drafter"
@@ -165,19 +175,18 @@ def read_mtp(target: Target) -> MtpHead:
 def find_modules(target: Target) -> Checkpoint:
     """Where the modules are. Raises `HeadError` if the target has none."""
     name, where = target.name or type(target.model).__name__, target.model.config.name_or_path
-    hint = "use another drafter: dspark with a head, or lookup"
     if not where:
-        raise HeadError(f"{name} was not loaded from a checkpoint, where its multi-token-prediction modules would be", hint)
+        raise HeadError(f"{name} was not loaded from a checkpoint, where its multi-token-prediction modules would be", OTHERS)
     try:
         files, _ = _get_resolved_checkpoint_files(
             where, variant=None, gguf_file=None, use_safetensors=True, user_agent=None, is_remote_code=False
         )
     except OSError as error:
-        raise HeadError(f"no safetensors files of {name} to read multi-token-prediction modules from", hint) from error
+        raise HeadError(f"no safetensors files of {name} to read multi-token-prediction modules from", OTHERS) from error
     found = {str(file): names_in(file) for file in files or []}
     prefixes = module_prefixes([n for names in found.values() for n in names], target.text_config.num_hidden_layers)
     if not prefixes:
-        raise HeadError(f"the checkpoint of {name} has no multi-token-prediction modules", hint)
+        raise HeadError(f"the checkpoint of {name} has no multi-token-prediction modules", OTHERS)
     files_of = {file: [n for n in names if n.startswith(prefixes)] for file, names in found.items()}
     return Checkpoint(prefixes, {file: names for file, names in files_of.items() if names})
 
@@ -190,7 +199,7 @@ def module_prefixes(names: Sequence[str], num_layers: int) -> tuple[str, ...]:
     projections = [m["prefix"] for m in map(QWEN_PROJECTION.match, names) if m]
     layers = {n.removeprefix(prefix).split(".")[1] for prefix in projections for n in names if n.startswith(f"{prefix}layers.")}
     if len(layers) > 1:
-        raise HeadError(f"a multi-token-prediction module of {len(layers)} layers is not known", "use another drafter")
+        raise HeadError(f"a multi-token-prediction module of {len(layers)} layers is not known", OTHERS)
     return tuple(projections)
 
 
@@ -203,13 +212,16 @@ def layer_settings(target: Target, checkpoint: Checkpoint) -> dict[str, Any]:
     """What transformers' config must say of the modules' layers, where the checkpoint's does not say it."""
     config, count = target.text_config, len(checkpoint.prefixes)
     wanted: dict[str, Any] = {"num_mtp_layers": count}
-    if getattr(config, "layer_types", None) is not None and not getattr(config, "mtp_layer_types", None):
-        wanted["mtp_layer_types"] = ["full_attention"] * count
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        usual = "full_attention" if "full_attention" in layer_types else layer_types[-1]
+        wanted["mtp_layer_types"] = getattr(config, "mtp_layer_types", None) or [usual] * count
     if getattr(config, "mlp_layer_types", None) is not None and not getattr(config, "mtp_mlp_layer_types", None):
         wanted["mtp_mlp_layer_types"] = ["sparse" if any("expert" in n for n in checkpoint.of_module(k)) else "dense" for k in range(count)]
-    heads, types = getattr(config, "num_sliding_attention_heads", None), getattr(config, "mtp_layer_types", None)
-    if heads is not None and types:  # Step: sliding layers have more heads, and transformers asks about its layers only
-        wanted["mtp_per_layer_config"] = {k: {"num_attention_heads": heads} for k, kind in enumerate(types) if kind == "sliding_attention"}
+    heads = getattr(config, "num_sliding_attention_heads", None)
+    if heads is not None:  # Step: sliding layers have more heads, and transformers tells that of the target's own layers only
+        sliding = [k for k, kind in enumerate(wanted.get("mtp_layer_types", [])) if kind == "sliding_attention"]
+        wanted["mtp_per_layer_config"] = {k: {"num_attention_heads": heads} for k in sliding}
     return wanted
 
 
