@@ -99,7 +99,8 @@ def bars(axes, data: dict, value: Callable[[dict], float], quartiles: Callable[[
         axes.bar(places, values, 0.9 * width, color=SERIES[n % len(SERIES)], label=mode)
         if quartiles is not None:
             low, high = zip(*(quartiles(f) for f in found.values()), strict=True)
-            axes.vlines(places, low, high, color=STAND_IN["paper"], linewidth=4)  # so that it shows on any bar
+            if len(modes) < 4:  # so that it shows on any bar that is wide enough
+                axes.vlines(places, low, high, color=STAND_IN["paper"], linewidth=4)
             axes.vlines(places, low, high, color=INK, linewidth=1.5)
     names = list(next(iter(modes.values())))
     axes.set_xticks(range(len(names)), names, rotation=0 if len(names) < 6 else 25, ha="center" if len(names) < 6 else "right")
