@@ -214,12 +214,13 @@ def refuse_senseless(values: dict, folder: Path) -> None:
         )
 
 
-def load_head(folder: str | Path, target: Target, calibrated: bool = True) -> Head:
+def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_target: bool = True) -> Head:
     """Load a head for this target and prove that it is the head, and the target, it was trained as.
 
     `folder` may also be a hub id or the name of a shipped head. Raises `HeadError` where there is none, for
     missing, extra or misshaped tensors, another target, another vocabulary, golden vectors that do not come
-    out again, or a calibration of another pair (which `calibrated=False` leaves unread). Taps the target's layers."""
+    out again, or a calibration of another pair (which `calibrated=False` leaves unread). Taps the target's layers.
+    `same_target=False` takes a target of other weights, to adapt the head to: its golden vectors are then not replayed."""
     folder = named_head(folder)
     config, section = read_config(folder)
     refuse_other_target(config, section, target)
@@ -238,7 +239,10 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True) -> He
     head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     target.tap(config.target_layer_ids)
     if section or (folder / "golden.safetensors").exists():  # heads of other projects come without
-        replay_golden(head, target, read_tensors(folder / "golden.safetensors"), folder)
+        golden = read_tensors(folder / "golden.safetensors")
+        refuse_unfit_golden(golden, head, target, folder)
+        if same_target:
+            replay_golden(head, target, golden, folder)
     head.calibration = calibration.read_calibration(folder, config.block_size) if calibrated else None
     if head.calibration is not None:
         calibration.refuse_other_pair(head.calibration, head, target, folder)
@@ -320,10 +324,8 @@ def golden_logits(head: Head, target: Target, ids: list[int], features: torch.Te
     return head.base_logits(head.hidden(anchor, torch.tensor([[len(ids) - 1]]), context_kv))[0, 0]
 
 
-def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raise `HeadError` unless head and target still compute what they did after training."""
-    import warnings
-
+def refuse_unfit_golden(golden: dict[str, torch.Tensor], head: Head, target: Target, folder: Path) -> None:
+    """Raise `HeadError` for golden vectors that are not whole, or are not of a head of this shape."""
     missing = {"ids", "layer_ids", "features", "logits"} - golden.keys()
     if missing:
         raise HeadError(f"{folder}/golden.safetensors lacks {', '.join(sorted(missing))}", "restore the file, or train the head again")
@@ -333,6 +335,12 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
             "restore config.json",
         )
     refuse_misshapen_golden(golden, head, target, folder)
+
+
+def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raise `HeadError` unless head and target still compute what they did after training."""
+    import warnings
+
     ids, stored = golden["ids"].tolist(), golden["logits"].float()
     logits = golden_logits(head, target, ids, golden["features"])
     # fp16 storage of the logits rounds at 5e-4 relative, 8-bit output rows at 1e-2; a wrong weight or tap moves
@@ -343,8 +351,7 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
             f"golden vectors of {folder} do not come out again (logits off by {error:.2f} of their spread)",
             "the head's files do not belong together: restore them",
         )
-    found = target.score(target.start(), ids).features_TMD.float().cpu()
-    likeness = torch.cosine_similarity(found, golden["features"].float(), dim=-1).mean(0).min().item()
+    likeness = features_likeness(target, golden)
     name = target.name or type(target.model).__name__
     if not likeness > SAME_TARGET:
         raise HeadError(
@@ -356,6 +363,12 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
             f"{name} differs from the target this head was trained on (features agree to {likeness:.2f}); expect fewer accepted tokens",
             stacklevel=3,
         )
+
+
+def features_likeness(target: Target, golden: dict[str, torch.Tensor]) -> float:
+    """Mean cosine over tokens of the target's features and the stored ones, of the worst layer. The layers must be tapped."""
+    found = target.score(target.start(), golden["ids"].tolist()).features_TMD.float().cpu()
+    return torch.cosine_similarity(found, golden["features"].float(), dim=-1).mean(0).min().item()
 
 
 def refuse_misshapen_golden(golden: dict[str, torch.Tensor], head: Head, target: Target, folder: Path) -> None:

@@ -27,8 +27,10 @@ GPU_BYTES_PER_SECOND, GPU_PASS = 2e12, 0.035  # on a GPU; no eager pass took les
 PROMPT_TOKENS = 80  # of an instruction with its template
 
 
-def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path]) -> str:
-    """One paragraph: time, memory and disk, rough to a factor of two."""
+def estimate(
+    target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], served: bool = False
+) -> str:
+    """One paragraph: time, memory and disk, rough to a factor of two. How long a server takes to answer is not known."""
     weights = sum(p.numel() for p in target.model.parameters())
     on_gpu = target.device.type == "cuda"
     rate = GPU_FLOPS if on_gpu else FLOPS_PER_THREAD.get(target.model.dtype, 3.5e10) * torch.get_num_threads()
@@ -36,7 +38,7 @@ def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence
     inventing = 0 if answers else config.num_prompts * (INVENT_TOKENS + OPENER_TOKENS) * 2 * weights / sampling_rate
     num_answers = sum(Path(a).read_bytes().count(b"\n") for a in answers) if answers else config.num_prompts + len(prompts or ())
     tokens = num_answers * (config.max_answer_tokens + PROMPT_TOKENS)
-    sampling = 0 if answers else tokens * 2 * weights / sampling_rate
+    sampling = 0 if answers or served else tokens * 2 * weights / sampling_rate
     visits = config.steps * config.sequences_per_step
     passes = min(visits + config.held_out, num_answers) * (config.max_answer_tokens + PROMPT_TOKENS)
     features = passes * 2 * weights / rate
