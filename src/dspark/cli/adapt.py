@@ -23,7 +23,7 @@ from dspark.errors import SettingError
 DEFAULTS: dict[str, Any] = {
     **DATA, "low_rank": 0, **STEPS, "num_prompts": ADAPT.num_prompts, "steps": ADAPT.steps, "lr": ADAPT.learning_rate, "loss": "distil",
 }  # fmt: skip
-NOT_BETTER = 1  # exit code: all was done as asked, and the answer is no
+NOT_BETTER = 3  # exit code: all was done as asked, and the head is no better (1 is for what broke, 2 for mistakes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

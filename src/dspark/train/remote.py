@@ -23,8 +23,8 @@ from dspark.errors import PromptError, ServerError, SettingError
 from dspark.target.target import Target
 from dspark.train.answers import TEMPERATURES, Progress, read_records, write_records
 
-TRIES = 6  # of one request: after 1, 2, 4, 8 and 16 seconds, or what the server names, up to a minute
-LONGEST_WAIT = 60.0
+TRIES = 6  # of one request: after 1, 2, 4, 8 and 16 seconds, or longer if the server asks for it, up to a minute
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 SECONDS = 600.0  # without a byte from the server
 TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 NOT_FOR_US = (401, 403, 404, 405)  # no other prompt would fare better
@@ -132,7 +132,7 @@ def call(
     data = None if body is None else json.dumps(body).encode()
     opener = urllib.request.build_opener(NoRedirect)
     for attempt in range(tries):
-        wait = 2.0**attempt
+        wait = FIRST_WAIT * 2.0**attempt
         try:
             request = urllib.request.Request(server.url + path, data, headers)
             with opener.open(request, timeout=SECONDS) as reply:
