@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dspark.errors import PromptError, ServerError, SettingError
+from dspark.errors import ServerError, SettingError
 from dspark.target.target import Target
-from dspark.train.answers import TEMPERATURES, Progress, read_records, write_records
+from dspark.train.answers import TEMPERATURES, Progress, for_template, read_records, write_records
 
 TRIES = 6  # of one request: after 1, 2, 4, 8 and 16 seconds, or longer if the server asks for it, up to a minute
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
@@ -339,25 +339,6 @@ def written(target: Target, job: Job, message: dict) -> str:
 def template(target: Target, job: Job, messages: list[dict], asking: bool) -> str:
     tools = job.body.get("tools")
     return target.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asking)
-
-
-def for_template(messages: list[dict]) -> list[dict]:
-    """The messages with the arguments of tool calls as objects, where they are JSON texts, as templates expect them.
-
-    Raises `PromptError` for calls that are none."""
-    made = []
-    for message in messages:
-        calls = []
-        for given in message.get("tool_calls") or []:
-            try:
-                function = dict(given["function"])
-                if isinstance(function.get("arguments"), str):
-                    function["arguments"] = json.loads(function["arguments"] or "{}")
-                calls.append({**given, "function": function})
-            except (TypeError, KeyError, ValueError) as error:
-                raise PromptError(f"a message holds a tool call that is none: {str(given)[:100]}") from error
-        made.append({**message, "tool_calls": calls} if calls else message)
-    return made
 
 
 def greedy_share(target: Target, records: Sequence[dict]) -> float | None:

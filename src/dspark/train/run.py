@@ -25,7 +25,16 @@ from dspark.measure.calibrate import LAWS, calibrate
 from dspark.profiling import device_name
 from dspark.prompts import Prompt, read_json
 from dspark.target.target import Target
-from dspark.train.answers import BATCH, INVENT_TOKENS, answer_prompts, invent_prompts, read_answers, read_records, write_records
+from dspark.train.answers import (
+    BATCH,
+    INVENT_TOKENS,
+    answer_prompts,
+    for_template,
+    invent_prompts,
+    read_answers,
+    read_records,
+    write_records,
+)
 from dspark.train.card import write_card
 from dspark.train.estimate import CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
 from dspark.train.features import FeatureStore
@@ -212,7 +221,8 @@ def usable(records: Sequence[dict], config: TrainConfig) -> list[dict]:
 def refuse_unfit_prompts(target: Target, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
     """Raise before any prompt is invented if the target's template cannot take a turn or a given chat, or too few chats fit."""
     target.prompt_ids("Hello")
-    num_fitting = sum(len(target.prompt_ids(p.content)) + config.max_answer_tokens <= target.max_context for p in prompts)
+    chats = [p.content if isinstance(p.content, str) else for_template(p.content) for p in prompts]
+    num_fitting = sum(len(target.prompt_ids(chat)) + config.max_answer_tokens <= target.max_context for chat in chats)
     if num_fitting + config.num_prompts <= config.held_out:
         raise SettingError(
             f"only {num_fitting} of {len(prompts)} prompts fit a context of {target.max_context} with {config.max_answer_tokens} answer tokens",
