@@ -96,6 +96,7 @@ def quick(monkeypatch):
 
 
 def ask(target: Target, url: str, prompts: list[dict], work: Path, said: list[str] | None = None, **settings) -> list[dict]:
+    work.mkdir(exist_ok=True)
     server = Server(url, "words", **settings)
     return ask_server(target, prompts, 60, 5, work, server, lambda *a: None, (said if said is not None else []).append)
 

@@ -27,7 +27,12 @@ TRIES = 6  # of one request: after 1, 2, 4, 8 and 16 seconds, or longer if the s
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 SECONDS = 600.0  # without a byte from the server
 TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-NOT_FOR_US = (401, 403, 404, 405)  # no other prompt would fare better
+# Answers that no other prompt would fare better with, and what to do then.
+WAYS_OUT = {
+    **dict.fromkeys((401, 403), "name the variable that holds its key: --api-key-env NAME"),
+    **dict.fromkeys((404, 405), "check the address of --answers-from, up to /v1, and --answers-model"),
+    **dict.fromkeys((301, 302, 303, 307, 308), "it is elsewhere: give that address as --answers-from"),
+}
 MOST_REFUSED = 20  # prompts; a server that refuses more, and more than it answers, is not asked further
 MOST_REPLY_BYTES = 2**26
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names that servers and templates have for it
@@ -143,8 +148,7 @@ def call(
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {said(error)}"
             if error.code not in TRY_AGAIN:
-                hint = "name the variable that holds its key: --api-key-env NAME" if error.code in (401, 403) else None
-                raise Refused(error.code, f"{server.url}{path} answers {reason}", hint) from error
+                raise Refused(error.code, f"{server.url}{path} answers {reason}", WAYS_OUT.get(error.code)) from error
             wait = max(wait, min(LONGEST_WAIT, seconds_of(error.headers.get("Retry-After"))))
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
@@ -279,7 +283,7 @@ def ask_all(jobs: Sequence[Job], server: Server, path: Path, progress: Progress)
                     replies[record["key"]] = record
                 except Refused as error:
                     refused += 1
-                    if error.status in NOT_FOR_US or (refused > MOST_REFUSED and refused > done / 2):
+                    if error.status in WAYS_OUT or (refused > MOST_REFUSED and refused > done / 2):
                         raise
                 progress(stage, done, len(jobs))
         finally:
