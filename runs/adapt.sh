@@ -4,18 +4,19 @@
 #
 #   runs/adapt.sh OUT
 #
-# FINE_TUNE_STEPS, PROMPTS, STEPS, HELD_OUT, TOKENS, THREADS and MORE (options of all trainings) make it smaller or larger. Everything
+# FINE_TUNE (its options), PROMPTS, STEPS, HELD_OUT, TOKENS, THREADS and MORE (options of all trainings) make it smaller or larger. Everything
 # resumes but the fine-tune: run the script again after a kill. It ends with a table; times are of each training's last start.
 set -euo pipefail
 out=$1
 here=$(dirname "$0")/..
-fine_tune_steps=${FINE_TUNE_STEPS:-300} num_prompts=${PROMPTS:-800} steps=${STEPS:-400} held_out=${HELD_OUT:-64} tokens=${TOKENS:-160}
+fine_tune=${FINE_TUNE:---steps 300} num_prompts=${PROMPTS:-800} steps=${STEPS:-400} held_out=${HELD_OUT:-64} tokens=${TOKENS:-160}
 threads=${THREADS:-2} more=${MORE:-}
 not_better=3 # exit code of `dspark adapt` for a head that it did not write
 mkdir -p "$out"
 
+# shellcheck disable=SC2086
 [ -e "$out/target/fine-tune.json" ] ||
-    python "$here/bench/adapt/fine_tune.py" smollm2-135m --out "$out/target" --steps "$fine_tune_steps" --threads "$threads"
+    python "$here/bench/adapt/fine_tune.py" smollm2-135m --out "$out/target" --threads "$threads" $fine_tune
 
 heads=(smollm2-135m)
 run() { # folder, verb and options

@@ -117,11 +117,12 @@ def test_damaged_golden_vectors_are_refused_still(place, new, tmp_path):
 
 
 @pytest.mark.parametrize("low_rank", [0, 4])
-def test_an_adapted_head_is_better_in_real_rounds_and_tells_where_it_came_from(place, new, tmp_path, low_rank):
+def test_an_adapted_head_is_better_in_real_rounds_and_tells_where_it_came_from(place, new, tmp_path, low_rank, monkeypatch):
+    monkeypatch.setattr("dspark.train.run.ROUNDS_TOKENS", 30)
     out = tmp_path / "out"
     report = adapt(new, out, CONFIG, place / "head", low_rank, answers=[place / "answers.jsonl"], command="dspark adapt ...")
     found = report["adapted"]
-    assert found["written"] and found["after"]["tau_t0"] > found["before"]["tau_t0"] and found["gain"] > found["standard_error"] > 0
+    assert found["written"] and found["after"]["tau_t0"] > found["before"]["tau_t0"] and found["gain"] > found["standard_error"] > 0, found
     assert found["from"] == "head" and len(found["from_sha256"]) == 64 and found["from_target"] == "old" and found["low_rank"] == low_rank
     assert found["features_agree"] < 1 and found["break_even"] > 0
     head = load_head(out, load_target(place / "new"))  # golden vectors are the new pair's
