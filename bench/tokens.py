@@ -3,20 +3,25 @@
     python bench/tokens.py reference TARGET --prompts FILE.jsonl ... --out REF.jsonl [--dtype D] [--batch N]
     dspark generate TARGET --prompts FILE.jsonl --json --drafter NAME > OURS.jsonl
     dspark bench TARGET --prompts FILE.jsonl ... --json > OURS.json
+    python bench/tokens.py engine TARGET --prompts FILE.jsonl ... --out OURS.jsonl [--plan PLAN|plain] [--dtype D] [--running N]
     python bench/tokens.py compare REF.jsonl OURS ... [--ties TARGET --dtype D]
 
 `reference` runs transformers' own `generate`, left-padded in batches; prompts go through the chat template as
-`dspark generate` puts them. `compare` prints how many texts are the same and where the others first differ; exits 1
+`dspark generate` puts them. `engine` decodes them many at a time, with the shipped head. `compare` prints how many texts are the same and where the others first differ; exits 1
 if any differ. With --ties it asks the target, run by transformers, how far apart the logits of the two tokens are
 at each first difference, and exits 1 only if one of them is no near-tie for the precision."""
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 
 import torch
 
+from dspark.engine.engine import Engine
+from dspark.engine.request import Event, Failed, Request, Tokens
+from dspark.head.folder import find_head, load_head
 from dspark.measure.lossless import TIE, first_difference, logit_gap
 from dspark.prompts import read_prompts
 from dspark.target.load import load_target
@@ -42,6 +47,32 @@ def reference(options: argparse.Namespace) -> int:
             answers[i] = row[:end]
         print(f"{len(answers)} of {len(prompts)}", file=sys.stderr, flush=True)
     lines = [json.dumps({"index": i, "prompt_ids": prompts[i], "token_ids": answers[i]}) for i in range(len(prompts))]
+    options.out.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def engine(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    target = load_target(options.target, options.dtype)
+    head = load_head(find_head(None, options.target), target)
+    prompts = [target.prompt_ids(p.content) for file in options.prompts for p in read_prompts(file)]
+    answers: list[list[int]] = [[] for _ in prompts]
+    plain = options.plan == "plain"
+    many = Engine(
+        target, head, max_running=options.running, max_waiting=len(prompts), speculate=not plain, plan="auto" if plain else options.plan
+    )
+
+    def heard(index: int, event: Event) -> None:
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Tokens):
+            answers[index] += event.ids
+
+    for index, ids in enumerate(prompts):
+        many.submit(Request(ids, options.max_new_tokens), functools.partial(heard, index))
+    while many.running or many.waiting:
+        many.step()
+    lines = [json.dumps({"index": i, "token_ids": ids}) for i, ids in enumerate(answers)]
     options.out.write_text("\n".join(lines) + "\n")
     return 0
 
@@ -94,6 +125,16 @@ def main() -> int:
     one.add_argument("--max-new-tokens", type=int, default=128)
     one.add_argument("--threads", type=int, default=torch.get_num_threads())
     one.set_defaults(run=reference)
+    many = verbs.add_parser("engine")
+    many.add_argument("target")
+    many.add_argument("--prompts", action="append", required=True)
+    many.add_argument("--out", type=Path, required=True)
+    many.add_argument("--plan", default="auto")
+    many.add_argument("--dtype", default="float32")
+    many.add_argument("--running", type=int, default=16, metavar="N")
+    many.add_argument("--max-new-tokens", type=int, default=128)
+    many.add_argument("--threads", type=int, default=torch.get_num_threads())
+    many.set_defaults(run=engine)
     two = verbs.add_parser("compare")
     two.add_argument("reference", type=Path)
     two.add_argument("results", type=Path, nargs="+")

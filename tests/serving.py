@@ -143,7 +143,7 @@ class OneAtATime:
 
 
 class Says(OneAtATime):
-    """An engine whose answers are the `texts` in turn, the last one from then on, in steps of `step` tokens."""
+    """An engine whose answers are the `texts` in turn, the last one from then on, in steps of `step` tokens, up to the limit."""
 
     def __init__(self, target: Target, *texts: str, step: int = 3):
         super().__init__(target)
@@ -151,14 +151,16 @@ class Says(OneAtATime):
 
     def answer(self, number: int, request: Request, on_event, begin: float) -> Finished:
         text = self.texts.pop(0) if len(self.texts) > 1 else self.texts[0]
-        ids, said = self.target.tokenizer(text, add_special_tokens=False).input_ids, 0
+        whole, said = self.target.tokenizer(text, add_special_tokens=False).input_ids, 0
+        ids = whole[: request.max_new_tokens]
         for at in range(0, len(ids), self.step):
             if number in self.cancelled:
                 return Finished("cancelled", len(request.prompt_ids), 0, said, said, 0, 0, 0, 0.0, 0.0, 0.0)
             new = ids[at : at + self.step]
             on_event(Tokens(new, ["accepted"] * (len(new) - 1) + ["bonus"]))
             said += len(new)
-        return Finished("stop", len(request.prompt_ids), 2, said, said, said, said, said, 0.1, 0.2, 0.3)
+        reason = "stop" if ids == whole else "length"
+        return Finished(reason, len(request.prompt_ids), 2, said, said, said, said, said, 0.1, 0.2, 0.3)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dspark.cli.main import main
 from dspark.config import TrainConfig
@@ -84,6 +84,7 @@ def test_a_target_of_other_weights_is_taken_only_to_adapt_to(place, new):
     with pytest.raises(HeadError, match=r"another target|do not come out again"):
         load_head(place / "head", new)
     head = load_head(place / "head", new, same_target=False)
+    assert head.self_test is None
     assert torch.equal(head.output_rows.float(), new.output_rows(head.draft_ids))  # the new target's own rows
     assert torch.equal(head.mask_embedding.float(), new.embed(torch.tensor(head.config.mask_token_id)))
 
@@ -113,6 +114,15 @@ def test_damaged_golden_vectors_are_refused_still(place, new, tmp_path):
     folder = shutil.copytree(place / "head", tmp_path / "head")
     (folder / "golden.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(HeadError, match=r"golden\.safetensors"):
+        load_head(folder, new, same_target=False)
+
+
+def test_a_head_with_a_weight_of_another_head_is_refused_still(place, new, tmp_path):
+    folder = shutil.copytree(place / "head", tmp_path / "head")
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.weight"] = weights["fc.weight"].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(HeadError, match=r"first in the context"):
         load_head(folder, new, same_target=False)
 
 
@@ -245,10 +255,14 @@ def test_a_gain_is_judged_by_its_standard_error():
     assert gain > 3 * error
 
 
-def test_what_the_command_line_refuses(place, capsys, tmp_path):
+def test_what_the_command_line_refuses(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.cli.adapt.open_target", lambda options: pytest.fail("mistakes are found before the target is loaded"))
     for more, says in (
         (["--low-rank", "-1"], "--low-rank is -1"),
         (["--steps", "0"], "--steps is 0"),
+        (["--lr", "-1"], "--lr is -1.0"),
+        (["--num-prompts", "3"], "3 prompts leave nothing to train on"),
+        (["--resume"], "no training run to resume"),
         (["--answers", place / "answers.jsonl", "--num-prompts", "3"], "--num-prompts cannot take effect"),
         (["--api-key-env", "KEY"], "--api-key-env cannot take effect without --answers-from"),
     ):

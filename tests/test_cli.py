@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 import dspark.generation
 from dspark.cli.main import VERBS, main
+from dspark.cli.options import cores
 from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
 from dspark.head.folder import save_head
 from dspark.measure.lossless import roll_back
+from dspark.prompts import ROLES, read_prompts
+from dspark.server.schemas import Message
 from dspark.target.load import load_target
 from dspark.target.native.build import built
 from dspark.target.target import Target
@@ -106,6 +110,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["train", "{target}", "--out", "{new}", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
         (["generate", "{target}", "hi", "--threads", "99999999999999999999"], "--threads is 99999999999999999999"),
         (["generate", "{target}", "hi", "--runtime", "warp"], "unknown runtime 'warp'"),
+        (["generate", "{target}", "hi", "--rollback", "warp"], "unknown rollback 'warp'"),
         (["generate", "{target}", "hi", "--head", "{prompts}"], "is a file"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "plain,warp", "--head", "none"], "unknown mode 'warp'"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "none"], "modes dspark and auto need a head"),
@@ -149,13 +154,70 @@ def test_a_bad_prompts_line_is_named(place, capsys, tmp_path):
     assert code == 2 and "line 3" in err
 
 
+def test_unknown_roles_are_named_by_line_as_the_server_names_them(place, capsys, tmp_path):
+    file = tmp_path / "p.jsonl"
+    lines = [{"messages": [{"role": role, "content": "a"}, {"role": "user", "content": "b"}]} for role in ("developer", "system", "wizard")]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    code, _, err = run(capsys, "generate", place / "target", "--prompts", file)
+    assert code == 2 and "line 3: message 1 has the role 'wizard'" in err
+    file.write_text("\n".join(map(json.dumps, lines[:2])))
+    taken_as_system, system = read_prompts(file)
+    assert taken_as_system == system
+    assert get_args(Message.model_fields["role"].annotation) == ROLES
+
+
+def test_a_target_without_a_chat_template_is_said_once(place, capsys, tmp_path):
+    folder = shutil.copytree(place / "target", tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    code, out, err = run(capsys, "generate", folder, "one", "two", "--max-new-tokens", 3, "--head", "none", "--json")
+    assert code == 0 and len(out.splitlines()) == 2
+    assert err.count("has no chat template: the prompt goes in as it stands") == 1
+    assert "chat template" not in run(capsys, "generate", folder, "one", "--max-new-tokens", 3, "--head", "none", "--raw")[2]
+
+
+def test_threads_are_those_of_this_machine(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert f"{cores()} CPUs can be used here" in " ".join(capsys.readouterr().out.split())
+    assert f"hint: use 1 to {cores()}:" in run(capsys, "generate", "/nowhere", "hi", "--threads", 4096)[2]
+
+
+@pytest.mark.parametrize(("typed", "near"), [("genrate", "generate"), ("tain", "train"), ("verfy", "verify")])
+def test_a_mistyped_verb_is_told_the_nearest(capsys, typed, near):
+    with pytest.raises(SystemExit) as ended:
+        main([typed, "target"])
+    assert ended.value.code == 2 and f"there is no verb {typed!r}; the nearest is {near!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--taps", "3,1"], "--taps is 3,1"),
+        (["--taps=-2,1"], "--taps is -2,1"),
+        (["--lr", "0"], "--lr is 0.0"),
+        (["--muon-lr", "nan"], "--muon-lr is nan"),
+        (["--resume"], "no training run to resume"),
+        (["--num-prompts", "5"], "leave nothing to train on"),
+        (["--start-from", "/nowhere/head"], "no head at /nowhere/head"),
+        (["--out", "{file}/head"], "p.jsonl is a file"),
+        (["--out", "{file}"], "p.jsonl is a file"),
+        (["--out", "{head}"], "nothing was overwritten"),
+    ],
+)
+def test_train_checks_what_it_can_before_it_loads_the_target(place, capsys, tmp_path, options, says):
+    (tmp_path / "p.jsonl").write_text("{}")
+    named = {"file": tmp_path / "p.jsonl", "head": place / "head"}
+    code, _, err = run(capsys, "train", "/nowhere/target", "--out", tmp_path / "new", *[option.format(**named) for option in options])
+    assert code == 2 and says in err and "no folder /nowhere/target" not in err and not (tmp_path / "new").exists()
+
+
 def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
     code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
     assert code == 0 and "FAIL" not in out and out.count("ok  ") >= 4
-    assert "skip law of a round at T=1 (lookup): nothing was drafted" in out
+    assert "ok   law of a round at T=1 (lookup)" in out
     code, out, _ = run(
         capsys, "bench", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 8, "--compare", "plain,dspark,lookup,hf", "--json"
     )  # fmt: skip
@@ -176,7 +238,9 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
 
 def test_a_drafter_that_drafts_nothing_is_not_called_ok(place, capsys):
     code, out, _ = run(capsys, "verify", place / "target", "--drafter", "none", "--max-new-tokens", 4, "--json")
-    passed = {check["name"]: check["passed"] for check in json.loads(out)["checks"]}
+    checks = json.loads(out)["checks"]
+    passed = {check["name"]: check["passed"] for check in checks}
+    assert all("never drafts" in check["detail"] for check in checks if check["passed"] is None)
     assert code == 0 and passed["greedy tokens equal plain decoding (none)"] is passed["law of a round at T=1 (none)"] is None
     assert passed["roll-back restores the state"]
 

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch
 from dspark.core.decode import decode, judge_coupled
 from dspark.core.sampling import GREEDY, Coupled, Streams
 from dspark.drafters import NoDrafter
+from dspark.drafters.arbiter import NOMINAL
 from dspark.engine.engine import Engine
-from dspark.engine.load import Guard
+from dspark.engine.load import Guard, Load
 from dspark.engine.request import SOURCES, Failed, Finished, Request, Tokens
 from dspark.errors import Busy, LogitsError, PromptError, SettingError
 from dspark.generation import make_law, stopping_rule
@@ -31,12 +33,12 @@ def own_cache(tmp_path_factory):
 
 
 def make_target(runtime: str = "native", family: str = "llama") -> Target:
-    model = tiny_model(family, **NATIVE_SHAPE)
-    return Target(model, name="tiny", runtime=NativeRuntime(model) if runtime == "native" else None)
+    model = tiny_model(family, **(NATIVE_SHAPE if family == "llama" else {}))
+    return Target(model, name=f"tiny {family}", runtime=NativeRuntime(model) if runtime == "native" else None)
 
 
-def make_engine(runtime: str = "native", head: bool = True, **options) -> Engine:
-    target = make_target(runtime)
+def make_engine(runtime: str = "native", head: bool = True, family: str = "llama", **options) -> Engine:
+    target = make_target(runtime, family)
     return Engine(target, tiny_head(target, head_dim=16, block_size=5) if head else None, **({"max_running": 6} | options))
 
 
@@ -127,6 +129,64 @@ def test_every_answer_is_the_reference_loops(runtime, head, all_at_once, plan):
     assert any(ear.last.cached_tokens for ear in ears)
     assert not engine.running
     assert not engine.waiting
+
+
+# One family of each kind of cache that is not cut back to an earlier token: windows, recurrent states, compressed keys.
+WHOLE_ONLY = ("gemma3", "qwen3_5", "deepseek_v4", "nemotron_h")
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Costs from a table: here nothing depends on them, and to measure each family takes long."""
+    monkeypatch.setattr("dspark.engine.engine.measured_load", lambda *measured: Load(NOMINAL, {}))
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("family", WHOLE_ONLY)
+def test_every_answer_is_the_reference_loops_whatever_the_cache(family):
+    requests = [replace(request, max_new_tokens=min(request.max_new_tokens, 12)) for request in mixed_requests(7)]
+    ears = serve(make_engine("eager", family=family, plan="fixed"), requests, all_at_once=False)
+    alone = make_target("eager", family)
+    assert [ear.ids for ear in ears] == [reference(alone, request) for request in requests]
+    assert any("accepted" in ear.sources for ear in ears)
+    assert any("corrected" in ear.sources for ear in ears)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("deepseek_v4", marks=pytest.mark.slow)])
+def test_little_memory_preempts_and_changes_nothing_whatever_the_cache(family):
+    requests = [Request([i, *range(30 + i, 50)], 16, eos_ids=frozenset()) for i in range(6)]
+    roomy = make_engine("eager", family=family, plan="fixed")
+    assert roomy.fixed_bytes > roomy.state_bytes  # what a request holds however short it is
+    tight = make_engine("eager", family=family, cache_bytes=int(1.2 * roomy._most_bytes(64)), plan="fixed")
+    released = []
+    release = tight._release
+    tight._release = lambda r: (released.append(r.number), release(r))
+    assert [ear.ids for ear in serve(tight, requests)] == [ear.ids for ear in serve(roomy, requests)]
+    assert len(released) > len(requests)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(
+    "family", [family if family == "qwen3_5" else pytest.param(family, marks=pytest.mark.slow) for family in WHOLE_ONLY]
+)
+def test_a_prefix_that_cannot_be_cut_is_taken_whole_or_not_at_all(family):
+    engine, alone = make_engine("eager", family=family, plan="fixed"), make_target("eager", family)
+
+    def ask(prompt: list[int]) -> tuple[list[int], int]:
+        request = Request(prompt, 12, eos_ids=frozenset())
+        (ear,) = serve(engine, [request])
+        assert ear.ids == reference(alone, request)
+        return ear.ids, ear.last.cached_tokens
+
+    first = list(range(40))
+    answer, cached = ask(first)
+    assert cached == 0
+    whole = [*first, *answer]
+    assert ask([*first, 99, 98])[1] == 0  # begins alike, and goes on otherwise
+    assert ask([*whole, 77, 78])[1] == len(whole) - 1
+    assert ask([*whole, 79])[1] == 0  # the entry was handed over, and what it became is longer
+    assert ask([*first, 99, 98])[1] == 0
 
 
 @pytest.mark.parametrize("runtime", ["native", "eager"])

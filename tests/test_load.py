@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dspark.errors import TargetError
+from dspark.generation import generate
 from dspark.target import hub
 from dspark.target.load import load_target
 from tiny import tiny_model
@@ -42,6 +43,25 @@ def test_a_name_like_no_other_gets_no_guess(unreachable):
     with pytest.raises(TargetError, match="the hub cannot be reached") as raised:
         load_target("zzz")
     assert "did you mean" not in str(raised.value.hint)
+
+
+def test_a_model_that_no_test_covers_is_taken_when_asked_for_and_a_line_says_so(tmp_path, monkeypatch, capsys):
+    tiny_model("qwen3_5").save_pretrained(tmp_path)
+    assert load_target(tmp_path, runtime="eager").forgets.trusted
+    assert "snapshot" not in capsys.readouterr().err
+    monkeypatch.setattr("dspark.target.rollback.GATED_DELTA", set())
+    with pytest.raises(TargetError, match="no test covers: LinearAttentionLayer of qwen3_5_text") as raised:
+        load_target(tmp_path)
+    assert "--rollback snapshot" in raised.value.hint
+    assert load_target(tmp_path, runtime="eager", rollback="snapshot").forgets.replays
+    assert "no test of dspark covers this model" in capsys.readouterr().err
+
+
+def test_a_family_without_a_class_for_text_alone_is_loaded(tmp_path):
+    tiny_model("step3p7").save_pretrained(tmp_path)
+    target = load_target(tmp_path, runtime="eager")
+    assert type(target.model).__name__ == "Step3p7ForConditionalGeneration"
+    assert generate(target, None, [3, 4, 5], 4).num_tokens == 4
 
 
 @pytest.mark.parametrize(("stored", "precision"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")])

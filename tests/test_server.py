@@ -17,6 +17,7 @@ import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from pydantic_ai import Agent
+from pydantic_ai.exceptions import UnexpectedModelBehavior
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from schemathesis.checks import CHECKS
@@ -297,7 +298,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hi"}, "messages", "list"),
         ({"messages": [{"role": "king", "content": "hi"}]}, "messages.0.role", "'user'"),
-        ({"messages": [{"role": "user"}]}, "messages.0", "needs content"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "needs content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -305,16 +306,21 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
             "image_url",
         ),
         ({"messages": [{"role": "user", "content": "a\ud800"}]}, None, "surrogate"),
-        ({"messages": [{"role": "tool", "content": "5"}]}, "messages.0", "tool_call_id"),
+        ({"messages": [{"role": "tool", "content": "5"}]}, "messages.0.tool_call_id", "tool_call_id"),
         (
             {"messages": [{"role": "user", "content": "a" * 600}]},
             "messages",
-            "602 tokens plus 4 for the answer; the model's context is 512",
+            "602 tokens, and the model's context is 512 for prompt and answer: shorten the prompt",
         ),
-        ({"max_tokens": 600}, "messages", "4 tokens plus 600 for the answer; the model's context is 512"),
+        (
+            {"max_tokens": 600},
+            "max_tokens",
+            "max_tokens is 600, and at most 508 fit: the prompt has 4 tokens, and the model's context is 512",
+        ),
+        ({"max_tokens": None, "max_completion_tokens": 509}, "max_completion_tokens", "max_completion_tokens is 509, and at most 508 fit"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": "5"}, "max_tokens", "integer"),
-        ({"max_tokens": 5, "max_completion_tokens": 6}, None, "differ"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": 1e-9}, None, "temperature must be 0"),
         ({"temperature": float("nan")}, "temperature", "finite"),
@@ -323,20 +329,33 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
         ({"seed": -1}, "seed", "0"),
         ({"stop": ["a"] * 17}, "stop", "16"),
         ({"stop": ""}, "stop", "1 to 500 characters"),
-        ({"stream_options": {"include_usage": True}}, None, "needs stream"),
-        ({"top_logprobs": 2}, None, "needs logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
         ({"logit_bias": {"9999": 1}}, None, "token 9999, outside"),
         ({"logit_bias": {"3": 101}}, "logit_bias.3", "100"),
         ({"response_format": {"type": "xml"}}, "response_format", "xml"),
-        ({"response_format": {"type": "json_object"}, "guided_regex": "a+"}, None, "only one of"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a+"}, "guided_regex", "only one of"),
         ({"guided_regex": ""}, "guided_regex", "at least 1 character"),
         ({"guided_grammar": ""}, "guided_grammar", "at least 1 character"),
-        ({"tool_choice": "required"}, None, "no tools"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "sun"}}}, None, "sun"),
-        ({"tools": [WEATHER, WEATHER]}, None, "same name"),
-        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, None, "tool_choice to none"),
+        ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "sun"}}}, "tool_choice", "sun"),
+        ({"tools": [WEATHER, WEATHER]}, "tools", "same name"),
+        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "tools", "tool_choice to none"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}, "response_format", "JSON schema"),
+        ({"guided_regex": "("}, "guided_regex", "cannot be followed"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}, "tools", "schema of an object"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": 5}}}], "tool_choice": "required"},
+            "tools",
+            "cannot be followed",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{"}}]}]},
+            "messages",
+            "JSON",
+        ),
         ({"speculation": "on"}, "speculation", "'auto' or 'off'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -616,7 +635,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool
 def test_tool_calls_are_found_whatever_the_steps(roomy, step, parallel):
     pytest.importorskip("dspark.server.tools")
     engine = Says(roomy, f"Let me see. {CALL}\n{CALL}", step=step)
-    body = {"messages": CHAT, "max_tokens": 99, "tools": [WEATHER], "parallel_tool_calls": parallel, "tool_choice": "auto"}
+    body = {"messages": CHAT, "max_tokens": 400, "tools": [WEATHER], "parallel_tool_calls": parallel, "tool_choice": "auto"}
     with running(make_app(engine, Options("letters"))) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
         choice = client.chat.completions.create(model="letters", **body).choices[0]
@@ -629,6 +648,35 @@ def test_tool_calls_are_found_whatever_the_steps(roomy, step, parallel):
     streamed = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     assert [call.index for call in streamed] == list(range(len(calls)))
     assert "weather" in roomy.tokenizer.decode(engine.requests[-1].prompt_ids)
+
+
+def test_a_call_that_the_limit_cuts_is_left_out_and_the_limit_is_named(roomy):
+    text = f"Let me see. {CALL}\n{CALL}"
+    http = TestClient(make_app(Says(roomy, text), Options("letters")))
+    whole = len(roomy.tokenizer(text[: text.rindex("\n<tool_call>")]).input_ids)  # the first call's end
+    for limit in (*range(1, whole + 30, 7), whole, whole + 15):
+        body = {"messages": CHAT, "max_tokens": limit, "tools": [WEATHER]}
+        choice = http.post("/v1/chat/completions", json=body).json()["choices"][0]
+        said = http.post("/v1/chat/completions", json=body | {"stream": True}).text
+        chunks = [json.loads(line[6:])["choices"][0] for line in said.split("\n\n") if line.startswith("data: {")]
+        assert choice["finish_reason"] == chunks[-1]["finish_reason"] == "length"
+        content = choice["message"]["content"] or ""
+        assert "Let me see.".startswith(content) and "".join(chunk["delta"].get("content") or "" for chunk in chunks) == content
+        calls = choice["message"].get("tool_calls", [])
+        streamed = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", ())]
+        assert [call["function"] for call in calls] == [call["function"] for call in streamed]
+        assert all(json.loads(call["function"]["arguments"]) == {"city": "Köln"} for call in calls)
+        assert len(calls) == 1 if limit >= whole else len(calls) == 0 or limit > whole - len("\n</tool_call>")
+
+
+def test_an_agent_is_told_of_a_call_that_was_cut(roomy):
+    engine = Says(roomy, CALL)
+    with running(make_app(engine, Options("letters"))) as url:
+        provider = OpenAIProvider(openai_client=openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20))
+        agent = Agent(OpenAIChatModel("letters", provider=provider), model_settings={"max_tokens": 30})
+        agent.tool_plain(lambda city: pytest.fail("called"), name="weather", description="of a city")
+        with pytest.raises(UnexpectedModelBehavior, match="token limit"):
+            agent.run_sync("And the weather?")
 
 
 def test_an_agent_calls_a_tool_and_goes_on(roomy):

@@ -414,6 +414,30 @@ def test_text_and_calls_go_out_as_soon_as_they_are_decided():
     assert tags.push(xml("now") + "<tool_call><function=now>\nSo") == [Call(0, "now", "{}"), "<tool_call>", "<function=now>\nSo"]
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_cut_call_is_left_out_wherever_the_limit_cuts_it(name):
+    format = FORMATS[name]
+    before = "" if format is LLAMA3 else "Let me see.\n"
+    text = before + format.text([("weather", {"city": "Oslo"})])
+    closed = text.rindex(format.closes) if format.closes else len(text)  # from there on the call is whole
+    for at in range(len(text) + 1):
+        for pieces in ([text[:at]], list(text[:at])):
+            parser, said, calls = ToolParser(format, TOOLS), "", []
+            for event in [event for events in [*map(parser.push, pieces), parser.finish(cut=True)] for event in events]:
+                said, calls = (said + event, calls) if isinstance(event, str) else (said, [*calls, event])
+            assert said.strip() == text[: min(at, len(before))].strip(), at
+            assert calls == [weather(0, OSLO)] or (at < closed and not calls), at
+
+
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [(HERMES, "a < b"), (HERMES, "<tool_box"), (HERMES, "<tool_call>now"), (LLAMA3, '{"a": {"b": 1'), (LLAMA3, "{a"), (MISTRAL, "[1, 2")],
+)
+def test_a_cut_text_that_begins_no_call_stays(format, text):
+    parser = ToolParser(format, TOOLS)
+    assert "".join([*parser.push(text), *parser.finish(cut=True)]) == text
+
+
 def test_a_long_call_is_read_once():
     """20,000 pieces of a string with braces: a parser that began anew each time would take minutes."""
     parser = ToolParser(HERMES, TOOLS)

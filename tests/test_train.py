@@ -1,6 +1,7 @@
 """Training: what is packed is what is served, runs repeat and resume exactly, and nothing outgrows its bound."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from dspark.target.target import Target
 from dspark.train import trainer
 from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
 from dspark.train.batch import make_batch
-from dspark.train.estimate import estimate
+from dspark.train.estimate import CALIBRATION_TOKENS, Pace, estimate, measuring, pace, sampling_all
 from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
@@ -259,8 +260,42 @@ def test_the_estimate_names_every_stage_that_will_run(target, tmp_path):
     config = replace(CONFIG, num_prompts=40)
     own = estimate(target, config, SHAPE, None, [])
     given = estimate(target, config, SHAPE, None, [tmp_path / "answers.jsonl"])
-    assert all(stage in own for stage in ("to invent instructions", "to sample answers", "for 6 steps", "on held-out answers"))
+    assert all(stage in own for stage in ("to invent instructions", "to sample answers", "for 6 steps", "calibrating on held-out answers"))
     assert "invent" not in given and "sample" not in given and "on held-out answers" in given
+    served = estimate(target, config, SHAPE, None, [], served=True)
+    assert "to invent instructions" in served and "sample" not in served  # how long a server takes is not known
+    served = estimate(target, replace(config, num_prompts=0), SHAPE, [Prompt("x")] * 40, [], served=True)
+    assert "at most" not in served and "for features" in served
+
+
+def test_the_estimate_is_what_sampling_takes_here(target, monkeypatch):
+    forward = target.model.forward
+    monkeypatch.setattr(target.model, "forward", lambda *args, **kwargs: (time.sleep(0.02), forward(*args, **kwargs))[1])
+    found = pace(target, 128)
+    assert found is not None and found.rows == 128
+    slow = Pace(128, 100 * found.batch_seconds, 100 * found.token_seconds)
+    begin = time.perf_counter()
+    sample_batch(target, [[1, 2, 3]] * 128, [1.0] * 128, 40, 0, frozenset())
+    assert 0.25 < sampling_all(target, 128, 43, found) / (time.perf_counter() - begin) < 4
+    assert sampling_all(target, 256, 43, slow) == pytest.approx(200 * sampling_all(target, 128, 43, found))
+    assert measuring(target, replace(CONFIG, held_out=20), SHAPE, slow) > 2 * 20 * CALIBRATION_TOKENS * slow.token_seconds
+
+
+@pytest.mark.parametrize(("seconds", "known"), [(0.0, True), (0.003, True), (0.15, True), (0.4, False), (1.0, False)])
+def test_an_estimate_takes_no_longer_than_three_seconds_and_says_what_it_does_not_know(target, monkeypatch, seconds, known):
+    """A target whose pass takes so many seconds more, and a tenth of it for each row."""
+    real, forward = sample_batch, target.model.forward
+
+    def slowly(target, prompts, *args, **kwargs):
+        time.sleep(seconds * (1 + len(prompts) / 10) / 2)  # the model's own pass sleeps too
+        return real(target, prompts, *args, **kwargs)
+
+    monkeypatch.setattr("dspark.train.estimate.sample_batch", slowly)
+    monkeypatch.setattr(target.model, "forward", lambda *args, **kwargs: (time.sleep(seconds / 2), forward(*args, **kwargs))[1])
+    begin = time.perf_counter()
+    said = estimate(target, replace(CONFIG, num_prompts=300), SHAPE, None, [])
+    assert time.perf_counter() - begin < 4
+    assert ("unknown until measured" in said) is not known and ("to sample answers" in said) is known and "GB of disk" in said
 
 
 def test_interleaving_keeps_every_window_mixed():

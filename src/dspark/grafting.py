@@ -17,17 +17,18 @@ from dspark.errors import SettingError
 from dspark.generation import make_drafter, make_planner, split_law
 from dspark.head.folder import refuse_other_target
 from dspark.head.head import Head
-from dspark.target.load import use_runtime
+from dspark.target.load import say, say_rollback, use_runtime
 from dspark.target.target import Target
 
 TAKEN = ("custom_generate", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds", "position_ids")
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
-def graft(model, head: Head, runtime: str = "auto", plan: str | None = None) -> None:
+def graft(model, head: Head, runtime: str = "auto", plan: str | None = None, rollback: str = "auto") -> None:
     """From now on `model.generate(...)` drafts with `head`. One prompt a call; sampling, greedy
     decoding, processors, stopping criteria and streamers work as before, `torch.manual_seed` replays.
     `runtime` as in `load_target`; `eager` computes with the model's own modules. `plan` as in `dspark.generate`.
+    `rollback` as in `load_target`.
 
     What cannot be speculated (batches, beams, an own cache, recorded scores) raises `SettingError`, a head of
     another shape `HeadError`; `ungraft(model)` restores the plain method. Copies of the model are plain.
@@ -35,9 +36,10 @@ def graft(model, head: Head, runtime: str = "auto", plan: str | None = None) -> 
     prompt anew."""
     ungraft(model)
     was_training = model.training
-    target = Target(model)
+    target = Target(model, rollback_by=rollback)
     refuse_other_target(head.config, {}, target)
     use_runtime(target, runtime)
+    say_rollback(target, say)
     drafter = make_drafter(None, target, head)
     model.generate = Speculating(model, target, drafter, model.__dict__.get("generate"), was_training, plan)
 

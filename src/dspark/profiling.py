@@ -23,7 +23,7 @@ from dspark.drafters import DSparkDrafter
 from dspark.head.head import Head
 from dspark.target.demo import cache_directory
 from dspark.target.quantize import num_bytes
-from dspark.target.target import Target
+from dspark.target.target import State, Target
 
 REPEATS = 11
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -92,7 +92,7 @@ def profile(
             begin = time.perf_counter()
             if n:
                 target.score(state, (ids * 2)[:n])
-                target.rollback(state, n)
+                forget(target, state, (ids * 2)[:n])
             elif drafter is not None:
                 drafter.draft(ids, drafter.block_size, Law(greedy=True), generator)
                 drafter.commit(features[-2:])
@@ -113,6 +113,15 @@ def profile(
         weight_bytes(target),
         statistics.median(bandwidths),
     )
+
+
+def forget(target: Target, state: State, tokens: Sequence[int]) -> None:
+    """Roll a whole pass back, as dear as in a round: where a rejection replays what was accepted, half of the rows go through once more."""
+    target.rollback(state, len(tokens))
+    if target.forgets.replays and len(tokens) > 1:
+        again = tokens[: (len(tokens) + 1) // 2]
+        target.score(state, again)
+        target.rollback(state, len(again))
 
 
 def planning_costs(

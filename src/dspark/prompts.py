@@ -7,6 +7,8 @@ from typing import Any
 
 from dspark.errors import PromptError, UserError
 
+ROLES = ("system", "developer", "user", "assistant", "tool")  # developer is taken as system: few chat templates know it
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -73,4 +75,9 @@ def parse(line: str, where: str) -> Prompt:
         or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
     ):
         raise PromptError(f"{where}: `messages` must be a list of objects with `role` and `content`", hint)
-    return Prompt(messages, extra)
+    for number, message in enumerate(messages, 1):
+        if message["role"] not in ROLES:
+            raise PromptError(
+                f"{where}: message {number} has the role {message['role']!r}", f"a role is {', '.join(ROLES[:-1])} or {ROLES[-1]}"
+            )
+    return Prompt([m | {"role": "system"} if m["role"] == "developer" else m for m in messages], extra)

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from dspark.train.run import check_folder, check_settings
+
+    check_folder(Path(options.out), options.resume)
     if options.resume:
         reuse_settings(options, DEFAULTS, add_arguments)
     command = command_of(options, ["adapt", options.head, "--target", options.target], DEFAULTS)
@@ -47,10 +50,11 @@ def run(options: argparse.Namespace) -> int:
     if options.low_rank and options.lr is None:
         options.lr = LOW_RANK_RATE
     config, prompts = training(options, DEFAULTS)
-    server = open_server(options)
+    check_settings(config, {}, None if options.answers else len(prompts or ()))
     from dspark.head.folder import named_head
 
     source = named_head(options.head)
+    server = open_server(options)
     target = open_target(options)
     from dspark.train.adapt import adapt, gain_report
 

@@ -4,14 +4,14 @@ import argparse
 from importlib.resources import files
 
 from dspark.cli.generate import write
-from dspark.cli.options import open_head, open_target, say
+from dspark.cli.options import open_head, open_target, say, threads_help
 from dspark.prompts import read_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(target="smollm2-135m", head=None, device="cpu", runtime="auto")
+    parser.set_defaults(target="smollm2-135m", head=None, device="cpu", runtime="auto", rollback="auto")
     parser.add_argument("--dtype", default="bfloat16", help="precision of the target: float32 or bfloat16 (default bfloat16)")
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help=threads_help())
 
 
 def run(options: argparse.Namespace) -> int:

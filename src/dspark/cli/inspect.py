@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 from dspark.errors import HeadError
 from dspark.head.calibration import read_calibration, summary
-from dspark.head.folder import named_head, read_config
+from dspark.head.folder import golden_file, named_head, read_config, read_tensors
+from dspark.head.golden import told_by
 from dspark.prompts import read_json
 
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # what the hub reads at the top of a card
@@ -22,17 +23,22 @@ def run(options: argparse.Namespace) -> int:
     folder = named_head(options.head)
     config, section = read_config(folder)
     calibration = read_calibration(folder, config.block_size)
+    golden = golden_file(folder)
+    drafted = told_by(read_tensors(golden)) if golden.exists() else None
     hint = "restore the file; the head itself works without it"
     if options.json:
         record = folder / "provenance.json"
         provenance = read_json(record, HeadError, hint) if record.exists() else None
         print(json.dumps({"folder": str(folder), "config": config.__dict__, "dspark": section, "provenance": provenance,
-                          "calibration": calibration and asdict(calibration)}))  # fmt: skip
+                          "calibration": calibration and asdict(calibration),
+                          "golden": drafted and {"accepted": drafted[0], "tokens": drafted[1]}}))  # fmt: skip
         return 0
     card = folder / "README.md"
     text = f"{folder}: no card; target {section.get('target')}, block size {config.block_size}"
     try:
         print(FRONT_MATTER.sub("", card.read_text(encoding="utf-8")) if card.exists() else text)
+        if drafted is not None:
+            print("golden text: draft accepted {} of {} tokens when the head was saved".format(*drafted))
         if calibration is not None:
             print(f"calibration.json, fitted with {calibration.precision} weights:\n{summary(calibration)}")
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:

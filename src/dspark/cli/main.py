@@ -1,6 +1,7 @@
 """Entry point: find the verb, run it, print a user's mistake once."""
 
 import argparse
+import difflib
 import errno
 import importlib
 import io
@@ -20,6 +21,7 @@ VERBS = {
     "replay": "try planners and cost curves on recorded rounds",
     "profile": "measure what a round costs on this machine, by rows",
     "verify": "prove that output is unchanged for this target and head, here",
+    "convert": "write a head in another project's format, or read one",
     "inspect": "show what a head is and how it was made",
     "demo": "the whole promise on the demo target, in a minute",
 }
@@ -52,6 +54,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a verb: in any order, prompts between them. A mistake is told with the usage of that verb."""
     if arguments and arguments[0] in VERBS:
         return verb_parser(arguments[0]).parse_intermixed_args(arguments[1:])
+    near = difflib.get_close_matches(arguments[0], VERBS, n=1) if arguments and not arguments[0].startswith("-") else []
+    if near:
+        build_parser().error(f"there is no verb {arguments[0]!r}; the nearest is {near[0]!r}")
     return build_parser().parse_args(arguments or ["--help"])
 
 

@@ -24,7 +24,10 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str =
     )
     parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
     parser.add_argument("--runtime", default="auto", help="auto, native or eager (default auto: native where it runs the model)")
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--rollback", default="auto", metavar="WAY", help="auto, or snapshot: try a model whose caches no test covers (default auto)"
+    )
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help=threads_help())
 
 
 def add_head(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +69,23 @@ def check_sampling(options: argparse.Namespace) -> None:
     make_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
 
 
+def threads_help() -> str:
+    return f"CPU threads; {cores()} CPUs can be used here (default: all cores)"
+
+
+def cores() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(options: argparse.Namespace) -> None:
     import torch
 
     if options.threads is not None:
-        most = 4 * (os.cpu_count() or 1)
-        if not 1 <= options.threads <= most:
-            raise SettingError(f"--threads is {options.threads}", f"use 1 to {most} here; more than there are cores only slows down")
+        if not 1 <= options.threads <= 4 * cores():
+            raise SettingError(
+                f"--threads is {options.threads}", f"use 1 to {cores()}: {cores()} CPUs can be used here, more threads only slow down"
+            )
         torch.set_num_threads(options.threads)
 
 
@@ -80,7 +93,7 @@ def open_target(options: argparse.Namespace):
     set_threads(options)
     from dspark.target.load import load_target
 
-    target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime)
+    target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
     options.dtype = target.precision  # what auto came to
     return target
 

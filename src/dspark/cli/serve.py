@@ -61,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
     listener = listen(options.host, options.port)  # before the target is loaded: a port in use is said at once
     target = open_target(options)
     head = open_head(options, target)
+    if head is not None and head.self_test is not None:
+        say(f"{head.self_test}")
     from dspark.engine.engine import Engine
     from dspark.server.api import Options, make_app
     from dspark.server.canary import Canary

@@ -114,6 +114,9 @@ LOSS_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run(options: argparse.Namespace) -> int:
+    from dspark.train.run import check_folder, check_settings, train
+
+    check_folder(Path(options.out), options.resume)
     if options.resume:
         reuse_settings(options, DEFAULTS, add_arguments)
     command = command_of(options, ["train", options.target], DEFAULTS)
@@ -126,12 +129,12 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError("--answers brings finished answers; --only-answers cannot take effect beside it", "leave one of them out")
     shape = head_shape(options)
     config, prompts = training(options, DEFAULTS)
-    server = open_server(options)
-    target = open_target(options)
+    check_settings(config, shape, None if options.answers else len(prompts or ()))
     from dspark.head.folder import named_head
-    from dspark.train.run import train
 
     start_from = None if options.start_from is None else named_head(options.start_from)
+    server = open_server(options)
+    target = open_target(options)
     report = train(
         target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command,
         start_from, server,

@@ -81,7 +81,7 @@ class Engine:
         block = max(self.head.config.block_size if self.head else 0, LOOKUP_TOKENS) if speculate else 0
         self.load: Load | None = measured_load(target, self.head, max_running, block + 1, say) if speculate else None
         self.most_rows = max(block, LOOKUP_TOKENS) + 1  # of one request in a step
-        self.state_bytes, self.token_bytes = self._bytes_per_token()
+        self.fixed_bytes, self.state_bytes, self.token_bytes = self._measured_bytes()
         self.cache_bytes = int(SHARE_OF_MEMORY * free_memory()) if cache_bytes is None else cache_bytes
         self.reserved = 0  # bytes that the present step will take
         least = self._most_bytes(LEAST_TOKENS)
@@ -109,7 +109,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Tokens whose keys and values fit, about."""
-        return self.cache_bytes // self.token_bytes
+        return max(0, self.cache_bytes - self.fixed_bytes) // self.token_bytes
 
     def start(self) -> "Engine":
         """Serve from now on; once is enough."""
@@ -348,7 +348,7 @@ class Engine:
         """Bytes that a pass with so many rows of it takes, at most, and their features, which go into the context when they are many."""
         state, head = r.state, r.head
         assert state is not None
-        size = self.state_bytes * rows
+        size = self.state_bytes * rows + (0 if state.num_tokens else self.fixed_bytes)
         if isinstance(state.cache, Cache):
             size = state.cache.growth(state.num_tokens, state.num_tokens + rows)
         if head is not None:
@@ -366,7 +366,7 @@ class Engine:
     def _most_bytes(self, num_tokens: int) -> int:
         """Bytes that one request of so many tokens takes at most, while it runs alone."""
         rows = num_tokens + self.most_rows
-        size = self.state_bytes * (rows if self.target.runtime is None else PAGE_TOKENS * pages_for(rows))
+        size = self.fixed_bytes + self.state_bytes * (rows if self.target.runtime is None else PAGE_TOKENS * pages_for(rows))
         if self.runner is not None:
             empty = self.runner.start()
             size += self.runner.growth(empty, num_tokens) * (2 if self.runner.pool is None else 1)  # old and new while it is copied
@@ -507,15 +507,19 @@ class Engine:
             except Exception:  # a listener's mistake is nobody's answer
                 log.exception("on_step failed")
 
-    def _bytes_per_token(self) -> tuple[int, int]:
-        """Of the target's keys and values, and with the head's."""
-        state = self.target.start()
-        features = self.target.score(state, [0] * PAGE_TOKENS, num_logits=1).features_TMD
-        size = state.num_bytes // PAGE_TOKENS
+    def _measured_bytes(self) -> tuple[int, int, int]:
+        """Of a request whatever its length (recurrent states, full windows); of a token's keys and values; and with the head's."""
+        state, sizes = self.target.start(), []
+        for _ in range(2):
+            features = self.target.score(state, [0] * PAGE_TOKENS, num_logits=1).features_TMD
+            self.target.rollback(state, 0)
+            sizes.append(state.num_bytes)
+        size = max(1, (sizes[1] - sizes[0]) // PAGE_TOKENS)
+        fixed = max(0, sizes[0] - PAGE_TOKENS * size)
         if self.runner is None:
-            return size, size
+            return fixed, size, size
         feature_pool(self.runner, features)
-        return size, size + self.runner.token_bytes
+        return fixed, size, size + self.runner.token_bytes
 
 
 def free_memory() -> int:

@@ -17,7 +17,7 @@ from dspark.core.sampling import GREEDY
 from dspark.drafters.dspark import Ask, DSparkDrafter, draft_many
 from dspark.head.context import make_runner
 from dspark.head.head import Head
-from dspark.profiling import ascending, cached_costs, planning_costs
+from dspark.profiling import ascending, cached_costs, forget, planning_costs
 from dspark.target.native.cache import Cache
 from dspark.target.target import Target
 
@@ -186,7 +186,7 @@ def timed(run: Callable[[], None]) -> float:
 def one_pass(target: Target, states: Sequence, ids: Sequence[int], drafted: int) -> None:
     target.score_many([(state, ids[: drafted + 1], drafted + 1) for state in states])
     for state in states:
-        target.rollback(state, drafted + 1)
+        forget(target, state, ids[: drafted + 1])
 
 
 def one_draft(drafters: Sequence[DSparkDrafter], ids: Sequence[int]) -> None:

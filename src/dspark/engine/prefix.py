@@ -1,7 +1,10 @@
 """The prefix cache: what the target and the head know of finished texts, for requests that begin alike.
 
 A new request takes the longest common beginning of any entry, or of a request that is running. Natively a key or value has the
-same bits whichever pass made it, so an answer after a cached beginning is the cold start's, token for token."""
+same bits whichever pass made it, so an answer after a cached beginning is the cold start's, token for token.
+
+Sliding windows, recurrent states and compressed caches cannot be cut back to an earlier token: an entry that has them is taken whole, by
+a text that goes on from its last token, or not at all."""
 
 import itertools
 from collections.abc import Sequence
@@ -45,18 +48,23 @@ class PrefixCache:
     clock: itertools.count = field(default_factory=itertools.count)
 
     def add(self, ids: Sequence[int], state: State, head: DSparkDrafter | None) -> None:
-        """Keep a finished text. Entries that it begins with are no longer needed."""
+        """Keep a finished text. Entries that can be had from another one are no longer needed."""
         new = Entry(np.asarray(ids, dtype=np.int64), state, head, next(self.clock))
-        self.entries = [e for e in self.entries if e.common(new.ids) < len(e.ids)]
-        if all(new.common(e.ids) < len(new.ids) for e in self.entries):
+        self.entries = [e for e in self.entries if self.usable(new, e.ids) < len(e.ids)]
+        if all(self.usable(e, new.ids) < len(new.ids) for e in self.entries):
             self.entries.append(new)
+
+    def usable(self, entry: Entry, ids: np.ndarray) -> int:
+        """How many of the first tokens of `ids` this entry can give."""
+        size = entry.common(ids)
+        return size if size == len(entry.ids) or self.target.can_shorten(entry.state) else 0
 
     def find(self, ids: Sequence[int], running: Sequence[Entry]) -> tuple[Entry, int] | None:
         """Whoever knows the longest beginning of `ids`, an entry or a running request, and how many tokens that is; None if it is not
         worth it."""
         wanted = np.asarray(ids, dtype=np.int64)
-        found = max([*self.entries, *running], key=lambda entry: entry.common(wanted), default=None)
-        size = 0 if found is None else found.common(wanted)
+        found = max([*self.entries, *running], key=lambda entry: self.usable(entry, wanted), default=None)
+        size = 0 if found is None else self.usable(found, wanted)
         if found is None or size < SHORTEST:
             return None
         found.used = next(self.clock)

@@ -2,7 +2,7 @@
 
     config.json          the target's own config with DeepSpec's keys, and a `dspark` section
     model.safetensors    bfloat16; without the target's embedding and output rows, which are the target's own
-    golden.safetensors   token ids, features, draft logits: replayed at every load
+    golden.safetensors   a short text and what the head drafts on it (golden.py): replayed at every load
     provenance.json      command, versions, data, time, measured figures
     README.md            the card
     calibration.json     temperatures of the confidences, once fitted
@@ -13,7 +13,7 @@ never leaves half a head where a good one was."""
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from dspark.config import MAX_BLOCK, SEQUENTIAL_HEADS, HeadConfig
 from dspark.errors import HeadError
 from dspark.head import calibration
+from dspark.head.golden import make_golden, refuse_broken, replay_golden
 from dspark.head.head import Head
 from dspark.prompts import read_json
 from dspark.target import demo, hub
-from dspark.target.quantize import is_int8
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
@@ -37,11 +37,11 @@ FILES = ("model.safetensors", "golden.safetensors", "config.json", "provenance.j
 # Sizes beyond these come from a damaged file; their products still are numbers that torch can hold.
 MOST = {"block_size": MAX_BLOCK, "num_hidden_layers": 256}
 MOST_OF_A_SIZE = 2**20
+# Of the target's config: the first is a path of this machine, the others would misdescribe the head's layers.
+NOT_THE_HEADS = ("_name_or_path", "quantization_config", "partial_rotary_factor", "rope_scaling", "sliding_window")
+CARRIED = "dspark"  # the folder in an exported head where what only dspark reads lies out of the way of other loaders
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec saves copies of the target's; we need none
-GOLDEN_TOKENS = 48
 WHAT_A_HEAD_IS = "give a folder with config.json and model.safetensors, as `dspark train TARGET --out DIR` writes it, or a hub id"
-# Features of the target at hand against those stored: mean cosine over tokens, of the worst layer.
-SAME_TARGET, CLOSE_TARGET = 0.8, 0.97
 
 
 def vocabulary_hash(target: Target) -> str | None:
@@ -51,49 +51,61 @@ def vocabulary_hash(target: Target) -> str | None:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def config_json(head: Head, target: Target) -> dict:
+def config_json(own_config: HeadConfig, target: Target) -> dict:
     """DeepSpec's config.json: the target's own, then the head's keys over it."""
     config = target.text_config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):  # neither describes the head; the second is a path of this machine
+    for key in NOT_THE_HEADS:
         config.pop(key, None)
-    own = {key: getattr(head.config, key) for key in OWN_KEYS if key not in IN_SECTION}
+    own = {key: getattr(own_config, key) for key in OWN_KEYS if key not in IN_SECTION}
     config |= own | {
         "architectures": ["Qwen3DSparkModel"],
         "model_type": "qwen3",
-        "target_layer_ids": list(head.config.target_layer_ids),
-        "layer_types": ["full_attention"] * head.config.num_hidden_layers,
+        "target_layer_ids": list(own_config.target_layer_ids),
+        "layer_types": ["full_attention"] * own_config.num_hidden_layers,
+        "hidden_act": "silu",
         "tie_word_embeddings": False,
         "num_anchors": 512,
         "attention_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": head.config.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": own_config.rope_theta},
         "dspark": {
             "format": 1,
             "target": target.name,
             "target_model_type": target.text_config.model_type,
             "vocabulary_sha256": vocabulary_hash(target),
             "shared_with_target": list(SHARED),
-            **{key: getattr(head.config, key) for key in IN_SECTION},
+            **{key: getattr(own_config, key) for key in IN_SECTION},
         },
     }
     return config
 
 
-def save_head(head: Head, target: Target, folder: Path, golden_ids: list[int], provenance: dict, card: str) -> None:
-    """Write a head that `load_head` accepts. Raises `HeadError` when the disk is full or closed to us."""
-    weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in head.state_dict().items()}
+def save_head(
+    head: Head,
+    target: Target,
+    folder: Path,
+    golden_ids: list[int],
+    provenance: dict,
+    card: str,
+    precisions: Mapping[str, torch.dtype] | None = None,
+    golden: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a head that `load_head` accepts, in bfloat16 where `precisions` say nothing else of a tensor. Its golden vectors
+    are made on a text that begins with `golden_ids`, unless there are some. Raises `HeadError` when the disk is full or closed to us."""
+    precisions = precisions or {}
+    weights = {name: tensor.detach().to(precisions.get(name, torch.bfloat16)).contiguous() for name, tensor in head.state_dict().items()}
     if head.config.draft_vocab_size < head.config.vocab_size:
         weights["draft_ids"] = head.draft_ids.int()
     refuse_broken(weights, "nothing was saved", "lower the learning rate")
     # Golden logits come from the rounded weights, which are what a reader will have.
     rounded = empty_head(head.config, head.draft_ids, target)
     rounded.load_state_dict({k: v.float() for k, v in weights.items() if k != "draft_ids"})
-    golden = make_golden(rounded, target, golden_ids)
-    if not 0 < golden["logits"].float().std() < float("inf"):
+    golden = golden or make_golden(rounded, target, golden_ids)
+    if not all(0 < golden[name].float().std() < float("inf") for name in ("hidden", "logits") if name in golden):
         raise HeadError(
             "nothing was saved: the head's logits are all alike, or not numbers; its training diverged", "lower the learning rate"
         )
     texts = {
-        "config.json": json.dumps(config_json(head, target), indent=2, default=str) + "\n",
+        "config.json": json.dumps(config_json(head.config, target), indent=2, default=str) + "\n",
         "provenance.json": json.dumps(provenance, indent=2) + "\n",
         "README.md": card,
     }
@@ -161,33 +173,68 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
     rope = (raw.get("rope_parameters") or {}) if isinstance(raw, dict) else None
     if not isinstance(section, dict) or not isinstance(rope, dict):
         raise HeadError(f"{folder}/config.json is damaged: an object was expected", "restore the file, or train the head again")
+    refuse_other_formats(raw, folder)
+    if not section:
+        refuse_other_networks(raw, f"{folder}/config.json")
     values = {key: raw.get(key) for key in OWN_KEYS if key not in IN_SECTION}
     values["rope_theta"] = values["rope_theta"] or rope.get("rope_theta")
     values["draft_vocab_size"] = section.get("draft_vocab_size", raw.get("vocab_size"))
     values["shortlist"] = section.get("shortlist", 0)
+    return checked_config(values, f"{folder}/config.json"), section
+
+
+def checked_config(values: dict, where: str) -> HeadConfig:
+    """The configuration made of values by name, that a file `where` gave.
+
+    Raises `HeadError` naming what is missing, unknown or senseless."""
+    values = dict(values)
     if values["markov_rank"] == 0:
         values["markov_head_type"] = values["markov_head_type"] or "vanilla"
     missing = [key for key, value in values.items() if value is None]
     if missing:
-        raise HeadError(f"{folder}/config.json lacks {', '.join(missing)}", "is this a DSpark head?")
+        raise HeadError(f"{where} lacks {', '.join(missing)}", "is this a DSpark head?")
     if values["markov_head_type"] not in SEQUENTIAL_HEADS:
         raise HeadError(f"unknown markov_head_type {values['markov_head_type']!r}; known: {', '.join(SEQUENTIAL_HEADS)}")
-    if not isinstance(values["target_layer_ids"], list):
-        raise HeadError(f"{folder}/config.json: target_layer_ids is {values['target_layer_ids']!r}, a list was expected")
+    if not isinstance(values["target_layer_ids"], (list, tuple)):
+        raise HeadError(f"{where}: target_layer_ids is {values['target_layer_ids']!r}, a list was expected")
     values["target_layer_ids"] = tuple(values["target_layer_ids"])
-    refuse_senseless(values, folder)
+    refuse_senseless(values, where)
     if not 0 <= values["mask_token_id"] < values["vocab_size"]:
-        raise HeadError(
-            f"{folder}/config.json: mask_token_id {values['mask_token_id']} is outside the vocabulary of {values['vocab_size']}"
-        )
+        raise HeadError(f"{where}: mask_token_id {values['mask_token_id']} is outside the vocabulary of {values['vocab_size']}")
     if not all(-1 <= i < values["num_target_layers"] for i in values["target_layer_ids"]):
         raise HeadError(
-            f"{folder}/config.json: target_layer_ids {values['target_layer_ids']} are not all layers of a target with {values['num_target_layers']}"
+            f"{where}: target_layer_ids {values['target_layer_ids']} are not all layers of a target with {values['num_target_layers']}",
+            "dspark and DeepSpec count the outputs of layers from 0, speculators and GGUF one higher: were these not converted?",
         )
-    return HeadConfig(**values), section
+    return HeadConfig(**values)
 
 
-def refuse_senseless(values: dict, folder: Path) -> None:
+def refuse_other_formats(raw: dict, folder: Path) -> None:
+    """Raise `HeadError` with the way out for folders of speculators and SpecForge."""
+    name = "speculators" if "speculators_model_type" in raw else "SpecForge" if "dflash_config" in raw else None
+    if name:
+        raise HeadError(f"{folder} is a head in the format of {name}", f"convert it first: `dspark convert {folder} DIR --target TARGET`")
+
+
+def refuse_other_networks(layers: dict, where: str) -> None:
+    """Raise `HeadError` for draft layers that dspark does not compute, by the config of another project."""
+    rope = layers.get("rope_parameters") or layers.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    other = [t for t in layers.get("layer_types") or [] if t != "full_attention"]
+    reasons = [f"{len(other)} draft layers with {other[0]}"] if other else []
+    if kind != "default":
+        reasons.append(f"positions scaled by {kind!r} (rope)")
+    if layers.get("attention_bias"):
+        reasons.append("biases in its attention (attention_bias)")
+    if layers.get("hidden_act", "silu") != "silu":
+        reasons.append(f"the activation {layers['hidden_act']!r}")
+    if reasons:
+        raise HeadError(
+            f"{where}: a head with {' and '.join(reasons)}", "dspark runs full attention, plain rotary positions, SiLU, no biases"
+        )
+
+
+def refuse_senseless(values: dict, where: str) -> None:
     """Raise `HeadError` for a value of another type than `HeadConfig` says, or a size below 1 or absurdly large."""
     for field in fields(HeadConfig):
         value = values[field.name] if field.name != "target_layer_ids" else None
@@ -200,18 +247,14 @@ def refuse_senseless(values: dict, folder: Path) -> None:
         else:
             sound = True
         if not sound:
-            raise HeadError(f"{folder}/config.json: {field.name} is {value!r}", "restore the file, or train the head again")
+            raise HeadError(f"{where}: {field.name} is {value!r}", "restore the file, or train the head again")
     layers = values["target_layer_ids"]
     if not layers or not all(type(i) is int for i in layers) or list(layers) != sorted(set(layers)):
-        raise HeadError(f"{folder}/config.json: target_layer_ids {list(layers)} are not ascending layer numbers")
+        raise HeadError(f"{where}: target_layer_ids {list(layers)} are not ascending layer numbers")
     if values["num_attention_heads"] % values["num_key_value_heads"]:
-        raise HeadError(
-            f"{folder}/config.json: {values['num_key_value_heads']} key heads do not divide {values['num_attention_heads']} heads"
-        )
+        raise HeadError(f"{where}: {values['num_key_value_heads']} key heads do not divide {values['num_attention_heads']} heads")
     if values["draft_vocab_size"] > values["vocab_size"]:
-        raise HeadError(
-            f"{folder}/config.json: draft_vocab_size {values['draft_vocab_size']} exceeds the vocabulary of {values['vocab_size']}"
-        )
+        raise HeadError(f"{where}: draft_vocab_size {values['draft_vocab_size']} exceeds the vocabulary of {values['vocab_size']}")
 
 
 def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_target: bool = True) -> Head:
@@ -220,11 +263,12 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
     `folder` may also be a hub id or the name of a shipped head. Raises `HeadError` where there is none, for
     missing, extra or misshaped tensors, another target, another vocabulary, golden vectors that do not come
     out again, or a calibration of another pair (which `calibrated=False` leaves unread). Taps the target's layers.
-    `same_target=False` takes a target of other weights, to adapt the head to: its golden vectors are then not replayed."""
+    `same_target=False` takes a target of other weights, to adapt the head to: of the golden vectors only what the head
+    computes without the target's weights is then replayed, and there is no `self_test`."""
     folder = named_head(folder)
     config, section = read_config(folder)
     refuse_other_target(config, section, target)
-    weights = read_tensors(folder / "model.safetensors")
+    weights = read_weights(folder)
     refuse_broken(weights, f"{folder}/model.safetensors is damaged", "restore the file, or train the head again")
     for name in SHARED:
         weights.pop(name, None)
@@ -234,19 +278,23 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
             f"{folder}/model.safetensors: draft_ids do not fit a draft vocabulary of {config.draft_vocab_size} out of {config.vocab_size}",
             "restore the file, or train the head again",
         )
-    refuse_other_tensors(config, weights, folder)
+    refuse_other_tensors(config, weights, f"{folder}/model.safetensors")
     head = empty_head(config, draft_ids, target)
     head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     target.tap(config.target_layer_ids)
-    if section or (folder / "golden.safetensors").exists():  # heads of other projects come without
-        golden = read_tensors(folder / "golden.safetensors")
-        refuse_unfit_golden(golden, head, target, folder)
-        if same_target:
-            replay_golden(head, target, golden, folder)
+    golden = golden_file(folder)
+    if section or golden.exists():  # heads of other projects come without
+        head.self_test = replay_golden(head, target, read_tensors(golden), folder, same_target)
     head.calibration = calibration.read_calibration(folder, config.block_size) if calibrated else None
     if head.calibration is not None:
         calibration.refuse_other_pair(head.calibration, head, target, folder)
     return head.to(device=target.device, dtype=target.model.dtype).eval()
+
+
+def golden_file(folder: Path) -> Path:
+    """Where the golden vectors of a head lie, or would."""
+    carried = folder / CARRIED / "golden.safetensors"
+    return carried if carried.exists() else folder / "golden.safetensors"
 
 
 def empty_head(config: HeadConfig, draft_ids: torch.Tensor, target: Target) -> Head:
@@ -267,6 +315,24 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise HeadError(f"cannot read {path}: {error}", "restore the file, or train the head again") from error
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the files that its index names. Raises `HeadError` if some are not there."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return read_tensors(folder / "model.safetensors")
+    raw = read_json(index, HeadError, "restore the file")
+    places = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
+        raise HeadError(f"{index} is damaged: no weight_map of file names", "restore the file")
+    found: dict[str, torch.Tensor] = {}
+    for place in sorted(set(places.values())):
+        found |= read_tensors(folder / place)
+    missing = sorted(places.keys() - found.keys())
+    if missing:
+        raise HeadError(f"{folder}: {places[missing[0]]} lacks {', '.join(missing[:4])}, which the index says it holds", "restore the file")
+    return found
+
+
 def refuse_other_target(config: HeadConfig, section: dict, target: Target) -> None:
     name = target.name or type(target.model).__name__
     hint = f"train one for this target: `dspark train {target.name or 'TARGET'} --out DIR`"
@@ -280,13 +346,7 @@ def refuse_other_target(config: HeadConfig, section: dict, target: Target) -> No
         raise HeadError(f"head was trained with another tokenizer than that of target {name}", hint)
 
 
-def refuse_broken(tensors: dict[str, torch.Tensor], where: str, hint: str) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise HeadError(f"{where}: NaN or infinity in {name}", hint)
-
-
-def refuse_other_tensors(config: HeadConfig, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def refuse_other_tensors(config: HeadConfig, weights: dict[str, torch.Tensor], where: str) -> None:
     with torch.device("meta"):  # shapes alone: a damaged config may ask for more than there is memory
         head = Head(config, torch.empty(0), torch.empty(0), torch.empty(0))
     wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
@@ -299,94 +359,9 @@ def refuse_other_tensors(config: HeadConfig, weights: dict[str, torch.Tensor], f
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise HeadError(
-            f"{folder}/model.safetensors does not fit its config: {'; '.join(sorted(problems)[:4])}{more}",
+            f"{where} does not fit its config: {'; '.join(sorted(problems)[:4])}{more}",
             "restore the file, or train the head again",
         )
-
-
-def make_golden(head: Head, target: Target, ids: list[int]) -> dict[str, torch.Tensor]:
-    """What must come out again: features of the target, and base logits of the block after the last token."""
-    ids = ids[:GOLDEN_TOKENS]
-    target.tap(head.config.target_layer_ids)
-    features = target.score(target.start(), ids).features_TMD.to(torch.bfloat16)
-    return {
-        "ids": torch.tensor(ids, dtype=torch.int32),
-        "layer_ids": torch.tensor(head.config.target_layer_ids, dtype=torch.int32),
-        "features": features.cpu(),
-        "logits": golden_logits(head, target, ids, features.cpu()).half(),
-    }
-
-
-@torch.no_grad()
-def golden_logits(head: Head, target: Target, ids: list[int], features: torch.Tensor) -> torch.Tensor:
-    context_kv = head.context_kv(features[None, :-1].float(), torch.arange(len(ids) - 1)[None])
-    anchor = target.embed(torch.tensor([[ids[-1]]], device=target.device)).float().cpu()
-    return head.base_logits(head.hidden(anchor, torch.tensor([[len(ids) - 1]]), context_kv))[0, 0]
-
-
-def refuse_unfit_golden(golden: dict[str, torch.Tensor], head: Head, target: Target, folder: Path) -> None:
-    """Raise `HeadError` for golden vectors that are not whole, or are not of a head of this shape."""
-    missing = {"ids", "layer_ids", "features", "logits"} - golden.keys()
-    if missing:
-        raise HeadError(f"{folder}/golden.safetensors lacks {', '.join(sorted(missing))}", "restore the file, or train the head again")
-    if tuple(golden["layer_ids"].flatten().tolist()) != head.config.target_layer_ids:
-        raise HeadError(
-            f"{folder} was trained on layers {golden['layer_ids'].tolist()}, its config names {list(head.config.target_layer_ids)}",
-            "restore config.json",
-        )
-    refuse_misshapen_golden(golden, head, target, folder)
-
-
-def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raise `HeadError` unless head and target still compute what they did after training."""
-    import warnings
-
-    ids, stored = golden["ids"].tolist(), golden["logits"].float()
-    logits = golden_logits(head, target, ids, golden["features"])
-    # fp16 storage of the logits rounds at 5e-4 relative, 8-bit output rows at 1e-2; a wrong weight or tap moves
-    # the logits by their spread.
-    error = ((logits - stored).abs().max() / stored.std()).item()
-    if not error < (0.25 if is_int8(target.model.get_output_embeddings().weight) else 0.05):
-        raise HeadError(
-            f"golden vectors of {folder} do not come out again (logits off by {error:.2f} of their spread)",
-            "the head's files do not belong together: restore them",
-        )
-    likeness = features_likeness(target, golden)
-    name = target.name or type(target.model).__name__
-    if not likeness > SAME_TARGET:
-        raise HeadError(
-            f"head was trained on another target than {name}: its features agree to {likeness:.2f} only",
-            f"train one for this target: `dspark train {target.name or 'TARGET'} --out DIR`",
-        )
-    if likeness < CLOSE_TARGET:
-        warnings.warn(
-            f"{name} differs from the target this head was trained on (features agree to {likeness:.2f}); expect fewer accepted tokens",
-            stacklevel=3,
-        )
-
-
-def features_likeness(target: Target, golden: dict[str, torch.Tensor]) -> float:
-    """Mean cosine over tokens of the target's features and the stored ones, of the worst layer. The layers must be tapped."""
-    found = target.score(target.start(), golden["ids"].tolist()).features_TMD.float().cpu()
-    return torch.cosine_similarity(found, golden["features"].float(), dim=-1).mean(0).min().item()
-
-
-def refuse_misshapen_golden(golden: dict[str, torch.Tensor], head: Head, target: Target, folder: Path) -> None:
-    config, ids = head.config, golden["ids"]
-    num_ids, whole = ids.numel(), (torch.int32, torch.int64)
-    wanted = {
-        "ids": (num_ids,),
-        "features": (num_ids, len(config.target_layer_ids), config.hidden_size),
-        "logits": (config.block_size, config.draft_vocab_size),
-    }
-    problems = [f"{name} has shape {tuple(golden[name].shape)}" for name, shape in wanted.items() if golden[name].shape != shape]
-    problems += [f"{name} are not floats" for name in ("features", "logits") if not golden[name].is_floating_point()]
-    if ids.dtype not in whole or not 1 <= num_ids <= target.max_context or not bool(((ids >= 0) & (ids < config.vocab_size)).all()):
-        problems.append("ids are no tokens of this target")
-    hint = "restore the file, or train the head again"
-    if problems:
-        raise HeadError(f"{folder}/golden.safetensors is damaged: {'; '.join(problems)}", hint)
-    refuse_broken(golden, f"{folder}/golden.safetensors is damaged", hint)
 
 
 def find_head(name: str | Path | None, target_name: str) -> Path | None:
@@ -403,7 +378,8 @@ def named_head(name: str | Path) -> Path:
     if shipped is not None:
         return shipped
     if path.exists():
-        raise HeadError(f"{name} is a file", WHAT_A_HEAD_IS)
+        gguf = f"convert it first: `dspark convert {name} DIR --target TARGET`"
+        raise HeadError(f"{name} is a file", gguf if path.suffix == ".gguf" else WHAT_A_HEAD_IS)
     if "/" in str(name) and not str(name).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

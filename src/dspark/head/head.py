@@ -5,6 +5,7 @@ Rank 0 leaves the sequential head out and gives DFlash.
 Shapes: N sequences, A anchors, G block size, S context tokens, M tapped layers, D hidden,
 Vd draft vocabulary, r Markov rank."""
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,6 +18,23 @@ from dspark.head.backbone import Layer, RMSNorm, Rotary
 from dspark.head.sequential import KINDS, Confidence
 
 
+@dataclass(frozen=True)
+class SelfTest:
+    """How a head drafts on its golden text here, and how it did when it was saved."""
+
+    accepted: int  # tokens of the text that greedy rounds take from drafts
+    tokens: int
+    accepted_then: int
+
+    @property
+    def good(self) -> bool:
+        """Another precision moves a few tokens; half of them is a head that does not fit."""
+        return self.accepted >= self.accepted_then // 2
+
+    def __str__(self) -> str:
+        return f"draft accepted {self.accepted} of {self.tokens} on the golden text ({self.accepted_then} when the head was saved)"
+
+
 class Head(nn.Module):
     """Trained weights plus references to the target's frozen embedding and output rows.
 
@@ -26,6 +44,7 @@ class Head(nn.Module):
     output_rows: torch.Tensor
     mask_embedding: torch.Tensor
     calibration: Calibration | None = None  # of its confidences, once fitted
+    self_test: SelfTest | None = None  # of the load
 
     def __init__(self, config: HeadConfig, draft_ids: torch.Tensor, output_rows: torch.Tensor, mask_embedding: torch.Tensor):
         super().__init__()

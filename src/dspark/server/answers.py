@@ -33,7 +33,9 @@ class Delta:
 
 
 class Answer:
-    """One answer. `reason` says why it ended, as OpenAI does, which may be before the engine notices; `whole` is all of it so far."""
+    """One answer. `reason` says why it ended, as OpenAI does, which may be before the engine notices; `whole` is all of it so far.
+
+    The limit of tokens is named even where calls were found: more of them may have been cut."""
 
     def __init__(self, ask: Ask, tokenizer: Any, eos_ids: frozenset[int]):
         self.ask, self.eos_ids = ask, eos_ids
@@ -55,10 +57,11 @@ class Answer:
         if isinstance(event, Finished):
             self.finished = event
             if self.reason is None:
-                self.read(self.texts.finish(), delta, last=True)
+                cut = event.reason == "length"
+                self.read(self.texts.finish(), delta, last=True, cut=cut)
                 if delta.text:
                     delta.sources.append({"text": delta.text, "source": self.last_source})
-                self.reason = self.reason or ("tool_calls" if self.whole.calls or delta.calls else event.reason)
+                self.reason = "tool_calls" if (self.whole.calls or delta.calls) and event.reason == "stop" else event.reason
         else:
             logprobs: Sequence[Logprob | None] = event.logprobs or [None] * len(event.ids)
             for token, source, logprob in zip(event.ids, event.sources, logprobs, strict=True):
@@ -80,11 +83,11 @@ class Answer:
         if self.texts.stopped and self.reason is None:
             self.reason = "stop"
 
-    def read(self, text: str, delta: Delta, last: bool = False) -> None:
+    def read(self, text: str, delta: Delta, last: bool = False, cut: bool = False) -> None:
         if self.parser is None:
             delta.text += text
             return
-        for event in [*self.parser.push(text), *(self.parser.finish() if last else ())]:
+        for event in [*self.parser.push(text), *(self.parser.finish(cut) if last else ())]:
             if isinstance(event, str):
                 delta.text += event
                 continue

@@ -8,8 +8,8 @@ from dspark.engine.request import Request
 from dspark.errors import PromptError
 from dspark.generation import as_strings, check_request
 from dspark.server.law import grammar_of, law_of
-from dspark.server.refusal import Refusal
-from dspark.server.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, Message, text_of
+from dspark.server.refusal import Refusal, naming
+from dspark.server.schemas import FORMATS, MAX_CHOICES, ChatRequest, CompletionRequest, Message, text_of
 from dspark.target.target import Target
 
 # Of a chat that sets no limit: runaway answers end, and no place in the cache is asked for that few answers need.
@@ -37,10 +37,16 @@ def chat_asks(target: Target, body: ChatRequest, speculate: bool) -> list[Ask]:
     syntax, shown = None, None
     if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
         from dspark.server.told import described, format_for
+        from dspark.server.tools import schemas
 
-        syntax = format_for(target.tokenizer) if tools else None
-        messages, shown = described(target.tokenizer, messages, tools or None)
-    ids = target.prompt_ids(messages, tools=shown)
+        if tools:
+            with naming("tools"):
+                syntax = format_for(target.tokenizer)
+                schemas(tools)
+        with naming("messages"):
+            messages, shown = described(target.tokenizer, messages, tools or None)
+    with naming("messages"):
+        ids = target.prompt_ids(messages, tools=shown)
     return asks(target, body, [ids], speculate, "messages", syntax=syntax, tools=tuple(tools), one_call=body.parallel_tool_calls is False)
 
 
@@ -62,13 +68,15 @@ def asks(
     echo: bool = False,
     **reading,
 ) -> list[Ask]:
-    grammar = grammar_of(body, target, reading.get("syntax"))
+    with naming(next((name for name in FORMATS if getattr(body, name) is not None), "tools")):
+        grammar = grammar_of(body, target, reading.get("syntax"))
     predicted = body.prediction and target.tokenizer(text_of(body.prediction.content), add_special_tokens=False).input_ids
     stop = as_strings(body.stop or ())
     found: list[Ask] = []
     for number, ids in enumerate(prompts):
         limit = token_limit(target, body, len(ids), param)
-        check_request(target, ids, limit, body.seed or 0, stop)
+        with naming(param):
+            check_request(target, ids, limit, body.seed or 0, stop)
         begin = target.tokenizer.decode(ids, skip_special_tokens=True) if echo else ""
         for _ in range(body.n or 1):
             matcher = grammar and grammar.matcher(len(ids))
@@ -92,9 +100,12 @@ def token_limit(target: Target, body: ChatRequest | CompletionRequest, num_promp
     room = target.max_context - num_prompt
     limit = min(room, DEFAULT_CHAT_TOKENS) if body.token_limit is None else body.token_limit
     if limit > room or room < 1:
-        wanted = f" plus {limit} for the answer" if limit > 0 else ""
-        message = f"the prompt has {num_prompt} tokens{wanted}; the model's context is {target.max_context} for both"
-        raise Refusal(400, message, param, "context_length_exceeded")
+        message = f"the prompt has {num_prompt} tokens, and the model's context is {target.max_context} for prompt and answer"
+        if room < 1:
+            raise Refusal(400, f"{message}: shorten the prompt", param, "context_length_exceeded")
+        name = "max_completion_tokens" if isinstance(body, ChatRequest) and body.max_tokens is None else "max_tokens"
+        unsaid = " where it is not given" if name == "max_tokens" and body.max_tokens is None else ""
+        raise Refusal(400, f"{name} is {limit}{unsaid}, and at most {room} fit: {message}", name, "context_length_exceeded")
     return limit
 
 

@@ -23,7 +23,7 @@ class ToolParser:
     """Finds calls in a text that comes in pieces; how it is cut does not matter.
 
     Text goes out as soon as it cannot be part of a call, a call when it is whole. What looks like a call but is broken, or
-    calls no tool of `tools`, stays text. White space around calls is left out."""
+    calls no tool of `tools`, stays text; one that the answer's limit cut is neither. White space around calls is left out."""
 
     def __init__(self, format: Format, tools: Sequence[dict]):
         self.format, self.tools = format, schemas(tools)
@@ -41,27 +41,32 @@ class ToolParser:
         self.buffer += text
         return self.read(final=False)
 
-    def finish(self) -> list[Event]:
-        """The text is over; the rest of the events. A last call may lack its closing tag."""
-        events = self.read(final=True)
+    def finish(self, cut: bool = False) -> list[Event]:
+        """The text is over; the rest of the events. A last call may lack its closing tag. `cut`: the text would go on, so a call
+        that is begun at its end, or an opening tag, is left out: nobody can use it."""
+        events = self.read(final=True, cut=cut)
         if self.white and not (self.quiet and self.num_calls):
             events.append(self.white)
         self.white = ""
         return events
 
-    def read(self, final: bool) -> list[Event]:
+    def read(self, final: bool, cut: bool = False) -> list[Event]:
         events: list[Event] = []
         while self.buffer:
             if self.body is None:
                 found = self.format.opening(self.buffer, self.quiet, self.bare_head)
-                waiting = 0 if final else self.format.undecided(self.buffer, self.quiet, self.bare_head)
+                waiting = 0 if final and not cut else self.format.undecided(self.buffer, self.quiet, self.bare_head)
                 self.say(events, found[0] if found else len(self.buffer) - waiting)
                 if not found:
+                    if cut and waiting:
+                        self.buffer = self.white = ""
                     break
                 self.body, self.ends = found[1] - found[0], self.format.ends()
             outcome = self.judge(final)
             if outcome is None:
-                if final:  # a call cut short, with all that its strings hold
+                if cut and self.format.begun(self.buffer):
+                    self.buffer = self.white = ""
+                elif final:  # a call cut short, with all that its strings hold
                     self.say(events, len(self.buffer))
                 break
             calls, end = outcome

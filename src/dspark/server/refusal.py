@@ -1,8 +1,9 @@
 """Errors as OpenAI's clients know them: {"error": {"message", "type", "param", "code"}}."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -10,10 +11,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from dspark.errors import Busy, UserError
+from dspark.server.schemas import ChatRequest, CompletionRequest, Message
 
 log = logging.getLogger(__name__)
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+# Errors of fields that do not fit together (schemas.py) are of the type of the field that is meant.
+OUR_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *Message.model_fields}
 
 # Of errors that FastAPI raises itself
 OF_STATUS = {
@@ -54,7 +59,7 @@ def refusal(error: BaseException, closing: bool = False, retry_seconds: float = 
         case Busy():
             return busy(closing, retry_seconds)
         case UserError():
-            return Refusal(400, error.message + (f" ({error.hint})" if error.hint else ""))
+            return of_user(error)
         case RequestValidationError():
             return of_validation(error.errors())
         case HTTPException():
@@ -63,6 +68,19 @@ def refusal(error: BaseException, closing: bool = False, retry_seconds: float = 
             return Refusal(400, "the request is nested too deeply")
     log.error("a request failed", exc_info=error)
     return Refusal(500, "the server failed on this request; its log says why")
+
+
+def of_user(error: UserError, param: str | None = None) -> Refusal:
+    return Refusal(400, error.message + (f" ({error.hint})" if error.hint else ""), param)
+
+
+@contextlib.contextmanager
+def naming(param: str) -> Iterator[None]:
+    """Mistakes of a user that are found within are in this field of the request."""
+    try:
+        yield
+    except UserError as error:
+        raise of_user(error, param) from error
 
 
 def of_validation(errors: Sequence[dict]) -> Refusal:
@@ -74,6 +92,8 @@ def of_validation(errors: Sequence[dict]) -> Refusal:
     if loc == ("body",) and kind in ("model_attributes_type", "missing"):
         return Refusal(400, "the body is not a JSON object: send one, with Content-Type: application/json")
     steps = [step for step in loc[1:] if isinstance(step, int) or not ("[" in step or step in ("str", "list", "TextPart"))]
+    if kind in OUR_FIELDS and steps[-1:] != [kind]:
+        steps.append(kind)
     param = ".".join(map(str, steps)) or None
     if kind in ("extra_forbidden", "none_required"):
         return Refusal(400, f"{param} is not supported", param, "unknown_parameter")

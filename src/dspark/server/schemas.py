@@ -1,6 +1,6 @@
 """What clients may send, and the shape of what they get: OpenAI's API as far as it is honoured.
 
-A field that is not here is refused, and so is a value that could not take effect. Fields marked "ignored" do not change the
+A field that is not here is refused, and so is a value that could not take effect; errors raised here are of the type of the field meant. Fields marked "ignored" do not change the
 answer in OpenAI's API either. null means: not given."""
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -153,6 +153,7 @@ def whole_stops(stop: str | list[str]) -> str | list[str]:
 
 
 Stop = Annotated[str | Annotated[list[str], Field(max_length=MAX_STOPS)], AfterValidator(whole_stops)]
+FORMATS = ("guided_regex", "guided_grammar", "response_format")  # what may say how an answer looks
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -194,9 +195,9 @@ class Sampling(Fields):
     def fits_together(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options needs stream: true")
-        formats = [name for name in ("response_format", "guided_regex", "guided_grammar") if getattr(self, name) is not None]
+        formats = [name for name in FORMATS if getattr(self, name) is not None]
         if len(formats) > 1 and not (len(formats) == 2 and isinstance(self.response_format, TextFormat)):
-            raise PydanticCustomError("formats", "give only one of {names}", {"names": ", ".join(formats)})
+            raise PydanticCustomError(formats[0], "give only one of {names}", {"names": ", ".join(formats)})
         return self
 
 

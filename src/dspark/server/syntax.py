@@ -93,6 +93,13 @@ class Format:
             return len(text)
         return overlap(text, self.opens)
 
+    def begun(self, text: str) -> bool:
+        """Whether a text that begins as a call and lacks its end is one as far as it goes, and not JSON of another kind."""
+        if text.startswith(self.opens):
+            return True
+        seen, head = ("".join(part.split()) for part in (text[bare_begin(text) :], BARE_HEAD))
+        return seen.startswith(head) or head.startswith(seen)
+
     # Grammars
 
     def grammar(self, tools: Sequence[dict], special: Mapping[str, int], parallel: bool) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dspark.errors import RuntimeUnavailable, SettingError, TargetError, UserErr
 from dspark.target import demo, hub
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.quantize import quantize_int8
+from dspark.target.rollback import check_wish
 from dspark.target.target import Target
 
 DTYPES = {
@@ -27,18 +29,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", runtime: str = "auto") -> Target:
+def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", runtime: str = "auto", rollback: str = "auto") -> Target:
     """Load a Hugging Face causal LM. `dtype` auto takes the checkpoint's own precision, float32 for one that is not supported.
 
-    `runtime` is `eager` (transformers' modules), `native` (docs/runtime.md), or `auto`: native where it runs.
+    `runtime` is `eager` (transformers' modules), `native` (docs/runtime.md), or `auto`: native where it runs. `rollback` is `auto`, or
+    `snapshot`: take a model whose caches no test covers, if it rolls back exactly here.
     Raises `TargetError` for an unknown name or a model that cannot be rolled back, `SettingError` for an
-    unknown precision or runtime, `RuntimeUnavailable` where `native` was asked for and cannot run."""
+    unknown precision, runtime or rollback, `RuntimeUnavailable` where `native` was asked for and cannot run."""
     if dtype not in DTYPES:
         raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     check_runtime(runtime)
+    check_wish(rollback)
     if str(device).startswith("meta"):
         raise SettingError(f"--device is {device}", "its tensors hold no numbers: use cpu, or a GPU like cuda")
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -47,7 +50,7 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(f"no folder {name}", f"{like(name)}give a folder written by `save_pretrained`, a hub id, or {demo.NAME}")
     source, cached_only = (where, False) if where.is_dir() else (str(name), not hub.answers())
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(source, cached_only).from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
         )
         model, loading = loaded
@@ -74,9 +77,33 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(
             f"{name} lacks {len(missing)} of the model's tensors, {missing[0]} among them", "restore the folder; it is not a whole model"
         )
-    target = Target(model, load_tokenizer(source, cached_only), name=str(name))
+    target = Target(model, load_tokenizer(source, cached_only), name=str(name), rollback_by=rollback)
+    say_rollback(target, say)
     use_runtime(target, runtime, gather=True)
     return target
+
+
+def model_class(source: str | Path, cached_only: bool) -> Any:
+    """AutoModelForCausalLM, or what reads images too for a family that has no class for text alone (Step-3.7)."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    config = type(AutoConfig.from_pretrained(source, local_files_only=cached_only))
+    wrapped = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+
+
+def say_rollback(target: Target, say: Callable[[str], None]) -> None:
+    """A word where rejected tokens are forgotten in a way that is slow, or that only a check at load vouches for."""
+    if target.forgets.trusted and not target.forgets.replays:
+        return
+    checked = "" if target.forgets.trusted else "; no test of dspark covers this model, a check of its next logits did just now"
+    say(f"roll-back by snapshot: each rejection costs one more pass over the accepted tokens{checked}")
 
 
 def move(model: Any, device: str) -> None:

@@ -12,18 +12,28 @@ from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from dspark.core.decode import Scored
 from dspark.errors import LogitsError, PromptError, RuntimeUnavailable, TargetError
+from dspark.target.delta import recorded
 from dspark.target.native.runtime import NativeRuntime, Piece
 from dspark.target.native.stack import Cache as NativeCache
 from dspark.target.quantize import is_int8, rows_of
-from dspark.target.rollback import new_cache, refuse_unless_exact, rollback
+from dspark.target.rollback import Rollback, Snapshot, find_rollback, tensors_of
+from dspark.target.selfcheck import check_rollback
 from dspark.target.taps import Tap
 
 # Rows per prefill pass: bounds activation memory on long prompts; any value gives the same state.
 PREFILL_ROWS = 1024
+
+
+@dataclass
+class Undo:
+    """What the last pass of a state brought, until the next `rollback`: its tokens, and what its snapshot layers held before it (None:
+    a piece of a prompt, which is never rolled back)."""
+
+    tokens: list[int]
+    before: Snapshot | None
 
 
 @dataclass
@@ -32,14 +42,15 @@ class State:
 
     cache: DynamicCache | NativeCache
     num_tokens: int = 0
+    undo: Undo | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory that the cache takes."""
         if isinstance(self.cache, NativeCache):
             return len(self.cache.pages) * self.cache.pool.page_bytes
-        tensors = [t for layer in self.cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)  # more than a view of it shows
+        storages = [tensor.untyped_storage() for layer in self.cache.layers for tensor in tensors_of(vars(layer))]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # more than a view of it shows
 
 
 @dataclass
@@ -47,21 +58,25 @@ class Target:
     """A loaded model. `model` and `tokenizer` are the user's own and stay usable as they are; the model is
     put into eval mode.
 
-    Raises `TargetError` for models that cannot be rolled back exactly."""
+    `rollback_by` is auto, or snapshot: take a model whose caches no test covers, if it rolls back exactly here (selfcheck.py). Raises
+    `TargetError` for models that cannot be rolled back exactly."""
 
     model: Any  # a PreTrainedModel; its own type hints do not know the families' attributes
     tokenizer: Any = None  # a PreTrainedTokenizerBase, or None
     name: str = ""
     layer_ids: tuple[int, ...] = ()
     runtime: NativeRuntime | None = None  # None: transformers' own modules, eagerly
+    rollback_by: str = "auto"
     _captured: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _hooks: list = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        refuse_unless_exact(self.model)
+        self.forgets: Rollback = find_rollback(self.model, self.rollback_by)
         self.model.eval()
         self.text_config = self.model.config.get_text_config()
         self.layers = decoder_layers(self.model)
+        if not self.forgets.trusted:
+            check_rollback(self)
 
     @property
     def vocab_size(self) -> int:
@@ -146,7 +161,7 @@ class Target:
                 return State(self.runtime.start())
             except RuntimeUnavailable as reason:
                 warnings.warn(f"decoding eagerly: {reason.message}", stacklevel=2)
-        return State(new_cache(self.model))
+        return State(self.forgets.new_cache())
 
     def score(self, state: State, tokens: Sequence[int], num_logits: int | None = None) -> Scored:
         """Append `tokens` to the state in one pass; logits for all rows, or the last `num_logits`.
@@ -160,6 +175,7 @@ class Target:
     def score_many(self, pieces: Sequence[tuple[State, Sequence[int], int]]) -> list[Scored]:
         """Append tokens to the states of several requests, natively in one pass: (state, tokens, num_logits) each.
 
+        Logits of all rows, and the pass can be rolled back by any number of them; of fewer, and it is a piece of a prompt.
         A request's results do not depend on the others. The caller looks for broken logits (`refuse_broken`)."""
         if self.runtime is not None and all(isinstance(state.cache, NativeCache) for state, _, _ in pieces):
             described = [Piece(cast(NativeCache, state.cache), state.num_tokens, tokens, count) for state, tokens, count in pieces]
@@ -171,11 +187,25 @@ class Target:
         return scored
 
     def _score_eagerly(self, state: State, tokens: Sequence[int], num_logits: int) -> Scored:
-        ids = torch.tensor([list(tokens)], device=self.device)
-        # `logits_to_keep` 0 means all of them to transformers
-        output = self.model(input_ids=ids, past_key_values=state.cache, use_cache=True, logits_to_keep=max(1, num_logits))
+        cache, verifies = cast(DynamicCache, state.cache), num_logits == len(tokens)
+        state.undo = Undo(list(tokens), self.forgets.remember(cache) if verifies else None)
+        output = self._forward(cache, tokens, num_logits, verifies)
         features_TMD = self.captured()[0] if self.layer_ids else torch.empty(len(tokens), 0, self.hidden_size, device=self.device)
         return Scored(output.logits[0, output.logits.shape[1] - num_logits :].float(), features_TMD)
+
+    def _forward(self, cache: DynamicCache, tokens: Sequence[int], num_logits: int, verifies: bool) -> Any:
+        ids = torch.tensor([list(tokens)], device=self.device)
+        keep = self.logits_to_keep(len(tokens), max(1, num_logits))  # 0 means all of them to transformers
+        options = {self.forgets.cache_argument: cache, "use_cache": True, "logits_to_keep": keep}
+        with recorded(verifies), self.forgets.as_decoded():
+            return self.model(input_ids=ids, **options)
+
+    def logits_to_keep(self, num_rows: int, num_logits: int) -> Any:
+        """What asks the model for the last `num_logits` of a pass, and for the layers' outputs of all its rows: given a number, models with
+        shared keys (Gemma 4) leave the other rows out of their last layers, which may be tapped; given positions they do not."""
+        if not getattr(self.text_config, "num_kv_shared_layers", 0):
+            return num_logits
+        return torch.arange(num_rows - num_logits, num_rows, device=self.device)
 
     def refuse_broken(self, scored: Scored, num_tokens: int) -> None:
         """Raise `LogitsError` if these logits, of rows after `num_tokens` tokens, are not numbers."""
@@ -196,21 +226,36 @@ class Target:
             self.rollback(state, 0)
         return torch.cat(parts)
 
+    @torch.inference_mode()
     def rollback(self, state: State, num_rejected: int) -> None:
-        """Forget the last `num_rejected` scored tokens; call it after every `score`, with 0 too."""
-        if not isinstance(state.cache, NativeCache):
-            rollback(state.cache, num_rejected)  # the native cache overwrites what lies past its tokens
+        """Forget the last `num_rejected` scored tokens; call it once after every `score`, with 0 too."""
+        undo, state.undo = state.undo, None
         state.num_tokens -= num_rejected
+        if isinstance(state.cache, NativeCache):
+            return  # it overwrites what lies past its tokens
+        if not num_rejected or not self.forgets.replays:
+            self.forgets.crop(state.cache, num_rejected)
+            return
+        assert undo is not None and undo.before is not None, "the last pass was a piece of a prompt, or is rolled back already"
+        self.forgets.restore(state.cache, undo.before, len(undo.tokens))
+        accepted = undo.tokens[: len(undo.tokens) - num_rejected]
+        if accepted:
+            self._forward(state.cache, accepted, num_logits=1, verifies=True)
+            self.forgets.crop(state.cache, 0)
+
+    def can_shorten(self, state: State) -> bool:
+        """Can its first tokens be had without the others, however many?"""
+        return isinstance(state.cache, NativeCache) or self.forgets.can_shorten(state.cache)
 
     def fork(self, state: State, num_tokens: int) -> State | None:
-        """A state of its own that holds the first `num_tokens` tokens of this one; None where the cache cannot give them
-        (a sliding window has forgotten what it would need)."""
+        """A state of its own that holds the first `num_tokens` tokens of this one; None where the cache cannot give them: a sliding
+        window has forgotten what it would need, and a recurrent state cannot be taken back. All tokens can always be had."""
         if isinstance(state.cache, NativeCache):
             return State(state.cache.fork(num_tokens), num_tokens)
-        if num_tokens < state.num_tokens and any(type(layer) is not DynamicLayer for layer in state.cache.layers):
+        if num_tokens < state.num_tokens and not self.can_shorten(state):
             return None
-        forked = State(copy.deepcopy(state.cache), state.num_tokens)
-        self.rollback(forked, state.num_tokens - num_tokens)
+        forked = State(copy.deepcopy(state.cache), num_tokens)
+        self.forgets.crop(cast(DynamicCache, forked.cache), state.num_tokens - num_tokens)
         return forked
 
     def prompt_ids(self, messages: str | list[dict], raw: bool = False, tools: list[dict] | None = None) -> list[int]:

@@ -12,7 +12,8 @@ import torch
 
 from dspark.config import TrainConfig
 from dspark.errors import HeadError, SettingError
-from dspark.head.folder import features_likeness, load_head, read_tensors, save_head
+from dspark.head.folder import golden_file, load_head, read_tensors, save_head
+from dspark.head.golden import features_likeness, read_features
 from dspark.head.head import Head
 from dspark.profiling import profile
 from dspark.prompts import Prompt, read_json
@@ -98,7 +99,7 @@ def adapt(
     provenance |= {
         "held_out_rounds": rounds,
         "adapted": {
-            **whence(source, target),
+            **whence(source, served, target),
             "low_rank": low_rank,
             "before": round_figures(before),
             "after": rounds,
@@ -142,15 +143,19 @@ def once(path: Path, measured: Callable[[], Counts]) -> Counts:
         raise HeadError(f"{path} does not hold tokens and rounds by prompt", hint) from error
 
 
-def whence(source: Path, target: Target) -> dict:
-    """The head this one came from: its folder's name, its weights' digest, its target, and how near the new target's features are."""
-    record = read_json(source / "provenance.json", HeadError, "restore it") if (source / "provenance.json").exists() else {}
-    golden = source / "golden.safetensors"
+def whence(source: Path, head: Head, target: Target) -> dict:
+    """The head this one came from: its folder's name, its weights' digest, its target, and how near the new target's features are.
+    `head` has the taps of both."""
+    file, weights = golden_file(source), sorted(source.glob("model*.safetensors"))
+    origin = file.with_name("provenance.json")
+    record = read_json(origin, HeadError, "restore it") if origin.exists() else {}
+    golden = read_tensors(file) if file.exists() else None
+    likeness = None if golden is None else features_likeness(golden, read_features(head, target, golden["ids"].tolist())).min().item()
     return {
         "from": source.resolve().name,
-        "from_sha256": hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest(),
+        "from_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest(),
         "from_target": record.get("target") if isinstance(record, dict) else None,
-        "features_agree": round(features_likeness(target, read_tensors(golden)), 3) if golden.exists() else None,
+        "features_agree": None if likeness is None else round(likeness, 3),
     }
 
 

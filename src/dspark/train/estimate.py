@@ -1,8 +1,14 @@
-"""What a training run will take, said before it starts. Arithmetic from the target's size, no probing run."""
+"""What a training run will take, said before it starts: seconds of the stages from what sampling and decoding take here at this
+moment, measured for two or three seconds; memory and disk by arithmetic."""
 
+import math
 import os
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,65 +16,165 @@ from dspark.config import TrainConfig
 from dspark.profiling import device_name
 from dspark.prompts import Prompt
 from dspark.target.target import Target
-from dspark.train.answers import INVENT_TOKENS, OPENER_TOKENS
+from dspark.train.answers import INVENT_TOKENS, OPENER_TOKENS, batch_size
 from dspark.train.features import fits_gpu
+from dspark.train.sample import sample_batch
 
-# What is measured while training: points of the curve and answers each; prompts and tokens of real rounds, at T = 0 and 1.
+# What is measured while training: points of the curve and answers each; prompts and tokens of real rounds, and tokens after each
+# held-out prompt to calibrate on, both at T = 0 and 1.
 CURVE_POINTS, CURVE_ANSWERS = 10, 48
 ROUNDS_PROMPTS, ROUNDS_TOKENS = 16, 64
-# Sustained rate of one Zen 4 core in the batched stages, measured: bfloat16 matrix products with all
-# that surrounds them. Other machines scale the time, not the text.
-FLOPS_PER_THREAD = {torch.bfloat16: 6.5e10, torch.float32: 3.5e10}
-# The same of one NVIDIA H200 with the demo target: passes and steps, and sampling; and the seconds its step takes to compile.
-GPU_FLOPS, GPU_SAMPLING_FLOPS, GPU_COMPILING = 7.5e13, 3e13, 50.0
-# Bytes of weights a second that decoding one token after another reads on two of those cores (bench/results).
-BYTES_PER_SECOND = {"native": 2.9e10, "eager": 6e9}
-GPU_BYTES_PER_SECOND, GPU_PASS = 2e12, 0.035  # on a GPU; no eager pass took less there: the processor launches a thousand kernels
+CALIBRATION_TOKENS = 128
 PROMPT_TOKENS = 80  # of an instruction with its template
+HEAD_RATE = 2.0  # of multiplications a second in steps against sampling: larger products, measured on two Zen 4 cores
+GPU_COMPILING = 50.0  # seconds that the step of the demo target's head took to compile on one NVIDIA H200
+# Bounds of the measurement in seconds: of the very first pass, which makes ready what the others use; of a pass of one row; of what
+# is expected of the least batch, and of the largest; of passes repeated.
+FIRST_SECONDS, ROW_SECONDS, LEAST_SECONDS, BATCH_SECONDS, REST_SECONDS = 1.2, 0.4, 2.0, 0.6, 0.4
+FEW_ROWS, LEAST_ROWS = 4, 16  # fewer than the latter say nothing of a batch: they wait for the weights, which all rows share
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds on this machine now: one token more for each of `rows` texts that are sampled at once; one token of one text by
+    the target's runtime."""
+
+    rows: int
+    batch_seconds: float
+    token_seconds: float
+
+    def batch(self, rows: int) -> float:
+        """One token more for each of so many texts."""
+        return self.batch_seconds * max(1.0, rows / self.rows)
+
+    def passes(self, num_tokens: float) -> float:
+        """The target over so many tokens that are known."""
+        return num_tokens * self.batch_seconds / self.rows
+
+
+def pace(target: Target, most_rows: int) -> Pace | None:
+    """Sample a token for as many texts as a batch of `most_rows` has, or fewer where that takes too long; None where
+    `LEAST_ROWS` do."""
+    if min(sampling(target, 1)) > FIRST_SECONDS or (one := min(sampling(target, 1, 0.1))) > ROW_SECONDS:
+        return None
+    # By small steps: with each row a mixture of experts may read other weights.
+    if one + slope(target, one, FEW_ROWS) * (LEAST_ROWS - 1) > LEAST_SECONDS:
+        return None
+    each = slope(target, one, LEAST_ROWS)
+    rows = most_rows
+    while rows > LEAST_ROWS and one + (rows - 1) * each > BATCH_SECONDS:
+        rows //= 2
+    # The mean: what other processes take of the machine now they will take during the run.
+    return Pace(rows, statistics.mean(sampling(target, rows, REST_SECONDS)), statistics.mean(decoding(target, REST_SECONDS)))
+
+
+def slope(target: Target, one: float, rows: int) -> float:
+    """Seconds that each row adds to a pass of one row."""
+    return max(0.0, min(sampling(target, rows, 0.1)) - one) / (rows - 1)
+
+
+def sampling(target: Target, rows: int, limit: float = 0.0) -> list[float]:
+    """Seconds a token in which training's own sampler continues so many texts."""
+    return tries(lambda: sample_batch(target, [[0]] * rows, [1.0] * rows, 1, 0, frozenset()), limit)
+
+
+def decoding(target: Target, limit: float) -> list[float]:
+    """Seconds a token of one text, as rounds are decoded for measuring."""
+    state = target.start()
+
+    def one() -> None:
+        target.score(state, [0])
+        target.rollback(state, 0)
+
+    return tries(one, limit)
+
+
+def tries(run: Callable[[], Any], limit: float) -> list[float]:
+    """Seconds of what runs begin within `limit` seconds, one at least; the first, which makes ready what others use, only if it is alone."""
+    seconds: list[float] = []
+    give_up = time.perf_counter() + limit
+    while not seconds or (len(seconds) < 100 and time.perf_counter() < give_up):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:] or seconds
 
 
 def estimate(
     target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], served: bool = False
 ) -> str:
-    """One paragraph: time, memory and disk, rough to a factor of two. How long a server takes to answer is not known."""
-    weights = sum(p.numel() for p in target.model.parameters())
-    on_gpu = target.device.type == "cuda"
-    rate = GPU_FLOPS if on_gpu else FLOPS_PER_THREAD.get(target.model.dtype, 3.5e10) * torch.get_num_threads()
-    sampling_rate = GPU_SAMPLING_FLOPS if on_gpu else rate
-    inventing = 0 if answers else config.num_prompts * (INVENT_TOKENS + OPENER_TOKENS) * 2 * weights / sampling_rate
+    """One paragraph: time, memory and disk, rough to a factor of two while the machine's load stays as it is. How long a
+    server takes to answer is not known."""
     num_answers = sum(Path(a).read_bytes().count(b"\n") for a in answers) if answers else config.num_prompts + len(prompts or ())
-    tokens = num_answers * (config.max_answer_tokens + PROMPT_TOKENS)
-    sampling = 0 if answers or served else tokens * 2 * weights / sampling_rate
-    visits = config.steps * config.sequences_per_step
-    passes = min(visits + config.held_out, num_answers) * (config.max_answer_tokens + PROMPT_TOKENS)
-    features = passes * 2 * weights / rate
+    answer_tokens = PROMPT_TOKENS + config.max_answer_tokens
+    passes = min(config.steps * config.sequences_per_step + config.held_out, num_answers) * answer_tokens
+    found = pace(target, min(batch_size(target, answer_tokens), max(1, num_answers)))
+    if found is None:
+        time_needed = "time unknown until measured: a batch of answers takes too long to try one; each stage shows what is left of it"
+    else:
+        sampled: dict[str, float] = {} if answers else {
+            "to invent instructions": sampling_all(target, config.num_prompts, OPENER_TOKENS + INVENT_TOKENS, found),
+            "to sample answers": 0 if served else sampling_all(target, num_answers, answer_tokens, found),
+        }  # fmt: skip
+        others = {
+            "for features": found.passes(passes),
+            f"for {config.steps} steps": stepping(target, config, shape, found),
+            "for measuring and calibrating on held-out answers": measuring(target, config, shape, found),
+        }
+        # texts end where they like: what is sampled is counted as if each were as long as it may be
+        parts = [f"at most {listed(sampled)}"] if any(sampled.values()) else []
+        time_needed = f"as fast as the machine is now, {'; '.join([*parts, listed(others)])}"
+    memory, disk, free = space(target, config, shape, passes)
+    threads = torch.get_num_threads()
+    where = device_name(target.device) if target.device.type == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"{time_needed} on {where}; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {disk / 1e9:.1f} GB of disk"
+
+
+def sampling_all(target: Target, num_texts: int, num_tokens: int, found: Pace) -> float:
+    """Seconds to sample so many texts of so many tokens, in batches."""
+    rows = max(1, min(batch_size(target, num_tokens), num_texts))
+    return math.ceil(num_texts / rows) * num_tokens * found.batch(rows)
+
+
+def row_work(target: Target, shape: dict) -> float:
+    """What a row of the head costs, as a share of one sampled token."""
     D = target.hidden_size
     width = shape.get("intermediate_size") or getattr(target.text_config, "intermediate_size", None) or 4 * D
-    layer = 4 * D * D + 3 * D * width
-    draft_vocabulary = shape.get("draft_vocab_size") or target.vocab_size
-    block = shape.get("block_size", 5)
-    block_row = 2 * (shape.get("num_hidden_layers", 2) * layer + draft_vocabulary * (D + shape.get("markov_rank", 96))) / (2 * rate)
-    steps = visits * config.anchors_per_sequence * block * 3 * block_row + (GPU_COMPILING if on_gpu else 0)  # forth and back
-    looks = CURVE_POINTS * min(CURVE_ANSWERS, config.held_out) + config.held_out  # at held-out answers, an anchor a token
-    read = weights * target.model.dtype.itemsize
-    one_pass = max(GPU_PASS, read / GPU_BYTES_PER_SECOND) if on_gpu else read / BYTES_PER_SECOND[target.runtime_name]
-    rounds = 2 * min(ROUNDS_PROMPTS, config.held_out) * ROUNDS_TOKENS * one_pass
-    measuring = looks * config.max_answer_tokens * block * block_row + rounds
-    rows_memory = config.sequences_per_step * config.anchors_per_sequence * block * draft_vocabulary * 4 * 5
-    memory = weights * target.model.dtype.itemsize + rows_memory + 1e9
-    samples = passes * (5 * D * 2 + 6 * config.teacher_tokens)
-    if fits_gpu(target.device, samples):
-        memory, disk = memory + samples, 1e9
+    layers = shape.get("num_hidden_layers", 2) * (4 * D * D + 3 * D * width)
+    output = (shape.get("draft_vocab_size") or target.vocab_size) * (D + shape.get("markov_rank", 96))
+    return (layers + output) / sum(p.numel() for p in target.model.parameters()) / HEAD_RATE
+
+
+def stepping(target: Target, config: TrainConfig, shape: dict, found: Pace) -> float:
+    rows = config.steps * config.sequences_per_step * config.anchors_per_sequence * shape.get("block_size", 5)
+    return found.passes(3 * rows * row_work(target, shape)) + (GPU_COMPILING if target.device.type == "cuda" else 0)  # forth and back
+
+
+def measuring(target: Target, config: TrainConfig, shape: dict, found: Pace) -> float:
+    """The curve's points, the last look at held-out answers (an anchor a token), rounds that are decoded, and the calibration's."""
+    looks = CURVE_POINTS * min(CURVE_ANSWERS, config.held_out) + config.held_out
+    rows = looks * config.max_answer_tokens * shape.get("block_size", 5)
+    decoded = 2 * (min(ROUNDS_PROMPTS, config.held_out) * ROUNDS_TOKENS + config.held_out * CALIBRATION_TOKENS)
+    return found.passes(rows * row_work(target, shape)) + decoded * found.token_seconds
+
+
+def space(target: Target, config: TrainConfig, shape: dict, passes: int) -> tuple[float, float, float]:
+    """Bytes of memory and disk that a run takes, and of memory that are free."""
+    weights = sum(p.numel() for p in target.model.parameters()) * target.model.dtype.itemsize
+    rows = config.sequences_per_step * config.anchors_per_sequence * shape.get("block_size", 5)
+    memory = weights + rows * (shape.get("draft_vocab_size") or target.vocab_size) * 4 * 5 + 1e9
+    samples = passes * (5 * target.hidden_size * 2 + 6 * config.teacher_tokens)
+    if target.device.type == "cuda":
+        free = torch.cuda.mem_get_info(target.device)[0]
     else:
-        disk = min(config.cache_gigabytes * 1e9, samples) + 1e9
-    free = torch.cuda.mem_get_info(target.device)[0] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    where = device_name(target.device) if on_gpu else f"{torch.get_num_threads()} threads"
-    stages = {"to invent instructions": inventing, "to sample answers": sampling, "for features": features,
-              f"for {config.steps} steps": steps, "for measuring on held-out answers": measuring}  # fmt: skip
-    return (
-        f"about {', '.join(f'{minutes(seconds)} {what}' for what, seconds in stages.items() if seconds)} "
-        f"on {where}; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {disk / 1e9:.1f} GB of disk"
-    )
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if fits_gpu(target.device, samples):
+        return memory + samples, 1e9, free
+    return memory, min(config.cache_gigabytes * 1e9, samples) + 1e9, free
+
+
+def listed(stages: dict[str, float]) -> str:
+    return "about " + ", ".join(f"{minutes(seconds)} {what}" for what, seconds in stages.items() if seconds)
 
 
 def minutes(seconds: float) -> str:

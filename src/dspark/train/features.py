@@ -101,7 +101,9 @@ class FeatureStore:
         starts = [len(self.records[i]["prompt_ids"]) - 1 for i in group]
         tokens = [[*self.records[i]["prompt_ids"], *self.records[i]["answer_ids"]][: self.lengths[i]] for i in group]
         ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
-        output = self.target.model(input_ids=ids_BS, use_cache=False, logits_to_keep=longest - min(starts))
+        keep = self.target.logits_to_keep(longest, longest - min(starts))
+        with self.target.forgets.as_decoded():
+            output = self.target.model(input_ids=ids_BS, use_cache=False, logits_to_keep=keep)
         offsets, lengths, first = (
             torch.tensor(values, device=device)[:, None]
             for values in ([self.first_rows[i] for i in group], [self.lengths[i] for i in group], starts)

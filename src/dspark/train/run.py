@@ -36,13 +36,12 @@ from dspark.train.answers import (
     write_records,
 )
 from dspark.train.card import write_card
-from dspark.train.estimate import CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
+from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
 from dspark.train.features import FeatureStore
 from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
 from dspark.train.warmstart import new_head, widened
 
-CALIBRATION_TOKENS = 128  # decoded after each held-out prompt, at each temperature
 MOST_BATCHES = 50_000  # of prompts; the seeds of the answers' batches begin this far behind theirs
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
 
@@ -138,15 +137,11 @@ def refuse_beforehand(
     """Raise for settings that could only fail after work was done."""
     if target.tokenizer is None and not answers:
         raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
-    check_shape(target, config, shape)
+    check_settings(config, shape, None if answers else len(prompts or ()))
+    check_shape(target, shape)
     if answers:
         return
-    check_sampling(target, config, prompts or ())
-    if len(prompts or ()) + config.num_prompts <= config.held_out:
-        raise SettingError(
-            f"{len(prompts or ()) + config.num_prompts} prompts leave nothing to train on beside {config.held_out} held out",
-            "ask for more prompts, or lower --held-out",
-        )
+    check_room(target, config)
     if server is not None and target.tokenizer.chat_template is None:
         raise SettingError(
             f"target {target.name} has no chat template: what a server reads of a chat is not known", "leave --answers-from out"
@@ -259,17 +254,11 @@ def digest(tensor: torch.Tensor) -> str:
 
 def begin_or_resume(out: Path, work: Path, described: dict, resume: bool, command: str) -> None:
     """One folder, one set of settings: a resumed run with others would be neither. The command is kept beside them."""
+    check_folder(out, resume)
     label = work / "settings.json"
-    taken = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
     hint = f"delete {work} if it holds no work, or choose another --out; `--answers {work}/answers.jsonl` uses its answers there"
-    if taken and not label.exists():
-        raise SettingError(f"{out} holds {', '.join(taken)} already; nothing was overwritten", "choose another --out")
-    if resume and not label.exists():
-        raise SettingError(f"there is no training run to resume in {out}", "start one without --resume, or check --out")
     if label.exists():
         before = read_json(label, HeadError, hint)
-        if not resume:
-            raise SettingError(f"{out} holds an unfinished or finished training run", "continue it with --resume, or choose another --out")
         if not isinstance(before, dict) or before.keys() - {"command"} != described.keys():
             raise HeadError(f"{label} does not hold the settings of a run", hint)
         others = different(before, described)
@@ -283,6 +272,23 @@ def begin_or_resume(out: Path, work: Path, described: dict, resume: bool, comman
         os.replace(partial, label)
     except OSError as error:
         raise HeadError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raise `SettingError` unless a run can begin in `out`, or go on there if `resume`; nothing is written."""
+    label = out / "progress" / "settings.json"
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise SettingError(f"cannot write to {out}: {there} is a file", "choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SettingError(f"cannot write to {out}: {there} is not yours to write to", "choose another --out")
+    taken = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
+    if taken and not label.exists():
+        raise SettingError(f"{out} holds {', '.join(taken)} already; nothing was overwritten", "choose another --out")
+    if resume and not label.exists():
+        raise SettingError(f"there is no training run to resume in {out}", "start one without --resume, or check --out")
+    if label.exists() and not resume:
+        raise SettingError(f"{out} holds an unfinished or finished training run", "continue it with --resume, or choose another --out")
 
 
 def different(before: dict, now: dict) -> list[str]:
@@ -317,39 +323,63 @@ def held_out_first(records: Sequence[dict], num_held_out: int, seed: int) -> lis
     return held_out + [records[i] for i in order[num_held_out:] if tuple(records[i]["prompt_ids"]) not in prompts]
 
 
-def check_shape(target: Target, config: TrainConfig, shape: dict) -> None:
-    """Raise `SettingError` before any work is done for what could only fail after it."""
+def check_settings(config: TrainConfig, shape: dict, num_given: int | None) -> None:
+    """Raise `SettingError` for what no target can be trained with. `num_given`: the prompts that a user brings; None where
+    answers are brought."""
+    taps = shape.get("target_layer_ids") or []
+    if any(tap < -1 for tap in taps) or sorted(set(taps)) != list(taps):
+        raise SettingError(
+            f"--taps is {listed(taps)}, which are not ascending layers", "number layers from 0, each once; -1 is the embeddings"
+        )
+    if not 1 <= shape.get("block_size", 5) <= MAX_BLOCK:
+        raise SettingError(f"a block of {shape['block_size']} tokens", f"use 1 to {MAX_BLOCK}")
+    if not 0 <= config.cache_gigabytes < float("inf"):
+        raise SettingError(f"--cache-gb is {config.cache_gigabytes}", "use a number of gigabytes, 0 for no cache")
+    for flag, rate in (("--lr", config.learning_rate), ("--muon-lr", config.muon_learning_rate)):
+        if not 0 < rate < float("inf"):
+            raise SettingError(f"{flag} is {rate}", "use a positive number")
+    if num_given is None:
+        return
+    num_prompts = config.num_prompts + num_given
+    if num_prompts > MOST_BATCHES * BATCH:
+        raise SettingError(f"{num_prompts} prompts are too many", f"use at most {MOST_BATCHES * BATCH}")
+    if num_prompts <= config.held_out:
+        raise SettingError(
+            f"{num_prompts} prompts leave nothing to train on beside {config.held_out} held out",
+            "ask for more prompts, or lower --held-out",
+        )
+
+
+def check_shape(target: Target, shape: dict) -> None:
+    """Raise `SettingError` before any work is done for a head that does not fit the target."""
     heads, kv_heads = target.text_config.num_attention_heads, shape.get("num_key_value_heads")
     if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
         raise SettingError(f"{kv_heads} key heads do not divide the target's {heads} heads")
     if shape.get("num_hidden_layers", 2) > target.num_layers:
         raise SettingError(f"{shape['num_hidden_layers']} draft layers are more than the target's {target.num_layers}")
     taps = shape.get("target_layer_ids") or []
-    if any(not -1 <= tap < target.num_layers for tap in taps) or sorted(set(taps)) != list(taps):
-        raise SettingError(f"taps {taps} are not ascending layers of a target with {target.num_layers}")
+    if any(tap >= target.num_layers for tap in taps):
+        raise SettingError(
+            f"--taps is {listed(taps)}, and the target has {target.num_layers} layers", f"the last is {target.num_layers - 1}"
+        )
     draft_size, kept = shape.get("draft_vocab_size") or target.vocab_size, len(always_kept(target))
     if draft_size < kept:
         raise SettingError(
             f"a draft vocabulary of {draft_size} has no room for the {kept} special and byte tokens", "ask for more, or 0 for all"
         )
-    if not 1 <= shape.get("block_size", 5) <= MAX_BLOCK:
-        raise SettingError(f"a block of {shape['block_size']} tokens", f"use 1 to {MAX_BLOCK}")
-    if not 0 <= config.cache_gigabytes < float("inf"):
-        raise SettingError(f"--cache-gb is {config.cache_gigabytes}", "use a number of gigabytes, 0 for no cache")
-    for name in ("learning_rate", "muon_learning_rate"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise SettingError(f"{name} is {getattr(config, name)}", "use a positive number")
 
 
-def check_sampling(target: Target, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
-    """Raise `SettingError` for more prompts than there are seeds, or answers that leave no room for a prompt."""
-    if config.num_prompts + len(prompts) > MOST_BATCHES * BATCH:
-        raise SettingError(f"{config.num_prompts + len(prompts)} prompts are too many", f"use at most {MOST_BATCHES * BATCH}")
+def check_room(target: Target, config: TrainConfig) -> None:
+    """Raise `SettingError` for answers that leave no room for a prompt."""
     room = target.max_context - (INVENT_TOKENS if config.num_prompts else 1)
     if config.max_answer_tokens > room:
         raise SettingError(
             f"--max-answer-tokens is {config.max_answer_tokens}, and the target's context is {target.max_context}", f"use at most {room}"
         )
+
+
+def listed(taps: Sequence[int]) -> str:
+    return ",".join(map(str, taps))
 
 
 def interleave(first: Sequence, second: Sequence) -> list:

@@ -37,7 +37,7 @@ def folded_attention(module, query, key, value, attention_mask, scaling=None, dr
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1).to(value.dtype)
     out = torch.bmm(weights.view(B * K, H // K, -1), value.flatten(0, 1))
-    return out.view(B, 1, H, E), None
+    return out.view(B, 1, H, -1), None
 
 
 def padded_mask(*args, **kwargs):
@@ -61,11 +61,10 @@ class ColumnLayer(DynamicLayer):
         self.capacity, self.used = capacity, 0
 
     def update(self, key_states, value_states, *args, **kwargs):
-        B, K, T, E = key_states.shape
+        T = key_states.shape[2]
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys = key_states.new_zeros(B, K, self.capacity, E)
-            self.values = value_states.new_zeros(B, K, self.capacity, E)
+            self.keys, self.values = (rows.new_zeros(*rows.shape[:2], self.capacity, rows.shape[3]) for rows in (key_states, value_states))
         self.keys[:, :, self.used : self.used + T] = key_states
         self.values[:, :, self.used : self.used + T] = value_states
         self.used += T
@@ -106,7 +105,18 @@ def sample_batch(
 
     Returns one list of new ids a prompt, in order. Same arguments, threads and device: same answers."""
     device = target.device
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) > 1 and not target.forgets.knows_padding:  # rows of one length at a time then
+        answers: list[list[int]] = [[] for _ in prompts]
+        for length in lengths:
+            chosen = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+            group = sample_batch(target, [prompts[i] for i in chosen], [temperatures[i] for i in chosen], max_new_tokens, seed, stop_ids)
+            for i, answer in zip(chosen, group, strict=True):
+                answers[i] = answer
+        return answers
     look_every, columns = pace(device, len(prompts))
+    if target.forgets.recurrent:
+        columns = sys.maxsize  # these layers know the padding of their first pass only
     stop = torch.tensor(sorted(target.eos_ids if stop_ids is None else stop_ids), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     width = max(map(len, prompts))
@@ -130,9 +140,14 @@ def sample_batch(
             seen = mask.shape[1] - ids.shape[1]
             for ids_part, positions_part in zip(ids.split(columns, 1), positions.split(columns, 1), strict=True):
                 seen += ids_part.shape[1]
-                output = target.model(
-                    input_ids=ids_part, attention_mask=mask[:, :seen], position_ids=positions_part, past_key_values=cache, logits_to_keep=1
-                )
+                with target.forgets.as_decoded():
+                    output = target.model(
+                        input_ids=ids_part,
+                        attention_mask=mask[:, :seen],
+                        position_ids=positions_part,
+                        logits_to_keep=1,
+                        **{target.forgets.cache_argument: cache},
+                    )
             token_B = draw(output.logits[:, -1].float(), temperature_B, generator)
             drawn[alive, step] = torch.where(running, token_B, -1)
             running &= ~torch.isin(token_B, stop)

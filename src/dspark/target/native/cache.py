@@ -1,7 +1,8 @@
 """Keys and values in pages of 32 tokens. A cache grows page by page, forks share their whole pages, and a page that nobody holds
 is there for the next request.
 
-Pages are cut from large blocks, which the system gets back when none of their pages is in use: memory of many sizes, long-lived and
+Pages are cut from large blocks, which the system gets back when none of their pages is in use, but for one: memory that is written
+for the first time is dear (bench/log.md), and the next request would pay for it again. Memory of many sizes, long-lived and
 short-lived, would leave holes in glibc's heap that held as much as what was in use (bench/log.md)."""
 
 import threading
@@ -82,7 +83,8 @@ class Pool:
         with self.lock:
             slab.free.append(number)
             self.num_used -= 1
-            if len(slab.free) == slab.num_pages and slab in self.slabs:
+            unused = [each for each in self.slabs if len(each.free) == each.num_pages]
+            if len(unused) > 1:  # the one that has been unused for longer is kept: its pages were written to
                 self.slabs.remove(slab)
 
 

@@ -1,0 +1,51 @@
+"""`dspark convert SRC DST --to FORMAT`"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from dspark.cli.options import say, set_threads
+from dspark.errors import SettingError
+
+FORMATS = ("dspark", "deepspec", "speculators", "specforge", "gguf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="head: a folder, a GGUF file, a hub id, or the name of a shipped head")
+    parser.add_argument("out", metavar="DST", nargs="?", type=Path, help="folder, or GGUF file, to write")
+    parser.add_argument("--out", dest="out_option", metavar="DST", type=Path, help="the same")
+    parser.add_argument("--to", choices=FORMATS, default="dspark", help="format to write (default dspark)")
+    parser.add_argument("--from", dest="kind", choices=FORMATS, default=None, help="format of SRC (default: what its files say)")
+    parser.add_argument("--target", default=None, metavar="TARGET", help="target of the head (default: the one that it names)")
+    parser.add_argument("--dtype", default="bfloat16", help="precision of the target (default bfloat16)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
+
+
+def run(options: argparse.Namespace) -> int:
+    path = options.out or options.out_option
+    if path is None or (options.out and options.out_option):
+        raise SettingError("one place to write is needed", "dspark convert SRC DST --to FORMAT")
+    set_threads(options)
+    from dspark.formats.convert import convert, detect, named_target
+    from dspark.head.folder import named_head
+    from dspark.target.load import load_target
+
+    source = Path(options.source).expanduser()
+    if not source.is_file():
+        source = named_head(options.source)
+    kind = options.kind or detect(source)
+    if kind == options.to:
+        raise SettingError(f"{source} is in the format {kind} already", "choose another with --to")
+    name = options.target or named_target(source, kind)
+    if name is None:
+        raise SettingError(f"{source} does not name its target", "give it: `--target TARGET`")
+    target = load_target(name, dtype=options.dtype)
+    command = shlex.join(["dspark", *sys.argv[1:]])
+    test = convert(source, kind, options.to, path, target, command, say)
+    if test is not None:
+        say(str(test))
+        if test.accepted == 0:
+            say("warning: the head drafts nothing that the target says: is it for this target, and in the convention of its format?")
+    print(path)
+    return 0

@@ -1,0 +1,166 @@
+"""From any format to any other: read, compare with the target, write, read back, replay the golden vectors."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from dspark.errors import HeadError
+from dspark.formats import deepspec, gguf_file, specforge, speculators
+from dspark.formats.portable import Portable, refuse_other_rows
+from dspark.head import calibration
+from dspark.head.folder import (
+    SHARED,
+    empty_head,
+    load_head,
+    read_config,
+    read_tensors,
+    read_weights,
+    refuse_other_target,
+    refuse_other_tensors,
+    save_head,
+)
+from dspark.head.golden import refuse_broken, replay_golden
+from dspark.head.head import Head, SelfTest
+from dspark.prompts import read_json, read_prompts
+from dspark.target.target import Target
+
+OWN = "dspark"
+FORMATS = {"deepspec": deepspec, "speculators": speculators, "specforge": specforge, "gguf": gguf_file}
+Say = Callable[[str], None]
+
+
+def detect(path: Path) -> str:
+    """The format of a file or folder. Raises `HeadError` when nothing tells."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return "gguf"
+        raise HeadError(f"{path} is no GGUF file", "give a GGUF file, or the folder of a head")
+    if not (path / "config.json").exists():
+        raise HeadError(f"no head at {path}: no file, and no folder with config.json", "give a GGUF file, or the folder of a head")
+    raw = read_json(path / "config.json", HeadError, "restore the file")
+    if not isinstance(raw, dict):
+        raise HeadError(f"{path}/config.json is damaged: an object was expected", "restore the file")
+    section = raw.get("dspark")
+    if "speculators_model_type" in raw:
+        return "speculators"
+    if "dflash_config" in raw:
+        return "specforge"
+    if isinstance(section, dict) and "exported_as" not in section:
+        return OWN
+    if "target_layer_ids" in raw and "block_size" in raw:
+        return "deepspec"
+    raise HeadError(f"{path}/config.json is of no known format", f"say which with --from: {', '.join([OWN, *FORMATS])}")
+
+
+def named_target(path: Path, kind: str) -> str | None:
+    """The target that a head says it was made for."""
+    if kind == "gguf":
+        return gguf_file.read_file(path)[0].get("dspark.target") or None
+    raw = read_json(path / "config.json", HeadError, "restore the file")
+    section, verifier = raw.get("dspark"), raw.get("speculators_config")
+    if isinstance(section, dict) and section.get("target"):
+        return str(section["target"])
+    verifier = verifier.get("verifier") if isinstance(verifier, dict) else None
+    return verifier.get("name_or_path") if isinstance(verifier, dict) else None
+
+
+def convert(source: Path, kind: str, to: str, path: Path, target: Target, command: str, say: Say) -> SelfTest | None:
+    """Write the head in `source`, of format `kind`, to `path` in the format `to`; says what its draft is worth on this target.
+
+    Raises `HeadError` for what a format cannot hold, for a head of another target, for files that are not whole or
+    follow another convention, and for golden vectors that do not come out again."""
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise HeadError(f"{path} exists already", "choose another place, or delete it")
+    head = read_own(source) if kind == OWN else FORMATS[kind].read(source, target)
+    refuse_other_target(head.config, head.section, target)
+    refuse_broken(head.weights, f"{head.where} is damaged", "restore the file")
+    refuse_other_tensors(head.config, head.weights, head.where)
+    if head.section.get("tensors_sha256") not in (None, head.digest()):
+        raise HeadError(f"{head.where}: its tensors are not those that `dspark convert` wrote", "restore the file")
+    refuse_other_rows(head, target)
+    network = build(head, target)
+    test = replay_kept(head, network, target)
+    if to == OWN:
+        import_head(head, network, path, target, kind, command)
+        return load_head(path, target).self_test
+    FORMATS[to].write(head, path, target, card(head, target, to))
+    back = FORMATS[to].read(path, target)
+    refuse_unequal(head, back, to)  # then the golden vectors, replayed above, hold for it too
+    if to == "gguf" and (word := gguf_file.note(head)):
+        say(word)
+    return test
+
+
+def read_own(path: Path) -> Portable:
+    config, section = read_config(path)
+    tensors = read_weights(path)
+    draft_ids = tensors.pop("draft_ids", torch.arange(config.draft_vocab_size)).long()
+    for name in SHARED:
+        tensors.pop(name, None)
+    return Portable(config, tensors, draft_ids, str(path), section=section, kept=path)
+
+
+def build(head: Portable, target: Target) -> Head:
+    network = empty_head(head.config, head.draft_ids, target)
+    network.load_state_dict({name: tensor.float() for name, tensor in head.weights.items()})
+    return network
+
+
+def replay_kept(head: Portable, network: Head, target: Target) -> SelfTest | None:
+    golden = kept_golden(head)
+    return replay_golden(network, target, golden, Path(head.where)) if golden else None
+
+
+def kept_golden(head: Portable) -> dict[str, torch.Tensor] | None:
+    file = None if head.kept is None else head.kept / "golden.safetensors"
+    return read_tensors(file) if file is not None and file.exists() else None
+
+
+def refuse_unequal(head: Portable, back: Portable, to: str) -> None:
+    """Raise `HeadError` unless what was written reads back bit for bit."""
+    same = head.weights.keys() == back.weights.keys() and all(
+        t.dtype == back.weights[name].dtype and torch.equal(t, back.weights[name]) for name, t in head.weights.items()
+    )
+    config = head.config
+    if config.markov_rank == 0:  # then these say nothing, and formats disagree on what to write
+        config = replace(config, markov_head_type="vanilla", confidence_head_with_markov=back.config.confidence_head_with_markov)
+    if to == "gguf":  # float32 there
+        config = replace(config, rms_norm_eps=back.config.rms_norm_eps, rope_theta=back.config.rope_theta)
+    if not same or config != back.config or not torch.equal(head.draft_ids, back.draft_ids):
+        raise HeadError(f"{back.where} does not read back as {head.where}: {to} lost some of it", "please report this head's config.json")
+
+
+def import_head(head: Portable, network: Head, path: Path, target: Target, kind: str, command: str) -> None:
+    """A folder of dspark's own, with the golden vectors, calibration and card that travelled along, or new ones."""
+    kept, golden = head.kept, kept_golden(head)
+    provenance = {"command": command, "converted_from": kind, "sha256": head.digest(), "python": platform.python_version()}
+    if kept is not None and (kept / "provenance.json").exists():
+        provenance = read_json(kept / "provenance.json", HeadError, "delete it") | {"converted": provenance}
+    if kept is not None:
+        network.calibration = calibration.read_calibration(kept, head.config.block_size)
+    prompt = read_prompts(str(files("dspark") / "demo_prompts.jsonl"))[0].content
+    ids = [] if golden else list(range(1, 17)) if target.tokenizer is None else target.prompt_ids(prompt)
+    precisions = {name: tensor.dtype for name, tensor in head.weights.items()}
+    save_head(network, target, path, ids, provenance, card(head, target, OWN), precisions, golden)
+
+
+def card(head: Portable, target: Target, to: str) -> str:
+    """README.md of a converted head; the original's where it came with one."""
+    original = Path(head.where) / "README.md"
+    if head.kept is not None and original.exists():
+        return original.read_text(encoding="utf-8")
+    config = head.config
+    return f"""---
+base_model: {target.name}
+tags: [speculative-decoding, dspark]
+---
+# Draft head for {target.name}
+
+{config.num_hidden_layers} layers, block of {config.block_size}, {config.draft_vocab_size} of {config.vocab_size} tokens, taps after layers
+{", ".join(map(str, config.target_layer_ids))}. Converted by `dspark convert --to {to}`.
+"""
