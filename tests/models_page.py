@@ -27,6 +27,11 @@ KINDS = {
     "LinearAttentionAndFullAttentionLayer": "full attention with Mamba2",
 }
 MIXERS = {"lfm2": "convolution", "lfm2_moe": "convolution", "kimi_linear": "KDA", "nemotron_h": "Mamba2"}
+# test_mtp.py runs these
+MTP = {
+    "qwen3_next": "one module", "qwen3_5": "one module", "qwen3_5_moe": "one module", "deepseek_v3": "one module", "glm4_moe": "one module",
+    "step3p7": "three in a chain",
+}  # fmt: skip
 NO_CACHE = {"nemotron_h"}  # whose layers without a cache are no attention layers that share another's
 
 BEFORE = """# Models
@@ -43,8 +48,11 @@ For each family the tests (`tests/test_families.py`, a part of them in `make tes
 * *Greedy tokens* are those of `model.generate`, with the DSpark head (vanilla, gated, RNN), DFlash (rank 0), prompt lookup, the arbiter, and
   no drafter.
 
-| family | cache layers | rejected tokens are forgotten by | prefix cache takes | runtime |
-|---|---|---|---|---|
+* *Own MTP modules* (`tests/test_mtp.py`), where the family has them: drafts equal those of the saved weights, without a cache; greedy tokens
+  are those of `model.generate`.
+
+| family | cache layers | rejected tokens are forgotten by | prefix cache takes | runtime | `--drafter mtp` |
+|---|---|---|---|---|---|
 """
 
 AFTER = """
@@ -77,7 +85,9 @@ would be. What goes into these layers is near only: eagerly, a pass of several r
 * **Jamba and Mamba** cannot be targets: a pass of several rows forgets their state in transformers 5.23. The check at load refuses them.
   **Bamba** was refused by the check as well; why was not looked into.
 * **Qwen3.5, Step-3.7** and other models with a vision tower: text only.
-* Multi-token-prediction heads of these models are not used.
+* Multi-token-prediction modules: DeepSeek-V4's are not read; those of DeepSeek-V3.2 and GLM-5 are refused, because transformers 5.23 makes no
+  attention masks for them; the engine, the server and `graft` do not draft with any. No released checkpoint was loaded, and no acceptance or
+  speed was measured.
 * Rotary embeddings that depend on the length of the text (longrope, dynamic) are refused.
 * DeepSeek-V4: `dspark train` samples prompts of one length at a time, because its compressed keys do not leave padding out.
 * No hub kernels (fla, mamba_ssm, causal-conv1d) and no GPU were used. If a kernel replaces a gated delta layer as a whole, the first roll-back
@@ -100,7 +110,7 @@ def row(family: str, target: Target) -> str:
     native = "native, eager" if family in NATIVE else "eager"
     name = KNOWN_AS.get(family, FAMILIES[family][0])
     known = f"{name} (`{family}`)"
-    return f"| {known} | {', '.join(k for k in kinds if k)} | {', '.join(ways)} | {reuse} | {native} |\n"
+    return f"| {known} | {', '.join(k for k in kinds if k)} | {', '.join(ways)} | {reuse} | {native} | {MTP.get(family, '-')} |\n"
 
 
 def kind(family: str, layer: str) -> str:

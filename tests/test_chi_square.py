@@ -11,16 +11,18 @@ from itertools import product
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers.modeling_layers import MtpModel
 
 from dspark.core import sampling, verifier
 from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Scored, decode
 from dspark.core.planner import Adaptive, Always, Costs, CostTable, Lagged, threshold
 from dspark.core.sampling import Streams
-from dspark.drafters import Arbiter, DSparkDrafter, NoDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
 from dspark.generation import generate, make_law
+from dspark.head.mtp import MtpHead
 from dspark.target.target import Target
-from tiny import tiny_head, tiny_model
+from tiny import randomized, tiny_head, tiny_model
 
 VOCABULARY = 12
 NUM_NEW = 3
@@ -45,7 +47,7 @@ PLANNERS = {
     # Steps so large that a few rounds move the shifts to their bound and back.
     "online": lambda: Adaptive(TABLE, [0.3] * 4, trust=2, online=OnlineCalibration(4, step=2.0)),
 }
-DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "lookup", "none")
+DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "lookup", "none")
 
 
 class Remembered:
@@ -53,12 +55,15 @@ class Remembered:
 
     def __init__(self, target: Target):
         self.target = target
-        self.row = cache(self.fresh_row)
+        self.rows = cache(self.fresh_row)
 
     def __getattr__(self, name: str):
         return getattr(self.target, name)
 
-    def fresh_row(self, tokens: tuple[int, ...]) -> Scored:
+    def row(self, tokens: tuple[int, ...]) -> Scored:
+        return self.rows(tokens, self.target.layer_ids)
+
+    def fresh_row(self, tokens: tuple[int, ...], layer_ids: tuple[int, ...]) -> Scored:
         scored = self.target.score(self.target.start(), tokens)
         return Scored(scored.logits_TV[-1], scored.features_TMD[-1])
 
@@ -102,7 +107,43 @@ def tiny_target() -> Remembered:
     return Remembered(Target(tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2)))
 
 
+class RememberedModules(MtpHead):
+    """Modules whose every pass is computed once; a cache is the list of what each module read."""
+
+    def start(self) -> list[list[tuple[bytes, int]]]:
+        return [[] for _ in self.norms]
+
+    def run(self, k: int, hidden_TD, tokens, slot: int, cache):
+        assert slot == len(cache[k])
+        cache[k] += [(row.numpy().tobytes(), token) for row, token in zip(hidden_TD, tokens, strict=True)]
+        if not hasattr(self, "passes"):
+            self.passes = {}
+        key = (k, tuple(cache[k]))
+        if key not in self.passes:
+            rows = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row, _ in cache[k]])
+            self.passes[key] = super().run(k, rows, [token for _, token in cache[k]], 0, super().start())
+        handed_TD, logits_V = self.passes[key]
+        return handed_TD[slot:], logits_V
+
+    def forget(self, k: int, num_slots: int, cache) -> None:
+        del cache[k][len(cache[k]) - num_slots :]
+
+
+def tiny_modules(target, num: int) -> tuple[MtpModel, list[None]]:
+    """Random modules for any tiny target, in DeepSeek-V3's style."""
+    config = target.model.config
+    config.num_mtp_layers = num
+    with torch.random.fork_rng():
+        torch.manual_seed(4)  # its drafts are accepted often enough under both laws
+        modules = MtpModel(target.model, num).float().eval()
+        randomized(modules.layers)
+    return modules, [None] * num
+
+
 def make_drafter(name: str, target: Remembered) -> Drafter:
+    if name == "mtp":
+        modules, outputs = tiny_modules(target, 1)
+        return MtpDrafter((RememberedModules if isinstance(target, Remembered) else MtpHead)(modules, target, outputs), target, 2)
     if name == "none":
         return NoDrafter()
     if name == "lookup":

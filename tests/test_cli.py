@@ -283,7 +283,7 @@ def test_a_recorded_bench_run_is_reported_and_replayed(place, capsys, tmp_path, 
 
 
 def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeypatch):
-    monkeypatch.setattr("dspark.target.target.rollback", lambda cache, num_rejected: None)
+    monkeypatch.setattr("dspark.target.rollback.Rollback.crop", lambda *_: None)
     code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--max-new-tokens", 16)
     assert code == 1 and "FAIL roll-back" in out
 

@@ -17,10 +17,11 @@ from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Round, decode
 from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, always
 from dspark.core.sampling import Law, Streams
-from dspark.drafters import Arbiter, DSparkDrafter, NoDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
 from dspark.drafters.arbiter import LOOKUP_TOKENS, NOMINAL
 from dspark.errors import PromptError, SettingError
 from dspark.head.head import Head
+from dspark.head.mtp import load_mtp
 from dspark.profiling import planning_costs
 from dspark.target.target import Target
 from dspark.text import TextStream
@@ -30,7 +31,7 @@ PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinP
 # Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
-DRAFTERS = ("auto", "dspark", "dflash", "lookup", "none")
+DRAFTERS = ("auto", "dspark", "dflash", "mtp", "lookup", "none")
 PLANS = ("auto", "online", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
 ADAPTIVE = ("auto", "online")
 DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
@@ -116,7 +117,8 @@ def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
 def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter:
     """The drafter of this name; None: auto, or none without a head. Raises `SettingError` when the name or the head does not fit.
 
-    auto chooses between the head and prompt lookup round by round."""
+    auto chooses between the head and prompt lookup round by round; mtp are the target's own multi-token-prediction modules,
+    read from its checkpoint (`HeadError` where it has none)."""
     if name is None:
         name = "none" if head is None else DEFAULT_DRAFTER
     if name not in DRAFTERS:
@@ -125,6 +127,8 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
         return NoDrafter()
     if name == "lookup":
         return PromptLookup(target.vocab_size, device=target.device)
+    if name == "mtp":
+        return MtpDrafter(load_mtp(target), target)
     if head is None:
         raise SettingError(
             f"drafter {name!r} needs a head, and there is none",
@@ -167,7 +171,7 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
     source = drafter.head if isinstance(drafter, Arbiter) else drafter
-    head = source.head if isinstance(source, DSparkDrafter) else None
+    head = source.head if isinstance(source, DSparkDrafter | MtpDrafter) else None
     table = planning_costs(target, head, 1 + drafter.block_size, say)
     if spec not in ADAPTIVE:
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)

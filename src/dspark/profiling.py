@@ -19,8 +19,9 @@ import torch
 import dspark
 from dspark.core.planner import Costs, CostTable
 from dspark.core.sampling import Law
-from dspark.drafters import DSparkDrafter
+from dspark.drafters import DSparkDrafter, MtpDrafter
 from dspark.head.head import Head
+from dspark.head.mtp import MtpHead
 from dspark.target.demo import cache_directory
 from dspark.target.quantize import num_bytes
 from dspark.target.target import State, Target
@@ -61,7 +62,7 @@ class Profile:
 
 def profile(
     target: Target,
-    head: Head | None,
+    head: Head | MtpHead | None,
     context: int = 300,
     rows: Sequence[int] = ROWS,
     repeats: int = REPEATS,
@@ -74,13 +75,14 @@ def profile(
     No repeat begins after `seconds`, but for the first few. Without its bandwidth (0) the profile is cheaper."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(target.vocab_size, (context + 1,), generator=generator).tolist()
-    drafter = DSparkDrafter(head, target) if head is not None else None
+    drafter = MtpDrafter(head, target) if isinstance(head, MtpHead) else DSparkDrafter(head, target) if head is not None else None
     state = target.start()
     features = target.prefill(state, ids[:-1])
     if drafter is not None:
         drafter.start()
         drafter.commit(features)
-        drafter.flush()
+        flush(drafter)
+    newest = features[-2:]
     times: dict[int, list[float]] = {n: [] for n in (0, *rows)}
     bandwidths = []
     started = time.perf_counter()
@@ -94,10 +96,10 @@ def profile(
                 target.score(state, (ids * 2)[:n])
                 forget(target, state, (ids * 2)[:n])
             elif drafter is not None:
-                drafter.draft(ids, drafter.block_size, Law(greedy=True), generator)
-                drafter.commit(features[-2:])
-                drafter.flush()
-                drafter.context.num_tokens = context  # takes them back: what lies past the last token is overwritten
+                text = (ids * (repeat + 2))[: len(ids) + len(newest) * repeat]  # what was committed so far, and an anchor
+                drafter.draft(text, drafter.block_size, Law(greedy=True), generator)
+                drafter.commit(newest)
+                flush(drafter)
             if target.device.type == "cuda":
                 torch.cuda.synchronize(target.device)  # what was committed may still be on its way
             if repeat:
@@ -115,6 +117,12 @@ def profile(
     )
 
 
+def flush(drafter: DSparkDrafter | MtpDrafter) -> None:
+    """Have committed features computed now; modules for multi-token prediction do that in their next draft, which knows the tokens."""
+    if isinstance(drafter, DSparkDrafter):
+        drafter.flush()
+
+
 def forget(target: Target, state: State, tokens: Sequence[int]) -> None:
     """Roll a whole pass back, as dear as in a round: where a rejection replays what was accepted, half of the rows go through once more."""
     target.rollback(state, len(tokens))
@@ -125,7 +133,7 @@ def forget(target: Target, state: State, tokens: Sequence[int]) -> None:
 
 
 def planning_costs(
-    target: Target, head: Head | None, most_rows: int, say: Callable[[str], None] = lambda text: None, again: bool = False
+    target: Target, head: Head | MtpHead | None, most_rows: int, say: Callable[[str], None] = lambda text: None, again: bool = False
 ) -> CostTable:
     """The planner's costs of this pair on this machine, up to `most_rows` rows: from the cache, or measured now (`again`: in
     any case). Without a head the draft costs nothing, as prompt lookup's does."""
@@ -146,7 +154,7 @@ def planning_costs(
     return cached_costs(target, head, {"rows": most_rows}, measure, again)
 
 
-def cached_costs(target: Target, head: Head | None, of: dict, measure: Callable[[], CostTable], again: bool = False) -> CostTable:
+def cached_costs(target: Target, head: Head | MtpHead | None, of: dict, measure: Callable[[], CostTable], again: bool = False) -> CostTable:
     """What `measure` finds for this pair on this machine, kept in the user's cache. `of` names what is measured; its `rows` are
     how many row counts each of the table's costs has."""
     depends_on = {

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         default="plain,dspark",
         metavar="LIST",
-        help="of plain, auto, dspark, dflash, lookup, hf, hf-lookup and the names of --other; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
+        help="of plain, auto, dspark, dflash, mtp, lookup, hf, hf-lookup and the names of --other; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")

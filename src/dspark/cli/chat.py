@@ -5,6 +5,7 @@ import sys
 
 from dspark.cli.generate import write
 from dspark.cli.options import (
+    add_drafter,
     add_head,
     add_plan,
     add_sampling,
@@ -22,9 +23,7 @@ from dspark.errors import PromptError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     add_head(parser)
-    parser.add_argument(
-        "--drafter", default=None, metavar="NAME", help="auto, dspark, dflash, lookup or none (default auto: the head or lookup, by round)"
-    )
+    add_drafter(parser)
     parser.add_argument("--system", default=None, metavar="TEXT", help="a system message to start with")
     add_plan(parser)
     add_sampling(parser)

@@ -5,6 +5,7 @@ import json
 import sys
 
 from dspark.cli.options import (
+    add_drafter,
     add_head,
     add_plan,
     add_sampling,
@@ -24,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="text of one user turn")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='one object a line: {"prompt": ...} or {"messages": [...]}')
     add_head(parser)
-    parser.add_argument(
-        "--drafter", default=None, metavar="NAME", help="auto, dspark, dflash, lookup or none (default auto: the head or lookup, by round)"
-    )
+    add_drafter(parser)
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt")
     add_plan(parser)

@@ -8,6 +8,17 @@ from typing import Any
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
 
+NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own
+
+
+def add_drafter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--drafter",
+        default=None,
+        metavar="NAME",
+        help="auto, dspark, dflash, mtp (the target's own multi-token-prediction modules), lookup or none (default auto: the head or lookup, by round)",
+    )
+
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
@@ -102,7 +113,7 @@ def open_head(options: argparse.Namespace, target):
     """The head asked for, or the shipped one; None for plain decoding, with a word when there is no head."""
     from dspark.head.folder import find_head, load_head
 
-    if options.head == "none":
+    if options.head == "none" or getattr(options, "drafter", None) in NEED_NO_HEAD:
         return None
     folder = find_head(options.head, target.name)
     if folder is None:

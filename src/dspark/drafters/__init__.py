@@ -3,6 +3,7 @@
 from dspark.drafters.arbiter import Arbiter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.lookup import PromptLookup
+from dspark.drafters.mtp import MtpDrafter
 from dspark.drafters.none import NoDrafter
 
-__all__ = ["Arbiter", "DSparkDrafter", "NoDrafter", "PromptLookup"]
+__all__ = ["Arbiter", "DSparkDrafter", "MtpDrafter", "NoDrafter", "PromptLookup"]

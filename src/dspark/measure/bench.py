@@ -17,9 +17,9 @@ from dspark.generation import Result, check_request, generate, make_drafter, mak
 from dspark.head.head import Head
 from dspark.target.target import Target
 
-MODES = ("plain", "auto", "dspark", "dflash", "lookup", "hf", "hf-lookup")
+MODES = ("plain", "auto", "dspark", "dflash", "mtp", "lookup", "hf", "hf-lookup")
 SHOWN_POSITIONS = 7  # of lookup's fifteen
-DRAFTER_OF = {"plain": "none", "auto": "auto", "dspark": "dspark", "dflash": "dflash", "lookup": "lookup"}
+DRAFTER_OF = {"plain": "none", "auto": "auto", "dspark": "dspark", "dflash": "dflash", "mtp": "mtp", "lookup": "lookup"}
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Target:
     layer_ids: tuple[int, ...] = ()
     runtime: NativeRuntime | None = None  # None: transformers' own modules, eagerly
     rollback_by: str = "auto"
+    mtp: Any = field(default=None, repr=False)  # its multi-token-prediction modules, once loaded (head/mtp.py)
     _captured: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _hooks: list = field(default_factory=list, repr=False)
 
@@ -282,3 +283,12 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
         if hasattr(decoder, attribute):
             return getattr(decoder, attribute)
     raise TargetError(f"cannot find the decoder layers of {type(model).__name__}")
+
+
+def final_norm(model: PreTrainedModel) -> torch.nn.Module:
+    """The norm between the last decoder layer and the output rows, under the names the families use."""
+    decoder = model.get_decoder()
+    for attribute in ("norm", "norm_f", "embedding_norm", "ln_f"):
+        if hasattr(decoder, attribute):
+            return getattr(decoder, attribute)
+    raise TargetError(f"cannot find the final norm of {type(model).__name__}")
