@@ -262,6 +262,10 @@ def test_the_estimate_names_every_stage_that_will_run(target, tmp_path):
     given = estimate(target, config, SHAPE, None, [tmp_path / "answers.jsonl"])
     assert all(stage in own for stage in ("to invent instructions", "to sample answers", "for 6 steps", "calibrating on held-out answers"))
     assert "invent" not in given and "sample" not in given and "on held-out answers" in given
+    served = estimate(target, config, SHAPE, None, [], served=True)
+    assert "to invent instructions" in served and "sample" not in served  # how long a server takes is not known
+    served = estimate(target, replace(config, num_prompts=0), SHAPE, [Prompt("x")] * 40, [], served=True)
+    assert "at most" not in served and "for features" in served
 
 
 def test_the_estimate_is_what_sampling_takes_here(target, monkeypatch):

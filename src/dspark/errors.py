@@ -25,6 +25,10 @@ class PromptError(UserError):
     """A prompt or a prompts file cannot be used."""
 
 
+class ServerError(UserError):
+    """A server that was asked for answers refuses, does not answer, or serves another model."""
+
+
 class TraceError(UserError):
     """A trace, or a file of costs, cannot be replayed."""
 

@@ -15,6 +15,7 @@ VERBS = {
     "chat": "talk to the target",
     "serve": "answer many clients over OpenAI's API",
     "train": "train a head for a target from the target's own words",
+    "adapt": "warm-start a head for a fine-tuned or quantised target",
     "calibrate": "fit a head's confidences to what is accepted",
     "bench": "measure speed and tau against plain decoding",
     "replay": "try planners and cost curves on recorded rounds",
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        more = "; the run continues with --resume" if options.verb == "train" else ""
+        more = "; the run continues with --resume" if options.verb in ("train", "adapt") else ""
         print(f"error: the disk is full{where}\nhint: free some space{more}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

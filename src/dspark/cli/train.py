@@ -3,13 +3,14 @@
 import argparse
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dspark.cli.options import add_target, open_target, say
 from dspark.config import SEQUENTIAL_HEADS, TrainConfig
 from dspark.errors import HeadError, SettingError
-from dspark.prompts import read_json, read_prompts
+from dspark.prompts import Prompt, read_json, read_prompts
 from dspark.train.openers import OPENERS
 
 # option -> (the head's own name for it, what is chosen when nothing is said)
@@ -18,40 +19,28 @@ SHAPE = {
     "sequential": ("markov_head_type", "vanilla"), "draft_vocab": ("draft_vocab_size", 8192), "taps": ("target_layer_ids", None),
 }  # fmt: skip
 CONFIG = TrainConfig()
+SERVED_TOKENS = 1024  # of an answer from a server: one that is cut is not used
+CONCURRENCY, MOST_AT_ONCE = 8, 1024
 # What decides what a run computes: option -> what holds where it is not given. argparse leaves None there.
-DEFAULTS: dict[str, Any] = {
+DATA: dict[str, Any] = {
     "dtype": "bfloat16", "device": "cpu", "prompts": None, "num_prompts": CONFIG.num_prompts, "kinds": "", "answers": [],
-    "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes, "start_from": None,
-    **{option: default for option, (_, default) in SHAPE.items()},
+    "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes,
+    "answers_from": None, "answers_model": None, "api_key_env": None, "concurrency": None,
+}  # fmt: skip
+STEPS: dict[str, Any] = {
     "steps": CONFIG.steps, "sequences": CONFIG.sequences_per_step, "anchors": CONFIG.anchors_per_sequence, "optimizer": CONFIG.optimizer,
     "lr": CONFIG.learning_rate, "muon_lr": CONFIG.muon_learning_rate, "loss": "paper", "confidence": "attached", "seed": CONFIG.seed,
 }  # fmt: skip
-FILES = ("prompts", "answers", "start_from")  # train() compares what they hold: they may have moved
+DEFAULTS: dict[str, Any] = {**DATA, "start_from": None, **{option: default for option, (_, default) in SHAPE.items()}, **STEPS}
+# What they hold is compared, or they change nothing in an answer: files may have moved, and the server too.
+MAY_DIFFER = ("prompts", "answers", "start_from", "answers_from", "api_key_env", "concurrency")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, dtype="bfloat16")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the head's folder; work in progress lies in DIR/progress")
-    parser.add_argument("--resume", action="store_true", help="continue the run in DIR with its settings; they need not be given again")
-    data = parser.add_argument_group("data")
-    data.add_argument("--prompts", metavar="FILE.jsonl", help="your own prompts, mixed with those the target invents")
-    data.add_argument(
-        "--num-prompts",
-        type=int,
-        metavar="N",
-        help=f"instructions the target invents (default {DEFAULTS['num_prompts']})",
-    )
-    data.add_argument("--kinds", metavar="LIST", help=f"kinds of instructions to invent, of {', '.join(OPENERS)} (default: all)")
-    data.add_argument("--answers", action="append", metavar="FILE", help="answers sampled earlier, used as they are; may be given again")
+    add_run(parser)
+    data = add_data(parser, DEFAULTS)
     data.add_argument("--only-answers", action="store_true", help="stop when the answers are sampled (DIR/progress/answers.jsonl)")
-    data.add_argument("--max-answer-tokens", type=int, metavar="N", help=f"longest answer (default {DEFAULTS['max_answer_tokens']})")
-    data.add_argument("--held-out", type=int, metavar="N", help=f"answers kept for measuring (default {DEFAULTS['held_out']})")
-    data.add_argument(
-        "--cache-gb",
-        type=float,
-        metavar="G",
-        help=f"bound of the feature cache on disk; 0: none (default {DEFAULTS['cache_gb']})",
-    )
     shape = parser.add_argument_group("head")
     shape.add_argument("--start-from", metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it")
     shape.add_argument("--layers", type=int, metavar="L", help="draft layers (default 2)")
@@ -61,30 +50,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--sequential", choices=SEQUENTIAL_HEADS, help="kind of sequential head (default vanilla)")
     shape.add_argument("--draft-vocab", type=int, metavar="N", help="tokens the head can propose; 0 for all (default 8192)")
     shape.add_argument("--taps", metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
+    add_steps(parser, DEFAULTS)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="the head's folder; work in progress lies in DIR/progress")
+    parser.add_argument("--resume", action="store_true", help="continue the run in DIR with its settings; they need not be given again")
+    parser.add_argument("--json", action="store_true", help="print the provenance record as JSON at the end")
+
+
+def add_data(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> Any:
+    """Where prompts and answers come from; returns the group."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--prompts", metavar="FILE.jsonl", help="your own prompts, mixed with those the target invents")
+    data.add_argument(
+        "--num-prompts", type=int, metavar="N", help=f"instructions the target invents (default {defaults['num_prompts']})"
+    )  # fmt: skip
+    data.add_argument("--kinds", metavar="LIST", help=f"kinds of instructions to invent, of {', '.join(OPENERS)} (default: all)")
+    data.add_argument("--answers", action="append", metavar="FILE", help="answers sampled earlier, used as they are; may be given again")
+    data.add_argument(
+        "--max-answer-tokens", type=int, metavar="N",
+        help=f"longest answer (default {defaults['max_answer_tokens']}; {SERVED_TOKENS} from a server, whose cut answers are left out)",
+    )  # fmt: skip
+    data.add_argument("--held-out", type=int, metavar="N", help=f"answers kept for measuring (default {defaults['held_out']})")
+    data.add_argument(
+        "--cache-gb", type=float, metavar="G", help=f"bound of the feature cache on disk; 0: none (default {defaults['cache_gb']})"
+    )  # fmt: skip
+    server = parser.add_argument_group("answers from a server")
+    server.add_argument(
+        "--answers-from", metavar="URL", help="an OpenAI-compatible server that runs the target answers the prompts, like http://127.0.0.1:8000/v1"
+    )  # fmt: skip
+    server.add_argument("--answers-model", metavar="NAME", help="which of its models is the target (default: the one named so)")
+    server.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds its key")
+    server.add_argument("--concurrency", type=int, metavar="N", help=f"requests at once (default {CONCURRENCY})")
+    return data
+
+
+def add_steps(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> Any:
+    """How the head is trained; returns the group. What was given can be told from what was not: there is None."""
     steps = parser.add_argument_group("steps")
-    steps.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps (default {DEFAULTS['steps']})")
-    steps.add_argument("--sequences", type=int, metavar="N", help=f"answers a step (default {DEFAULTS['sequences']})")
-    steps.add_argument("--anchors", type=int, metavar="N", help=f"anchors an answer (default {DEFAULTS['anchors']})")
-    steps.add_argument("--optimizer", choices=("adamw", "muon"), help=f"muon: for matrices only (default {DEFAULTS['optimizer']})")
-    steps.add_argument("--lr", type=float, metavar="R", help=f"peak learning rate of AdamW (default {DEFAULTS['lr']})")
-    steps.add_argument(
-        "--muon-lr",
-        type=float,
-        metavar="R",
-        help=f"peak learning rate of Muon (default {DEFAULTS['muon_lr']})",
-    )
-    steps.add_argument("--loss", choices=LOSSES, help=LOSS_HELP)
+    steps.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps (default {defaults['steps']})")
+    steps.add_argument("--sequences", type=int, metavar="N", help=f"answers a step (default {defaults['sequences']})")
+    steps.add_argument("--anchors", type=int, metavar="N", help=f"anchors an answer (default {defaults['anchors']})")
+    steps.add_argument("--optimizer", choices=("adamw", "muon"), help=f"muon: for matrices only (default {defaults['optimizer']})")
+    steps.add_argument("--lr", type=float, metavar="R", help=f"peak learning rate of AdamW (default {defaults['lr']})")
+    steps.add_argument("--muon-lr", type=float, metavar="R", help=f"peak learning rate of Muon (default {defaults['muon_lr']})")
+    steps.add_argument("--loss", choices=LOSSES, help=f"{LOSS_HELP} (default {defaults['loss']})")
     steps.add_argument(
         "--confidence", choices=("attached", "detached"),
         help="detached: the loss of the confidences trains their layer alone (default attached)",
     )  # fmt: skip
     steps.add_argument("--seed", type=int, metavar="S", help="the same seed and threads give the same head on a CPU (default 0)")
-    parser.add_argument("--json", action="store_true", help="print the provenance record as JSON at the end")
-    parser.set_defaults(dtype=None, device=None)  # as with the others: what was given can be told from what was not
+    parser.set_defaults(dtype=None, device=None)
+    return steps
 
 
 LOSSES = ("paper", "distil")
-LOSS_HELP = "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.5 L1 (default paper)"
+LOSS_HELP = "paper: 0.1 cross entropy with the sampled token + 0.9 L1; distil: cross entropy with the target's law + 0.5 L1"
 LOSS_SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {"teacher_ce": False, "ce_weight": 0.1, "l1_weight": 0.9},
     "distil": {"teacher_ce": True, "ce_weight": 1.0, "l1_weight": 0.5},
@@ -96,47 +118,26 @@ def run(options: argparse.Namespace) -> int:
 
     check_folder(Path(options.out), options.resume)
     if options.resume:
-        reuse_settings(options)
-    command = command_of(options)
-    for name, default in DEFAULTS.items():
-        if getattr(options, name) is None and name not in (*SHAPE, "num_prompts"):
-            setattr(options, name, default)
-    for name in ("steps", "sequences", "anchors", "layers", "block_size", "max_answer_tokens", "held_out"):
+        reuse_settings(options, DEFAULTS, add_arguments)
+    command = command_of(options, ["train", options.target], DEFAULTS)
+    for name in ("layers", "block_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"{flag(name)} is {getattr(options, name)}", "use 1 or more")
-    if min(options.rank or 0, options.draft_vocab or 0, options.num_prompts or 0) < 0:
-        raise SettingError("--rank, --draft-vocab and --num-prompts cannot be negative")
-    if not 0 <= options.seed < 2**32:
-        raise SettingError(f"--seed is {options.seed}", "seeds of a training run are whole numbers from 0 to 2**32 - 1")
+    if min(options.rank or 0, options.draft_vocab or 0) < 0:
+        raise SettingError("--rank and --draft-vocab cannot be negative")
+    if options.answers and options.only_answers:
+        raise SettingError("--answers brings finished answers; --only-answers cannot take effect beside it", "leave one of them out")
     shape = head_shape(options)
-    kinds = tuple(kind.strip() for kind in options.kinds.split(",") if kind.strip())
-    unknown = [kind for kind in kinds if kind not in OPENERS]
-    if unknown:
-        raise SettingError(f"--kinds names {unknown[0]!r}", f"choose from {', '.join(OPENERS)}")
-    if options.answers and (options.prompts or options.only_answers or options.num_prompts is not None or kinds):
-        raise SettingError(
-            "--answers brings finished answers; --prompts, --num-prompts, --kinds and --only-answers cannot take effect beside it",
-            "leave one of them out",
-        )
-    num_prompts = DEFAULTS["num_prompts"] if options.num_prompts is None else options.num_prompts
-    prompts = read_prompts(options.prompts) if options.prompts else None
-    missing = [path for path in options.answers if not Path(path).is_file()]
-    if missing:
-        raise SettingError(f"no answers file {missing[0]}", "sample some: `dspark train TARGET --out DIR --only-answers`")
-    config = TrainConfig(
-        seed=options.seed, num_prompts=num_prompts, kinds=kinds, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
-        sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
-        muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
-        detached_confidence=options.confidence == "detached",
-    )  # fmt: skip
+    config, prompts = training(options, DEFAULTS)
     check_settings(config, shape, None if options.answers else len(prompts or ()))
     from dspark.head.folder import named_head
 
     start_from = None if options.start_from is None else named_head(options.start_from)
+    server = open_server(options)
     target = open_target(options)
     report = train(
         target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command,
-        start_from,
+        start_from, server,
     )  # fmt: skip
     if not (options.only_answers or report.get("finished_before")):
         report["break_even"] = break_even(target, Path(options.out))
@@ -151,6 +152,57 @@ def run(options: argparse.Namespace) -> int:
             f"head saved in {options.out}: tau {rounds['tau_t0']} at T=0, {rounds['tau_t1']} at T=1 on {rounds['prompts']} held-out prompts"
         )
     return 0
+
+
+def training(options: argparse.Namespace, defaults: dict[str, Any]) -> tuple[TrainConfig, list[Prompt] | None]:
+    """What `add_data` and `add_steps` were given, checked, and the defaults put in; and the prompts. Raises `UserError`s."""
+    given = {name: getattr(options, name) for name in defaults}
+    for name, default in defaults.items():
+        if getattr(options, name) is None and name not in SHAPE:
+            setattr(options, name, default)
+    if options.answers_from and given["max_answer_tokens"] is None:
+        options.max_answer_tokens = SERVED_TOKENS
+    for name in ("steps", "sequences", "anchors", "max_answer_tokens", "held_out"):
+        if getattr(options, name) < 1:
+            raise SettingError(f"{flag(name)} is {getattr(options, name)}", "use 1 or more")
+    if options.num_prompts < 0:
+        raise SettingError(f"--num-prompts is {options.num_prompts}", "it cannot be negative")
+    if not 0 <= options.seed < 2**32:
+        raise SettingError(f"--seed is {options.seed}", "seeds of a training run are whole numbers from 0 to 2**32 - 1")
+    kinds = tuple(kind.strip() for kind in options.kinds.split(",") if kind.strip())
+    unknown = [kind for kind in kinds if kind not in OPENERS]
+    if unknown:
+        raise SettingError(f"--kinds names {unknown[0]!r}", f"choose from {', '.join(OPENERS)}")
+    beside = [name for name in ("prompts", "num_prompts", "kinds", "answers_from") if given[name] is not None]
+    if options.answers and beside:
+        raise SettingError(f"--answers brings finished answers; {flag(beside[0])} cannot take effect beside it", "leave one of them out")
+    missing = [path for path in options.answers if not Path(path).is_file()]
+    if missing:
+        raise SettingError(f"no answers file {missing[0]}", "sample some: `dspark train TARGET --out DIR --only-answers`")
+    config = TrainConfig(
+        seed=options.seed, num_prompts=options.num_prompts, kinds=kinds, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
+        sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
+        muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
+        detached_confidence=options.confidence == "detached",
+    )  # fmt: skip
+    return config, read_prompts(options.prompts) if options.prompts else None
+
+
+def open_server(options: argparse.Namespace):
+    """The server that answers the prompts, asked which models it has; None where the target answers itself."""
+    alone = [name for name in ("answers_model", "api_key_env", "concurrency") if getattr(options, name) is not None]
+    if options.answers_from is None:
+        if alone:
+            raise SettingError(f"{flag(alone[0])} cannot take effect without --answers-from")
+        return None
+    concurrency = CONCURRENCY if options.concurrency is None else options.concurrency
+    if not 1 <= concurrency <= MOST_AT_ONCE:
+        raise SettingError(f"--concurrency is {concurrency}", f"use 1 to {MOST_AT_ONCE}")
+    from dspark.train.remote import Server, api_key, find_server
+
+    if options.resume and (Path(options.out) / "progress" / "answers.jsonl").exists():  # all is answered: it may be gone by now
+        return Server(options.answers_from, options.answers_model or options.target)
+    return find_server(options.answers_from, options.target, options.answers_model, api_key(options.api_key_env), concurrency)
 
 
 def break_even(target, out: Path) -> float | None:
@@ -177,21 +229,24 @@ def advice(out: str, report: dict) -> str:
     return "\n".join(lines)
 
 
-def reuse_settings(options: argparse.Namespace) -> None:
-    """Take the settings of the run in `out` where none are given. Raises `SettingError` naming one that is given and differs."""
-    saved = started_with(Path(options.out))
-    for name, default in DEFAULTS.items():
+def reuse_settings(options: argparse.Namespace, defaults: dict[str, Any], add: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Take the settings of the run in `out` where none are given. Raises `SettingError` naming one that is given and differs.
+
+    `add` gives a parser the options of this verb."""
+    saved = started_with(Path(options.out), add)
+    for name, default in defaults.items():
         now, then = getattr(options, name), saved.get(name)
+        may_differ = name in MAY_DIFFER and not (name == "answers_from" and then is None)
         if now is None:
             setattr(options, name, then)
-        elif saved and name not in FILES and now != (default if then is None else then):
+        elif saved and not may_differ and now != (default if then is None else then):
             raise SettingError(
                 f"{flag(name)} is {now}, and the run in {options.out} was started with {default if then is None else then}",
                 f"leave {flag(name)} out to resume, or choose another --out",
             )
 
 
-def started_with(out: Path) -> dict[str, Any]:
+def started_with(out: Path, add: Callable[[argparse.ArgumentParser], None]) -> dict[str, Any]:
     """The options that the run in `out` was started with; empty where the folder does not tell."""
     label = out / "progress" / "settings.json"
     settings = read_json(label, HeadError, f"restore the file, or delete {label.parent} if it holds no work") if label.exists() else None
@@ -199,15 +254,15 @@ def started_with(out: Path) -> dict[str, Any]:
     if not isinstance(command, str) or not command:
         return {}
     parser = argparse.ArgumentParser(prog=f"the command in {label}")
-    add_arguments(parser)
+    add(parser)
     return vars(parser.parse_args(shlex.split(command)[2:]))
 
 
-def command_of(options: argparse.Namespace) -> str:
-    """The command that starts this run: its settings, and the threads that the bits of the head depend on."""
-    given = [(flag(name), getattr(options, name)) for name in (*DEFAULTS, "threads") if getattr(options, name) is not None]
+def command_of(options: argparse.Namespace, verb: list[str], defaults: dict[str, Any]) -> str:
+    """The command that starts this run: `verb` with its objects, its settings, and the threads that the bits of the head depend on."""
+    given = [(flag(name), getattr(options, name)) for name in (*defaults, "threads") if getattr(options, name) is not None]
     each = [f"{name}={value}" for name, values in given for value in (values if isinstance(values, list) else [values])]
-    return shlex.join(["dspark", "train", options.target, "--out", options.out, *each])
+    return shlex.join(["dspark", *verb, "--out", options.out, *each])
 
 
 def flag(name: str) -> str:

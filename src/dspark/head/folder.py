@@ -257,12 +257,14 @@ def refuse_senseless(values: dict, where: str) -> None:
         raise HeadError(f"{where}: draft_vocab_size {values['draft_vocab_size']} exceeds the vocabulary of {values['vocab_size']}")
 
 
-def load_head(folder: str | Path, target: Target, calibrated: bool = True) -> Head:
+def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_target: bool = True) -> Head:
     """Load a head for this target and prove that it is the head, and the target, it was trained as.
 
     `folder` may also be a hub id or the name of a shipped head. Raises `HeadError` where there is none, for
     missing, extra or misshaped tensors, another target, another vocabulary, golden vectors that do not come
-    out again, or a calibration of another pair (which `calibrated=False` leaves unread). Taps the target's layers."""
+    out again, or a calibration of another pair (which `calibrated=False` leaves unread). Taps the target's layers.
+    `same_target=False` takes a target of other weights, to adapt the head to: of the golden vectors only what the head
+    computes without the target's weights is then replayed, and there is no `self_test`."""
     folder = named_head(folder)
     config, section = read_config(folder)
     refuse_other_target(config, section, target)
@@ -282,7 +284,7 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True) -> He
     target.tap(config.target_layer_ids)
     golden = golden_file(folder)
     if section or golden.exists():  # heads of other projects come without
-        head.self_test = replay_golden(head, target, read_tensors(golden), folder)
+        head.self_test = replay_golden(head, target, read_tensors(golden), folder, same_target)
     head.calibration = calibration.read_calibration(folder, config.block_size) if calibrated else None
     if head.calibration is not None:
         calibration.refuse_other_pair(head.calibration, head, target, folder)

@@ -134,9 +134,10 @@ def told_by(golden: dict[str, torch.Tensor]) -> tuple[int, int] | None:
     return accepted, len(golden["ids"]) - num_prompt
 
 
-def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path) -> SelfTest | None:
+def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path, same_target: bool = True) -> SelfTest | None:
     """Raise `HeadError` unless head and target still compute what they did when the head was saved; says what the head
-    drafts on the golden text here. None for golden vectors of an older kind, which have no such text."""
+    drafts on the golden text here. None for golden vectors of an older kind, which have no such text, and with
+    `same_target=False`: then only what no weight of the target enters is computed again, the head's context."""
     missing = NEEDED - golden.keys()
     if missing:
         raise HeadError(f"{folder}/{NAME} lacks {', '.join(sorted(missing))}", WAY_OUT)
@@ -146,7 +147,9 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
             "restore config.json",
         )
     refuse_misshapen(golden, head, target, folder)
-    refuse_other_head(head, target, golden, folder)
+    refuse_other_head(head, target, golden, folder, same_target)
+    if not same_target:
+        return None
     ids = golden["ids"].tolist()
     features = read_features(head, target, ids)
     refuse_other_features(golden, features, head, target)
@@ -159,13 +162,13 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
     return test
 
 
-def refuse_other_head(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path) -> None:
+@torch.no_grad()
+def refuse_other_head(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path, same_target: bool) -> None:
     """Raise `HeadError` naming the first thing that the head computes otherwise from the stored features."""
     ids, features = golden["ids"].tolist(), golden["features"]
     # fp16 storage rounds at 5e-4 relative, 8-bit rows at 1e-2; a wrong weight or tap moves values by their spread.
     most = 0.25 if is_int8(target.model.get_output_embeddings().weight) else 0.05
     told = golden["draft"].tolist() if "draft" in golden else None
-    block = last_block(head, target, ids, features, told)
 
     def off(found: torch.Tensor, stored: torch.Tensor) -> float:
         return ((found - stored.float()).abs().max() / stored.float().std()).item()
@@ -177,11 +180,14 @@ def refuse_other_head(head: Head, target: Target, golden: dict[str, torch.Tensor
                 "the head's files do not belong together: restore them",
             )
 
-    with torch.no_grad():
-        if told is None:  # golden vectors of the first kind: base logits, all columns
-            refuse_if_off("the logits", off(head.base_logits(block.hidden_GD), golden["logits"]))
-            return
+    if told is not None:
         refuse_if_off("the context (fc, hidden_norm)", off(head.context(features[None].float())[0, -1], golden["context"]))
+    if not same_target:  # a block begins with the target's embeddings and ends with its output rows
+        return
+    block = last_block(head, target, ids, features, told)
+    if told is None:  # golden vectors of the first kind: base logits, all columns
+        refuse_if_off("the logits", off(head.base_logits(block.hidden_GD), golden["logits"]))
+        return
     logits_GC = block.logits_GV[:, golden["columns"].long()]
     for k in range(head.config.block_size):
         of_token = f"of drafted token {k + 1}"
@@ -197,11 +203,7 @@ def refuse_other_head(head: Head, target: Target, golden: dict[str, torch.Tensor
 
 def refuse_other_features(golden: dict[str, torch.Tensor], features_TMD: torch.Tensor, head: Head, target: Target) -> None:
     """Raise `HeadError` when the target's features are not those stored; warn when they are near."""
-    stored = golden["features"].float()
-    found = features_TMD[-len(stored) :]
-    lengths = torch.stack([found.norm(dim=-1), stored.norm(dim=-1)])
-    # The cosine alone does not see a tap after a norm, which changes lengths.
-    likeness_M = (torch.cosine_similarity(found, stored, dim=-1) * lengths.amin(0) / lengths.amax(0)).mean(0)
+    likeness_M = features_likeness(golden, features_TMD)
     name, worst = target.name or type(target.model).__name__, int(likeness_M.argmin())
     likeness = likeness_M[worst].item()
     if not likeness > SAME_TARGET:
@@ -215,6 +217,15 @@ def refuse_other_features(golden: dict[str, torch.Tensor], features_TMD: torch.T
             f"{name} differs from the target this head was trained on (features agree to {likeness:.2f}); expect fewer accepted tokens",
             stacklevel=4,
         )
+
+
+def features_likeness(golden: dict[str, torch.Tensor], features_TMD: torch.Tensor) -> torch.Tensor:
+    """How near features of the golden text are to those stored, by layer [M]: 1 where they are the same."""
+    stored = golden["features"].float()
+    found = features_TMD[-len(stored) :]
+    lengths = torch.stack([found.norm(dim=-1), stored.norm(dim=-1)])
+    # The cosine alone does not see a tap after a norm, which changes lengths.
+    return (torch.cosine_similarity(found, stored, dim=-1) * lengths.amin(0) / lengths.amax(0)).mean(0)
 
 
 def refuse_misshapen(golden: dict[str, torch.Tensor], head: Head, target: Target, folder: Path) -> None:

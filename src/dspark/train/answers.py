@@ -56,7 +56,7 @@ def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int,
     Prompts are sorted by length within windows of eight batches: little padding, still a mix at any point."""
     jobs = []
     for index, record in enumerate(prompts):
-        ids = target.prompt_ids(record.get("prompt") or record["messages"])
+        ids = target.prompt_ids(record.get("prompt") or for_template(record["messages"]))
         if len(ids) + max_new_tokens <= target.max_context:
             jobs.append((ids, TEMPERATURES[index % len(TEMPERATURES)], str(record.get("kind") or record.get("set") or "user")))
     size = batch_size(target, max((len(ids) for ids, _, _ in jobs), default=0) + max_new_tokens)
@@ -72,6 +72,25 @@ def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int,
 
     keys = ("prompt_ids", "answer_ids", "temperature", "kind")
     return resumable(jobs, run, seed, path, lambda done: progress("sampling answers", done, len(jobs)), keys, size)
+
+
+def for_template(messages: list[dict]) -> list[dict]:
+    """The messages with the arguments of tool calls as objects, where they are JSON texts, as templates expect them.
+
+    Raises `PromptError` for calls that are none."""
+    made = []
+    for message in messages:
+        calls = []
+        for given in message.get("tool_calls") or []:
+            try:
+                function = dict(given["function"])
+                if isinstance(function.get("arguments"), str):
+                    function["arguments"] = json.loads(function["arguments"] or "{}")
+                calls.append({**given, "function": function})
+            except (TypeError, KeyError, ValueError) as error:
+                raise PromptError(f"a message holds a tool call that is none: {str(given)[:100]}") from error
+        made.append({**message, "tool_calls": calls} if calls else message)
+    return made
 
 
 def batch_size(target: Target, num_tokens: int) -> int:

@@ -21,6 +21,13 @@ def write_card(head: Head, target: Target, provenance: dict, rounds: dict | None
         measured += (
             f"\nIts confidences, calibrated (mean over positions):\n\n- {summary(head.calibration).replace(chr(10), chr(10) + '- ')}\n"
         )
+    came = provenance.get("adapted")
+    if came is not None:
+        measured += (
+            f"\nAdapted from the head {came['from']} (sha256 {came['from_sha256'][:12]}) of {came['from_target'] or 'another target'}, which gives "
+            f"{came['before']['tau_t0']} and {came['before']['tau_t1']} on the same prompts"
+            + (f"; updates of rank {came['low_rank']}, merged.\n" if came["low_rank"] else ".\n")
+        )
     teacher = provenance["held_out_teacher_forced"]
     rows = "".join(
         f"| {name} | {' | '.join(f'{a:.2f}' for a in teacher[f'acceptance_{name}'])} |\n"

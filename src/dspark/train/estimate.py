@@ -100,8 +100,11 @@ def tries(run: Callable[[], Any], limit: float) -> list[float]:
     return seconds[1:] or seconds
 
 
-def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path]) -> str:
-    """One paragraph: time, memory and disk, rough to a factor of two while the machine's load stays as it is."""
+def estimate(
+    target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], served: bool = False
+) -> str:
+    """One paragraph: time, memory and disk, rough to a factor of two while the machine's load stays as it is. How long a
+    server takes to answer is not known."""
     num_answers = sum(Path(a).read_bytes().count(b"\n") for a in answers) if answers else config.num_prompts + len(prompts or ())
     answer_tokens = PROMPT_TOKENS + config.max_answer_tokens
     passes = min(config.steps * config.sequences_per_step + config.held_out, num_answers) * answer_tokens
@@ -111,7 +114,7 @@ def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence
     else:
         sampled: dict[str, float] = {} if answers else {
             "to invent instructions": sampling_all(target, config.num_prompts, OPENER_TOKENS + INVENT_TOKENS, found),
-            "to sample answers": sampling_all(target, num_answers, answer_tokens, found),
+            "to sample answers": 0 if served else sampling_all(target, num_answers, answer_tokens, found),
         }  # fmt: skip
         others = {
             "for features": found.passes(passes),
@@ -119,7 +122,7 @@ def estimate(target: Target, config: TrainConfig, shape: dict, prompts: Sequence
             "for measuring and calibrating on held-out answers": measuring(target, config, shape, found),
         }
         # texts end where they like: what is sampled is counted as if each were as long as it may be
-        parts = [f"at most {listed(sampled)}"] if sampled else []
+        parts = [f"at most {listed(sampled)}"] if any(sampled.values()) else []
         time_needed = f"as fast as the machine is now, {'; '.join([*parts, listed(others)])}"
     memory, disk, free = space(target, config, shape, passes)
     threads = torch.get_num_threads()

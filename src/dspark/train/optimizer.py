@@ -10,12 +10,14 @@ from dspark.head.head import Head
 
 
 def make_optimizers(head: Head, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices of layers and context and AdamW for the rest."""
+    """AdamW for everything that is trained, or Muon for the matrices of layers and context and AdamW for the rest."""
     if config.optimizer not in ("adamw", "muon"):
         raise SettingError(f"unknown optimizer {config.optimizer!r}", "choose adamw or muon")
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in head.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inner = config.optimizer == "muon" and parameter.dim() == 2 and name.startswith(("layers.", "fc."))
         (matrices if inner else rest).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [

@@ -25,10 +25,20 @@ from dspark.measure.calibrate import LAWS, calibrate
 from dspark.profiling import device_name
 from dspark.prompts import Prompt, read_json
 from dspark.target.target import Target
-from dspark.train.answers import BATCH, INVENT_TOKENS, answer_prompts, invent_prompts, read_answers, read_records, write_records
+from dspark.train.answers import (
+    BATCH,
+    INVENT_TOKENS,
+    answer_prompts,
+    for_template,
+    invent_prompts,
+    read_answers,
+    read_records,
+    write_records,
+)
 from dspark.train.card import write_card
 from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
 from dspark.train.features import FeatureStore
+from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
 from dspark.train.warmstart import new_head, widened
 
@@ -75,48 +85,31 @@ def train(
     only_answers: bool = False,
     command: str = "",
     start_from: Path | None = None,
+    server: Server | None = None,
 ) -> dict:
     """Train a head for `target` into the folder `out`; returns the measured figures.
 
-    Prompts given by the user are mixed with `config.num_prompts` that the target invents;
-    `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
+    Prompts given by the user are mixed with `config.num_prompts` that the target invents; `server` answers them where one is
+    given, else the target. `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
     `start_from` is the folder of a head to go on with; `shape` then holds nothing, or a larger `markov_rank`.
     `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten. A run that was
     finished before is not measured again: its figures are returned with `finished_before`."""
     work = out / "progress"
-    if target.tokenizer is None and not answers:
-        raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
-    check_settings(config, shape, None if answers else len(prompts or ()))
-    check_shape(target, shape)
-    if not answers:
-        check_room(target, config)
+    refuse_beforehand(target, config, shape, prompts, answers, server)
     given = load_head(start_from, target, calibrated=False) if start_from else None
     start = None if given is None else [digest(parameter) for parameter in given.parameters()]
     if given is not None and shape.get("markov_rank") is not None:
         given = widened(given, target, shape["markov_rank"])
-    records = [record for path in answers for record in read_answers(path, target.vocab_size, target.max_context)]
-    if answers:
-        records = usable(records, config)
-    else:
-        refuse_unfit_prompts(target, config, prompts or ())
+    brought = brought_answers(target, config, prompts, answers)
     # The label binds the folder to these settings: all that can be refused beforehand has been.
-    begin_or_resume(out, work, settings(target, config, shape, prompts, answers, start), resume, command)
+    begin_or_resume(out, work, settings(target, config, shape, prompts, answers, start, server), resume, command)
     before = None if only_answers else finished(out)
     if before is not None:
         say(f"the run in {out} is finished: nothing is left to do")
         return before | {"finished_before": True}
     bar = Bar()
-    say(estimate(target, config, shape, prompts, answers))
-    if not answers:
-        own = [
-            {"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()
-        ]
-        invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar, config.kinds)
-        everything = interleave(own, invented)
-        answered = answer_prompts(
-            target, everything, config.max_answer_tokens, config.seed * 100_000 + MOST_BATCHES, work / "answers.jsonl", bar
-        )
-        records = usable(answered, config)
+    say(estimate(target, config, shape, prompts, answers, server is not None))
+    records = brought or make_answers(target, config, prompts, work, bar, server)
     if only_answers:
         return {"answers": len(records)}
     started = time.time()
@@ -129,14 +122,54 @@ def train(
         "curve": curve,
         "held_out_teacher_forced": measure(head, target, store, config, config.held_out),
     }
-    golden_ids = (records[0]["prompt_ids"] + records[0]["answer_ids"])[:64]
-    save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, None))
+    save_head(head, target, out, golden_ids(records), provenance, write_card(head, target, provenance, None))
     served = load_head(out, target)
     rounds = held_out_rounds(target, served, records[: config.held_out], bar)
     provenance["held_out_rounds"] = rounds
     head.calibration = held_out_calibration(target, served, records[: config.held_out], bar)
-    save_head(head, target, out, golden_ids, provenance, write_card(head, target, provenance, rounds))
+    save_head(head, target, out, golden_ids(records), provenance, write_card(head, target, provenance, rounds))
     return provenance
+
+
+def refuse_beforehand(
+    target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], server: Server | None
+) -> None:
+    """Raise for settings that could only fail after work was done."""
+    if target.tokenizer is None and not answers:
+        raise SettingError(f"target {target.name} has no tokenizer to write prompts with", "pass answers as token ids with --answers")
+    check_settings(config, shape, None if answers else len(prompts or ()))
+    check_shape(target, shape)
+    if answers:
+        return
+    check_room(target, config)
+    if server is not None and target.tokenizer.chat_template is None:
+        raise SettingError(
+            f"target {target.name} has no chat template: what a server reads of a chat is not known", "leave --answers-from out"
+        )
+
+
+def brought_answers(target: Target, config: TrainConfig, prompts: Sequence[Prompt] | None, answers: Sequence[Path]) -> list[dict] | None:
+    """The usable records of the files that a user brings; without any, None once the prompts are seen to fit."""
+    if answers:
+        return usable([record for path in answers for record in read_answers(path, target.vocab_size, target.max_context)], config)
+    refuse_unfit_prompts(target, config, prompts or ())
+    return None
+
+
+def make_answers(
+    target: Target, config: TrainConfig, prompts: Sequence[Prompt] | None, work: Path, bar: Bar, server: Server | None = None
+) -> list[dict]:
+    """Invent instructions, mix them with the given prompts, and have all answered, by the target or a server that runs it."""
+    own = [{"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()]
+    invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar, config.kinds)
+    everything, first_seed = interleave(own, invented), config.seed * 100_000 + MOST_BATCHES
+    if server is not None:
+        return usable(ask_server(target, everything, config.max_answer_tokens, first_seed, work, server, bar, say), config)
+    return usable(answer_prompts(target, everything, config.max_answer_tokens, first_seed, work / "answers.jsonl", bar), config)
+
+
+def golden_ids(records: Sequence[dict]) -> list[int]:
+    return (records[0]["prompt_ids"] + records[0]["answer_ids"])[:64]
 
 
 def origin(target: Target, config: TrainConfig, records: Sequence[dict], command: str) -> dict:
@@ -183,7 +216,8 @@ def usable(records: Sequence[dict], config: TrainConfig) -> list[dict]:
 def refuse_unfit_prompts(target: Target, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
     """Raise before any prompt is invented if the target's template cannot take a turn or a given chat, or too few chats fit."""
     target.prompt_ids("Hello")
-    num_fitting = sum(len(target.prompt_ids(p.content)) + config.max_answer_tokens <= target.max_context for p in prompts)
+    chats = [p.content if isinstance(p.content, str) else for_template(p.content) for p in prompts]
+    num_fitting = sum(len(target.prompt_ids(chat)) + config.max_answer_tokens <= target.max_context for chat in chats)
     if num_fitting + config.num_prompts <= config.held_out:
         raise SettingError(
             f"only {num_fitting} of {len(prompts)} prompts fit a context of {target.max_context} with {config.max_answer_tokens} answer tokens",
@@ -192,10 +226,16 @@ def refuse_unfit_prompts(target: Target, config: TrainConfig, prompts: Sequence[
 
 
 def settings(
-    target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], start: list[str] | None
+    target: Target,
+    config: TrainConfig,
+    shape: dict,
+    prompts: Sequence[Prompt] | None,
+    answers: Sequence[Path],
+    start: list[str] | None,
+    server: Server | None = None,
 ) -> dict:
     """Everything that decides what a run computes: a resumed run must have the same."""
-    described = {
+    described: dict[str, Any] = {
         "train": asdict(config),
         "shape": shape,
         "target": target.fingerprint(),
@@ -203,6 +243,8 @@ def settings(
         "answers": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in answers],
         "start_from": start,
     }
+    if server is not None:  # it may be another one at every start
+        described["server"] = True
     return json.loads(json.dumps(described, default=str))  # as it will be read again
 
 
@@ -444,15 +486,25 @@ def run_steps(head: Head, target: Target, store: FeatureStore, config: TrainConf
 
 def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar) -> dict:
     """tau by real decoding rounds on prompts whose answers were never trained on, at T = 0 and T = 1."""
-    chosen, report = list(records)[:ROUNDS_PROMPTS], {}
+    return round_figures(count_rounds(target, head, list(records)[:ROUNDS_PROMPTS], bar))
+
+
+def count_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar, note: str = "") -> dict[str, list[tuple[int, int]]]:
+    """By law, t0 and t1: (tokens, rounds) of decoding each of these prompts."""
+    counts: dict[str, list[tuple[int, int]]] = {}
     for temperature in (0.0, 1.0):
-        tokens = rounds = 0
-        for i, record in enumerate(chosen):
+        each = counts[f"t{temperature:.0f}"] = []
+        for i, record in enumerate(records):
             room = min(ROUNDS_TOKENS, target.max_context - len(record["prompt_ids"]))
             if room < 1:
                 continue
             result = generate(target, head, record["prompt_ids"], room, temperature=temperature, seed=i, drafter="dspark", plan="fixed")
-            tokens, rounds = tokens + result.num_tokens, rounds + result.rounds
-            bar(f"held-out rounds, T={temperature:.0f}", i + 1, len(chosen))
-        report[f"tau_t{temperature:.0f}"] = round(tokens / max(1, rounds), 3)
-    return report | {"prompts": len(chosen), "max_new_tokens": ROUNDS_TOKENS}
+            each.append((result.num_tokens, result.rounds))
+            bar(f"held-out rounds{note}, T={temperature:.0f}", i + 1, len(records))
+    return counts
+
+
+def round_figures(counts: dict[str, list[tuple[int, int]]]) -> dict:
+    """`tau_t0`, `tau_t1`, and of how many prompts and tokens."""
+    taus = {f"tau_{law}": round(sum(n for n, _ in each) / max(1, sum(r for _, r in each)), 3) for law, each in counts.items()}
+    return taus | {"prompts": max(map(len, counts.values())), "max_new_tokens": ROUNDS_TOKENS}
