@@ -425,7 +425,7 @@ def test_a_folder_closed_to_the_user_is_said_before_anything_is_measured(place, 
 
 
 def test_a_fit_that_is_worse_than_none_is_said():
-    fit = Fit(0.0, 0, 1.0, (1.0, 2.0), (0.0, 0.0), (0.5, 0.5), (0.1, None), (0.3, None), 400, 200, 20)
+    fit = Fit(0.0, 0, 1.0, (1.0, 2.0), (0.0, 0.0), (0.0, 0.0), (0.5, 0.5), (0.1, None), (0.3, None), 400, 200, 20)
     better = replace(fit, temperature=1.0, ece_after=(0.05, None))
     said = doubts(Calibration("t", "float32", "", "", (fit, better)))
     assert len(said) == 1 and "T=0" in said[0] and "30.0% against 10.0%" in said[0]

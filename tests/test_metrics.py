@@ -170,7 +170,7 @@ def test_without_a_card_there_is_no_alarm(clock):
 
 def test_cards():
     def fit(temperature, acceptance):
-        return Fit(temperature, 0, 1.0, (1.0, 1.0), (0.0, 0.0), acceptance, (None, None), (None, None), 300, 100, 8)
+        return Fit(temperature, 0, 1.0, (1.0, 1.0), (0.0, 0.0), (0.0, 0.0), acceptance, (None, None), (None, None), 300, 100, 8)
 
     calibration = Calibration("t", "float32", "", "", (fit(0.0, (0.6, 0.3)), fit(1.0, (0.4, 0.35))))
     provenance = {"held_out_teacher_forced": {"tau_t0": 2.0, "acceptance_t0": [0.7, 0.6], "acceptance_t1": [0.5, 0.4]}}
