@@ -363,7 +363,10 @@ def test_a_greedy_draft_is_the_same_with_and_without_its_laws_formed(kind, runti
     assert fast.tokens == formed.tokens
     assert len(set(fast.tokens)) > 1
     # natively a draft in one go sums them in float32 in an order of its own: they choose lengths, never tokens
-    assert fast.confidences == pytest.approx(formed.confidences, rel=1e-6) if fast.confidences else formed.confidences is None
+    if runtime == "native" and kind == "vanilla" and rank and not shortlist:
+        assert fast.confidences == pytest.approx(formed.confidences, rel=1e-6)
+    else:
+        assert fast.confidences == formed.confidences
     assert torch.equal(torch.stack([fast.probs_KV[k] for k in range(GAMMA)]), torch.stack([formed.probs_KV[k] for k in range(GAMMA)]))
 
 
