@@ -5,13 +5,16 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspark.cli.options import add_target, open_target, say
 from dspark.config import SEQUENTIAL_HEADS, TrainConfig
 from dspark.errors import HeadError, SettingError
 from dspark.prompts import Prompt, read_json, read_prompts
 from dspark.train.openers import OPENERS
+
+if TYPE_CHECKING:
+    from dspark.train.distributed import Ranks
 
 # option -> (the head's own name for it, what is chosen when nothing is said)
 SHAPE = {
@@ -51,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--draft-vocab", type=int, metavar="N", help="tokens the head can propose; 0 for all (default 8192)")
     shape.add_argument("--taps", metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
     add_steps(parser, DEFAULTS)
+    machines = parser.add_argument_group("several processes", "torchrun --nproc-per-node N -m dspark train TARGET ...")
+    machines.add_argument(
+        "--parallel", choices=("ddp", "fsdp"),
+        help="ddp: each process has the whole head; fsdp: each keeps a share of its weights and optimiser states (default under torchrun: ddp)",
+    )  # fmt: skip
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -114,9 +122,21 @@ LOSS_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run(options: argparse.Namespace) -> int:
-    from dspark.train.run import check_folder, check_settings, train
+    from dspark.train.distributed import processes
 
-    check_folder(Path(options.out), options.resume)
+    before = started_with(Path(options.out), add_arguments) if options.resume else {}
+    with processes(options.parallel, options.device or before.get("device") or DATA["device"]) as ranks:
+        return run_as(options, ranks)
+
+
+def run_as(options: argparse.Namespace, ranks: "Ranks") -> int:
+    """`run` in one of the processes that share it; the first one prints."""
+    from dspark.train.distributed import restarted
+    from dspark.train.run import check_folder, check_processes, check_settings, train
+
+    if restarted() and (Path(options.out) / "progress" / "settings.json").exists():
+        options.resume = True
+    ranks.once(check_folder, Path(options.out), options.resume)
     if options.resume:
         reuse_settings(options, DEFAULTS, add_arguments)
     command = command_of(options, ["train", options.target], DEFAULTS)
@@ -130,15 +150,20 @@ def run(options: argparse.Namespace) -> int:
     shape = head_shape(options)
     config, prompts = training(options, DEFAULTS)
     check_settings(config, shape, None if options.answers else len(prompts or ()))
+    check_processes(config, ranks)
     from dspark.head.folder import named_head
 
     start_from = None if options.start_from is None else named_head(options.start_from)
     server = open_server(options)
+    if ranks.size > 1 and options.device == "cuda":
+        options.device = f"cuda:{ranks.local_rank}"
     target = open_target(options)
     report = train(
         target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command,
-        start_from, server,
+        start_from, server, ranks,
     )  # fmt: skip
+    if not ranks.leads:
+        return 0
     if not (options.only_answers or report.get("finished_before")):
         report["break_even"] = break_even(target, Path(options.out))
         say(advice(options.out, report))
