@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,12 +153,37 @@ def test_the_cache_is_bounded_and_does_not_change_samples(target, tmp_path):
     unbounded = FeatureStore(target, given, tmp_path / "a", 8, 1.0)
     per_token = 2 * 32 * 2 + 8 * 6
     bounded = FeatureStore(target, given, tmp_path / "b", 8, per_token * 30 / 1e9)
+    none = FeatureStore(target, given, tmp_path / "none", 8, 1e-9)
     assert None in bounded.offsets and any(o is not None for o in bounded.offsets)
-    assert sum(f.stat().st_size for f in (tmp_path / "b").glob("[ft]*.*16")) <= per_token * 30
     for i in range(6):
-        for again in (unbounded[i], bounded[i]):
+        for again in (unbounded[i], bounded[i], none[i]):
             torch.testing.assert_close(unbounded[i].features_SMD, again.features_SMD, rtol=0, atol=0)
             assert torch.equal(unbounded[i].teacher_ids_nP, again.teacher_ids_nP)
+    assert folder_bytes(tmp_path / "b") <= per_token * 30 and not (tmp_path / "none").exists()
+    FeatureStore(target, given, tmp_path / "b", 8, 0.0)
+    assert folder_bytes(tmp_path / "b") == 0
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def test_features_in_float8_take_half_the_room_and_are_near(target, tmp_path):
+    target.tap((0, 3))
+    given = records(6)
+    exact, small = (FeatureStore(target, given, tmp_path / dtype, 8, 1.0, dtype) for dtype in ("bfloat16", "float8"))
+    uncached = FeatureStore(target, given, tmp_path / "none", 8, 0.0, "float8")
+    for i in range(6):
+        error = (small[i].features_SMD - exact[i].features_SMD).float().abs()
+        assert (
+            error <= 0.07 * exact[i].features_SMD.abs() + 1e-4 * exact[i].features_SMD.abs().amax(-1, keepdim=True)
+        ).all() and error.any()
+        assert torch.equal(small[i].features_SMD, uncached[i].features_SMD)  # a head does not depend on the cache's bound
+        assert torch.equal(small[i].teacher_probs_nP, exact[i].teacher_probs_nP)
+    of = lambda name: sum(file.stat().st_size for file in (tmp_path / name).glob("[fs]*.[bf][f813]*"))  # noqa: E731
+    assert of("float8") == of("bfloat16") * (32 + 4) // (2 * 32)
+    assert FeatureStore(target, given, tmp_path / "float8", 8, 1.0, "float8").filled.all()
+    assert not FeatureStore(target, given, tmp_path / "float8", 8, 1.0).filled.any()
 
 
 def test_a_cache_of_other_answers_is_not_trusted(target, tmp_path):

@@ -70,6 +70,7 @@ class TrainConfig:
     held_out: int = 64  # answers never trained on
     checkpoint_seconds: float = 50.0
     cache_gigabytes: float = 4.0
+    feature_dtype: str = "bfloat16"  # float8: half the bytes; each state rounded to 3 bits of mantissa, beside a scale
 
 
 # `dspark adapt`: the head knows its trade already, so a fifth of the work, in smaller steps, which forget less. The loss is the one

@@ -24,10 +24,11 @@ SHAPE = {
 CONFIG = TrainConfig()
 SERVED_TOKENS = 1024  # of an answer from a server: one that is cut is not used
 CONCURRENCY, MOST_AT_ONCE = 8, 1024
+FEATURE_DTYPES = ("bfloat16", "float8")
 # What decides what a run computes: option -> what holds where it is not given. argparse leaves None there.
 DATA: dict[str, Any] = {
     "dtype": "bfloat16", "device": "cpu", "prompts": None, "num_prompts": CONFIG.num_prompts, "kinds": "", "answers": [],
-    "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes,
+    "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes, "feature_dtype": CONFIG.feature_dtype,
     "answers_from": None, "answers_model": None, "api_key_env": None, "concurrency": None,
 }  # fmt: skip
 STEPS: dict[str, Any] = {
@@ -83,6 +84,9 @@ def add_data(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> Any:
     data.add_argument("--held-out", type=int, metavar="N", help=f"answers kept for measuring (default {defaults['held_out']})")
     data.add_argument(
         "--cache-gb", type=float, metavar="G", help=f"bound of the feature cache on disk; 0: none (default {defaults['cache_gb']})"
+    )  # fmt: skip
+    data.add_argument(
+        "--feature-dtype", choices=FEATURE_DTYPES, help="precision of features; float8 takes half the room (default bfloat16)"
     )  # fmt: skip
     server = parser.add_argument_group("answers from a server")
     server.add_argument(
@@ -207,7 +211,7 @@ def training(options: argparse.Namespace, defaults: dict[str, Any]) -> tuple[Tra
     config = TrainConfig(
         seed=options.seed, num_prompts=options.num_prompts, kinds=kinds, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
         sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
-        muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
+        muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, feature_dtype=options.feature_dtype, **LOSS_SETTINGS[options.loss],
         detached_confidence=options.confidence == "detached",
     )  # fmt: skip
     return config, read_prompts(options.prompts) if options.prompts else None

@@ -73,9 +73,7 @@ def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int,
     tokens = store.ids[(offset + index)[:, :, None] + torch.minimum(position_NAG, length[:, :, None])].long() * within_NAG
     visible_NAS = torch.arange(width, device=device) < anchors_NA[:, :, None]
     teacher_ids, teacher_probs = store.teacher_ids[teacher_NAG].long(), store.teacher_probs[teacher_NAG].float()
-    return Batch(
-        store.features[context_NS], anchors_NA, tokens[..., :-1], tokens[..., 1:], valid_NAG, teacher_ids, teacher_probs, visible_NAS
-    )
+    return Batch(store.kept(context_NS), anchors_NA, tokens[..., :-1], tokens[..., 1:], valid_NAG, teacher_ids, teacher_probs, visible_NAS)
 
 
 def make_batch(

@@ -181,20 +181,22 @@ def processes(parallel: str | None, device: str) -> Iterator[Ranks]:
         told = HeadError(
             "another process of this run has ended", "start the same command with --resume: it goes on from the last checkpoint"
         )
-        leave(store, told, error)
+        if new_to(store, "anything"):
+            raise told from error
+        raise SystemExit(2) from error
     except (UserError, KeyboardInterrupt) as error:
-        leave(store, error, None)
+        new_to(store, "anything")
+        if new_to(store, repr(error)):
+            raise
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
 
 
-def leave(store: Any, told: BaseException, cause: BaseException | None) -> None:
-    """Raise what is to be told, in the first process that has it to tell; end the others without a word."""
+def new_to(store: Any, told: str) -> bool:
+    """Is this process the first to tell this?"""
     try:
-        first = store.add(repr(told), 1) == 1
+        return store.add(told, 1) == 1
     except RuntimeError:  # torchrun itself is gone
-        first = True
-    if first:
-        raise told from cause
-    raise SystemExit(130 if isinstance(told, KeyboardInterrupt) else 2) from cause
+        return True
 
 
 def restarted() -> bool:

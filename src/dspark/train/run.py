@@ -125,7 +125,9 @@ def train(
     head = given.float().requires_grad_(True) if given else new_head(target, *choose_shape(target, records, shape), config.seed)
     target.tap(head.config.target_layer_ids)
     cache = work / ("cache" if ranks.machine == 0 else f"cache-{ranks.machine}")  # one a machine: its processes share the pages
-    store = ranks.one_first(lambda: FeatureStore(target, records, cache, config.teacher_tokens, config.cache_gigabytes))
+    store = ranks.one_first(
+        lambda: FeatureStore(target, records, cache, config.teacher_tokens, config.cache_gigabytes, config.feature_dtype)
+    )
     curve = run_steps(head, target, store, config, work, bar, ranks)
     provenance = origin(target, config, records, command) | {"seconds_last_start": round(time.time() - started), "curve": curve}
     if ranks.size > 1:
@@ -166,8 +168,8 @@ def check_shared(out: Path, work: Path, ranks: Ranks) -> None:
 def announce(ranks: Ranks, config: TrainConfig, estimated: str) -> None:
     if ranks.size > 1:
         say(
-            f"{ranks.size} processes ({ranks.parallel}): each samples every {ranks.size}th batch of answers and takes "
-            f"{config.sequences_per_step // ranks.size} of the {config.sequences_per_step} answers of a step; one measures. For one alone it would be:"
+            f"{ranks.size} processes ({ranks.parallel}): they sample batches of answers in turns, each takes "
+            f"{config.sequences_per_step // ranks.size} of the {config.sequences_per_step} answers of a step, and one measures; one process alone would take:"
         )
     say(estimated)
 
