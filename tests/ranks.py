@@ -53,7 +53,10 @@ def steps(target: Target, store: FeatureStore, ranks: Ranks = ALONE, checkpoint:
     for parameter in head.parameters():
         parameter.requires_grad_(True)
 
+    measured: dict = {}
+
     def maybe_stop(step, result):
+        measured.update(ranks.whole(head).state_dict())
         if step == stop_at:
             raise Stopped
 
@@ -68,6 +71,7 @@ def steps(target: Target, store: FeatureStore, ranks: Ranks = ALONE, checkpoint:
         trainer.train_steps(head, target, store, replace(CONFIG, **changes), checkpoint, maybe_stop, ranks)
     finally:
         torch.autocast, trainer.step_batch = autocast, step_batch
+    assert all(torch.equal(measured[name], value) for name, value in head.state_dict().items())  # what is measured is what is saved
     return {name: value.clone() for name, value in head.state_dict().items()}
 
 

@@ -108,7 +108,12 @@ class Ranks:
 
     def whole(self, head: Head) -> Head:
         """The head with all of its weights, for measuring: itself, or with `fsdp` a copy. All processes call it."""
-        return gathered(copy.deepcopy(head)) if self.shards else head
+        if not self.shards:
+            return head
+        copied: dict[int, Any] = {
+            id(parameter): torch.nn.Parameter(unsharded(parameter).detach(), False) for parameter in head.parameters()
+        }
+        return copy.deepcopy(head, copied | {id(buffer): buffer for buffer in head.buffers()})
 
 
 ALONE = Ranks()
