@@ -191,7 +191,7 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
 
     from dspark.drafters import DSparkDrafter
     from dspark.measure.bench import machine
-    from dspark.measure.contexts import by_context, context_table
+    from dspark.measure.contexts import answered, by_context, context_table
 
     target = open_target(options)
     head = open_head(options, target)
@@ -205,9 +205,9 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
             bar.set_description(stage, refresh=False)
             bar.update(done - bar.n)
 
-        rows = by_context(
-            target, DSparkDrafter(head, target), asked, earlier, lengths, options.max_new_tokens, options.temperature, progress
-        )  # fmt: skip
+        turns = answered(target, head, earlier, lengths[-1], progress)
+        drafter = DSparkDrafter(head, target)
+        rows = by_context(target, drafter, asked, turns, lengths, options.max_new_tokens, options.temperature, progress)
     print(context_table(rows))
     if options.json:
         arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}

@@ -58,7 +58,7 @@ def by_context(
     target: Target,
     drafter: DSparkDrafter,
     asked: Sequence[Prompt],
-    earlier: Sequence[Prompt],
+    turns: Sequence[list[dict]],
     lengths: Sequence[int],
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -66,7 +66,7 @@ def by_context(
 ) -> list[dict]:
     """By length of context: mean prompt tokens, tokens a round (tau) and acceptance by position, all drafted tokens verified.
 
-    Every prompt in `asked` is asked behind as many of the `earlier` ones as keep it within each length, ascending. Raises
+    Every prompt in `asked` is asked behind as many of the `turns` (`answered`) as keep it within each length, ascending. Raises
     `SettingError` for a length that the target's context does not hold, and for one that the turns do not fill or a question alone
     exceeds."""
     if lengths[-1] + max_new_tokens > target.max_context:
@@ -75,20 +75,29 @@ def by_context(
             f"the longest that does is {target.max_context - max_new_tokens}",
         )
     law = make_law(temperature)
-    turns = answered(target, drafter.head, earlier, lengths[-1], progress)
     drafter.tap()
     found: dict[int, list[tuple[int, list[Round]]]] = {length: [] for length in lengths}
     for i, prompt in enumerate(asked):
-        chat = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
-        prompts = [behind(target, chat, turns[i % len(turns) :] + turns[: i % len(turns)], length) for length in lengths]
-        state = target.start()
-        read = Reading(target, prompts[-1][:-1], state, target.prefill(state, prompts[-1][:-1]))
+        prompts = conversations(target, prompt, turns, i, lengths)
+        read = reading(target, prompts[-1])
         stop = lambda new_ids: new_ids[-1] in target.eos_ids  # noqa: E731
         for length, ids in zip(lengths, prompts, strict=True):
             rounds = list(decode(read, drafter, ids, law, Streams(i), max_new_tokens, stop))
             found[length].append((len(ids), rounds))
         progress("questions", i + 1, len(asked))
     return [figures(length, each) for length, each in found.items()]
+
+
+def reading(target: Target, ids: list[int]) -> Reading:
+    state = target.start()
+    return Reading(target, ids[:-1], state, target.prefill(state, ids[:-1]))
+
+
+def conversations(target: Target, prompt: Prompt, turns: Sequence[list[dict]], first: int, lengths: Sequence[int]) -> list[list[int]]:
+    """The prompt's ids in a context of each length, turn `first` the first of all."""
+    chat = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
+    first %= len(turns)
+    return [behind(target, chat, [*turns[first:], *turns[:first]], length) for length in lengths]
 
 
 def figures(length: int, each: Sequence[tuple[int, list[Round]]]) -> dict:
