@@ -9,7 +9,7 @@ from dspark.cli.main import main
 from dspark.core.decode import Round
 from dspark.core.planner import Costs, CostTable
 from dspark.errors import SettingError, TraceError
-from dspark.measure.fleet import fleet_table, machines
+from dspark.measure.fleet import as_curve, fleet_table, machines
 from dspark.measure.replay import EXAMPLE_COSTS, StepCosts, between, make_step_planner, measured, read_costs, replay
 from dspark.measure.trace import Drafted, Request, Trace, as_request, read_trace, write_trace
 
@@ -165,6 +165,16 @@ def test_machines_for_a_load_are_what_the_steps_and_the_prompts_take():
     told = fleet_table([found, drafted], 10.0, 0.0)
     assert "10 answers/s without drafts: 3 machines (plain, 4" in told and "10 answers/s with drafts: 2 machines (fixed, 4" in told
     assert "no batch of these gives each request 97" in fleet_table([machines(trace, plain, at, 10.0, 97.0)], 10.0, 97.0)
+
+
+def test_costs_of_requests_together_become_points(tmp_path):
+    together = {2: Costs(1.5, (12.0, 14.0, 15.0)), 4: Costs(2.0, (13.0, 18.0, 20.0))}
+    curve = as_curve(Costs(1.0, (10.0, 11.0, 11.5)), together)
+    # two rows: of one request with a draft, or of two; six and eight follow in order
+    assert curve["rows"] == [[1, 10.0], [2, 11.5], [3, 11.5], [4, 13.5], [6, 15.0], [8, 18.0], [12, 20.0]]
+    assert curve["drafts"] == [[1, 1.0], [2, 1.5], [4, 2.0]]
+    (tmp_path / "c.json").write_text(json.dumps({"about": "here", **curve}))
+    assert read_costs(tmp_path / "c.json")[1].step(6, 2) == 16.5
 
 
 def test_a_load_that_is_none_is_refused(tmp_path, capsys):

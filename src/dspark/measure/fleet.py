@@ -3,13 +3,31 @@
 A machine always has so many requests at work. A request takes its share of the steps that write its answer, and its prompt costs a pass of
 as many rows as it has tokens, during which nobody else's answer goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
-from statistics import fmean
+from statistics import fmean, median
 
+from dspark.core.planner import Costs
 from dspark.measure.replay import CostsAt, Outcome, StepCosts, between
 from dspark.measure.trace import Trace
+
+
+def as_curve(alone: Costs, together: Mapping[int, Costs]) -> dict[str, list]:
+    """What one request and several together cost, as the points of a file of costs: passes by all their rows (the median where several
+    splits give as many), drafts by requests."""
+    all_costs = {1: alone, **together}
+    found: dict[int, list[float]] = {}
+    for count, costs in all_costs.items():
+        for k, milliseconds in enumerate(costs.rows):
+            found.setdefault(count * (k + 1), []).append(milliseconds)
+    rows = sorted((count, median(each)) for count, each in found.items())
+    level = accumulate((milliseconds for _, milliseconds in rows), max)
+    return {
+        "rows": [[count, round(milliseconds, 3)] for (count, _), milliseconds in zip(rows, level, strict=True)],
+        "drafts": [[count, round(costs.draft, 3)] for count, costs in sorted(all_costs.items())],
+    }
 
 
 @dataclass(frozen=True)
