@@ -123,8 +123,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def torchrun(size: int, *arguments: str, at_step_6: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(HERE / "ended.py")]
+def torchrun(size: int, *arguments: str, at_step_6: str = "", restarts: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
+    command.append(str(HERE / "ended.py"))
     settings = environment(0, 1, 0) | {"AT_STEP_6": at_step_6}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         del settings[name]
@@ -163,6 +164,14 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(straight, tmp_path, pa
     assert again.stdout.count("head saved in") == 1 and again.stderr.count("may be deleted now") == 1
     provenance = json.loads((out / "provenance.json").read_text())
     assert (provenance["processes"], provenance["parallel"]) == (2, parallel) and len(provenance["curve"]) == 12
+
+
+@pytest.mark.slow
+def test_a_run_that_torchrun_starts_again_resumes_by_itself(straight, tmp_path):
+    target, one = straight
+    done = torchrun(2, target, "--out", str(tmp_path / "head"), *SETTINGS, at_step_6="killed", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert same_head(load_file(tmp_path / "head" / "model.safetensors"), one)
 
 
 @pytest.mark.slow

@@ -73,12 +73,13 @@ MOST_REQUESTS = 32  # measured together; a replay goes on from there in proporti
 
 def write_costs(target, head, options: argparse.Namespace) -> None:
     """A file of costs for `dspark replay`: what the engine measures before it plans for several requests."""
+    from dspark.drafters.arbiter import LOOKUP_TOKENS
     from dspark.engine.load import CONTEXT, measured_load
     from dspark.measure.bench import machine
     from dspark.measure.fleet import as_curve
     from dspark.profiling import device_name
 
-    load = measured_load(target, head, MOST_REQUESTS, 1 + head.config.block_size, say)
+    load = measured_load(target, head, MOST_REQUESTS, 1 + max(head.config.block_size, LOOKUP_TOKENS), say)  # as `dspark serve` measures
     about = (
         f"measured by `dspark profile`, {date.today()}: {target.name}, {options.dtype}, {device_name(target.device)}, "
         f"{machine()['threads']} threads, {CONTEXT} tokens of context, 1 to {MOST_REQUESTS} requests together"
