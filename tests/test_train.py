@@ -14,6 +14,7 @@ from dspark.core.sampling import Law
 from dspark.drafters import DSparkDrafter
 from dspark.errors import HeadError, PromptError, SettingError, TargetError, UserError
 from dspark.generation import generate
+from dspark.head.context import EagerRunner
 from dspark.head.folder import load_head
 from dspark.prompts import Prompt
 from dspark.target.load import load_target
@@ -26,7 +27,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
 from dspark.train.sample import sample_batch
-from dspark.train.trainer import anchor_states, loss_after
+from dspark.train.trainer import anchor_states, loss_after, within_window
 from dspark.train.warmstart import widened
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model
@@ -76,6 +77,24 @@ def test_a_packed_block_equals_the_served_one(target, store, kind):
             head.context_kv(batch.features_NSMD[:, :position].float(), torch.arange(position)[None]),
         )
         torch.testing.assert_close(packed[0, a], served[0, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_training_sees_the_window_that_serving_does(target, tmp_path):
+    target.tap((0, 3))
+    generator = torch.Generator().manual_seed(1)
+    long = {"prompt_ids": [1, 2], "answer_ids": torch.randint(128, (120,), generator=generator).tolist(), "temperature": 1.0, "kind": "x"}
+    head = tiny_head(target)
+    head.config = replace(head.config, window=20)
+    sample = FeatureStore(target, [long], tmp_path, 8, 1.0)[0]
+    batch = make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None)
+    anchors, features = target.embed(batch.previous_NAG[:, :, 0]), batch.features_NSMD.float()
+    kv = head.context_kv(features, torch.arange(features.shape[1])[None])
+    packed = head.hidden(anchors, batch.anchors_NA, kv, within_window(batch, head.config))
+    runner = EagerRunner(head)
+    for a in (0, 30, 60, 118):
+        context = runner.start()
+        runner.commit([(context, features[0, : batch.anchors_NA[0, a]])])
+        torch.testing.assert_close(packed[0, a], runner.block([context], anchors[0, a][None])[0][0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SHAPE = {
     "layers": ("num_hidden_layers", 2), "kv_heads": ("num_key_value_heads", None), "block_size": ("block_size", 5), "rank": ("markov_rank", 96),
     "sequential": ("markov_head_type", "vanilla"), "draft_vocab": ("draft_vocab_size", 8192), "taps": ("target_layer_ids", None),
+    "window": ("window", None),
 }  # fmt: skip
 CONFIG = TrainConfig()
 SERVED_TOKENS = 1024  # of an answer from a server: one that is cut is not used
@@ -54,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--sequential", choices=SEQUENTIAL_HEADS, help="kind of sequential head (default vanilla)")
     shape.add_argument("--draft-vocab", type=int, metavar="N", help="tokens the head can propose; 0 for all (default 8192)")
     shape.add_argument("--taps", metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
+    shape.add_argument(
+        "--window", type=int, metavar="W",
+        help="tokens of context that a block sees, the last ones; 0: all (default: as many as the longest answer with its prompt, 512 at least)",
+    )  # fmt: skip
     add_steps(parser, DEFAULTS)
     machines = parser.add_argument_group("several processes", "torchrun --nproc-per-node N -m dspark train TARGET ...")
     machines.add_argument(
@@ -147,8 +152,8 @@ def run_as(options: argparse.Namespace, ranks: "Ranks") -> int:
     for name in ("layers", "block_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"{flag(name)} is {getattr(options, name)}", "use 1 or more")
-    if min(options.rank or 0, options.draft_vocab or 0) < 0:
-        raise SettingError("--rank and --draft-vocab cannot be negative")
+    if min(options.rank or 0, options.draft_vocab or 0, options.window or 0) < 0:
+        raise SettingError("--rank, --draft-vocab and --window cannot be negative")
     if options.answers and options.only_answers:
         raise SettingError("--answers brings finished answers; --only-answers cannot take effect beside it", "leave one of them out")
     shape = head_shape(options)

@@ -44,6 +44,7 @@ from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
 from dspark.train.warmstart import new_head, widened
 
+LEAST_WINDOW = 512
 MOST_BATCHES = 50_000  # of prompts; the seeds of the answers' batches begin this far behind theirs
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
 
@@ -470,8 +471,14 @@ def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[
         num_target_layers=target.num_layers,
         markov_rank=shape.get("markov_rank", 96),
         markov_head_type=shape.get("markov_head_type", "vanilla"),
+        window=trained_window(records) if shape.get("window") is None else shape["window"],
     )
     return config, draft_ids
+
+
+def trained_window(records: Sequence[dict]) -> int:
+    """Blocks see as far back as they did in training, at a distance that the demo target's head was measured at or more."""
+    return max(LEAST_WINDOW, *(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in records))
 
 
 def rope_theta(text_config) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dspark.config import TrainConfig
+from dspark.config import WINDOW_STEP, HeadConfig, TrainConfig
 from dspark.errors import HeadError, SettingError
 from dspark.head.head import Head
 from dspark.target.target import Target
@@ -95,8 +95,16 @@ def logits_after(
     device, S = anchors_NAD.device, batch.features_NSMD.shape[1]
     with torch.autocast(device.type, torch.bfloat16):
         context_kv = head.context_kv(batch.features_NSMD, torch.arange(S, device=device)[None])
-        h = head.hidden(anchors_NAD, batch.anchors_NA, context_kv, batch.visible_NAS)
+        h = head.hidden(anchors_NAD, batch.anchors_NA, context_kv, within_window(batch, head.config))
         return head(h, batch.previous_NAG, detached_confidence)
+
+
+def within_window(batch: Batch, config: HeadConfig) -> torch.Tensor:
+    """[N, A, S] the context that each block sees, as `HeadConfig.first_seen` cuts it."""
+    if not config.window:
+        return batch.visible_NAS
+    first_NA = (batch.anchors_NA - config.window).clamp_min(0) // WINDOW_STEP * WINDOW_STEP
+    return batch.visible_NAS & (torch.arange(batch.visible_NAS.shape[-1], device=first_NA.device) >= first_NA[..., None])
 
 
 def loss_after(
