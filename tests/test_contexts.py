@@ -31,7 +31,7 @@ def test_figures_are_those_of_decoding_each_conversation_anew(pair):
     turns, lengths = answered(target, head, PROMPTS[2:], 120, lambda *told: None), [40, 80, 120]
     rows = by_context(target, DSparkDrafter(head, target), PROMPTS[:2], turns, lengths, 16)
     for length, row in zip(lengths, rows, strict=True):
-        ids = [conversations(target, prompt, turns, i, lengths)[lengths.index(length)] for i, prompt in enumerate(PROMPTS[:2])]
+        ids = [conversations(target, prompt, turns, [length])[0] for prompt in PROMPTS[:2]]
         assert all(length - 50 < len(each) <= length for each in ids)
         anew = [generate(target, head, each, 16, drafter="dspark", plan="fixed") for each in ids]
         assert row["rounds"] == sum(result.rounds for result in anew) and row["prompt_tokens"] == round(sum(map(len, ids)) / 2)

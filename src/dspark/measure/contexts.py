@@ -1,7 +1,7 @@
 """What a head drafts far into a conversation: the same questions behind more and more earlier turns.
 
-The earlier turns are other prompts with the target's own answers. Each question's longest conversation is read once; the shorter ones
-are its beginnings, with the question behind them.
+The earlier turns are other prompts with the target's own answers. Their longest conversation is read once; the shorter ones are its
+beginnings, each with a question behind it.
 
 Shapes: T tokens, M tapped layers, D hidden."""
 
@@ -77,10 +77,10 @@ def by_context(
     law = make_law(temperature)
     drafter.tap()
     found: dict[int, list[tuple[int, list[Round]]]] = {length: [] for length in lengths}
+    stop = lambda new_ids: new_ids[-1] in target.eos_ids  # noqa: E731
+    read = reading(target, conversations(target, asked[0], turns, lengths[-1:])[0])
     for i, prompt in enumerate(asked):
-        prompts = conversations(target, prompt, turns, i, lengths)
-        read = reading(target, prompts[-1])
-        stop = lambda new_ids: new_ids[-1] in target.eos_ids  # noqa: E731
+        prompts = conversations(target, prompt, turns, lengths)
         for length, ids in zip(lengths, prompts, strict=True):
             rounds = list(decode(read, drafter, ids, law, Streams(i), max_new_tokens, stop))
             found[length].append((len(ids), rounds))
@@ -93,11 +93,10 @@ def reading(target: Target, ids: list[int]) -> Reading:
     return Reading(target, ids[:-1], state, target.prefill(state, ids[:-1]))
 
 
-def conversations(target: Target, prompt: Prompt, turns: Sequence[list[dict]], first: int, lengths: Sequence[int]) -> list[list[int]]:
-    """The prompt's ids in a context of each length, turn `first` the first of all."""
+def conversations(target: Target, prompt: Prompt, turns: Sequence[list[dict]], lengths: Sequence[int]) -> list[list[int]]:
+    """The prompt's ids in a context of each length."""
     chat = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
-    first %= len(turns)
-    return [behind(target, chat, [*turns[first:], *turns[:first]], length) for length in lengths]
+    return [behind(target, chat, turns, length) for length in lengths]
 
 
 def figures(length: int, each: Sequence[tuple[int, list[Round]]]) -> dict:
