@@ -181,7 +181,7 @@ def processes(parallel: str | None, device: str) -> Iterator[Ranks]:
         yield Ranks(rank, size, rank // local_size, local_rank, parallel or "ddp", "cuda" if on_gpu else "cpu")
         dist.destroy_process_group()
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error) and not isinstance(error, dist.DistError):
+        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
             raise
         told = HeadError(
             "another process of this run has ended", "start the same command with --resume: it goes on from the last checkpoint"
