@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dspark.config import MAX_BLOCK, SEQUENTIAL_HEADS, HeadConfig
 from dspark.errors import HeadError
@@ -28,6 +29,7 @@ from dspark.head.golden import make_golden, refuse_broken, replay_golden
 from dspark.head.head import Head
 from dspark.prompts import read_json
 from dspark.target import demo, hub
+from dspark.target.native.pages import gather_weights
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
@@ -280,7 +282,7 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
         )
     refuse_other_tensors(config, weights, f"{folder}/model.safetensors")
     head = empty_head(config, draft_ids, target)
-    head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    head.load_state_dict(weights)
     target.tap(config.target_layer_ids)
     golden = golden_file(folder)
     if section or golden.exists():  # heads of other projects come without
@@ -288,7 +290,10 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
     head.calibration = calibration.read_calibration(folder, config.block_size) if calibrated else None
     if head.calibration is not None:
         calibration.refuse_other_pair(head.calibration, head, target, folder)
-    return head.to(device=target.device, dtype=target.model.dtype).eval()
+    head.to(device=target.device, dtype=target.model.dtype).eval()
+    if target.runtime is not None:
+        gather_weights(head)
+    return head
 
 
 def golden_file(folder: Path) -> Path:
@@ -301,10 +306,12 @@ def empty_head(config: HeadConfig, draft_ids: torch.Tensor, target: Target) -> H
     """A head whose weights are NaN, so that one that is never loaded shouts."""
     rows = target.output_rows(draft_ids).cpu()
     mask = target.embed(torch.tensor(config.mask_token_id, device=target.device)).detach().float().cpu()
-    head = Head(config, draft_ids, rows, mask)
-    for parameter in head.parameters():
-        parameter.data.fill_(float("nan"))
-        parameter.requires_grad_(False)
+    with torch.device("meta"):  # no memory yet, so no time for random numbers that nobody reads
+        head = Head(config, draft_ids, rows, mask)
+    for module in head.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.full(parameter.shape, float("nan")), requires_grad=False)
     return head.eval()
 
 
