@@ -37,7 +37,7 @@ class HeadConfig:
     # 8,192 alone the demo target's head gives 3% fewer tokens a round at T = 0 (bench/results).
     shortlist: int = 0
     # Tokens of context that a block sees, the last ones, and up to 31 more: a window begins at a page of keys and values. 0: all.
-    # Beyond distances that it was trained at, a head goes astray: the demo target's gives 1.7 tokens a round behind 8,000 tokens, and
+    # Beyond distances that it was trained at, a head goes astray: the demo target's gives 1.6 tokens a round behind 8,000 tokens, and
     # with a window of 512 as many as behind 256 (bench/results).
     window: int = 0
 
