@@ -198,3 +198,9 @@ def test_errors_are_told_once_and_name_the_way_out(straight, tmp_path):
 def test_parallel_needs_torchrun(tmp_path, capsys):
     assert main(["train", "nothing", "--out", str(tmp_path / "out"), "--parallel", "fsdp"]) == 2
     assert "torchrun --nproc-per-node N -m dspark train" in capsys.readouterr().err
+
+
+def test_adapting_refuses_to_be_several_processes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["adapt", "nothing", "--target", "nothing", "--out", str(tmp_path / "out")]) == 2
+    assert "runs in one process" in capsys.readouterr().err
