@@ -20,8 +20,8 @@ from dspark.core.sampling import Law, Streams
 from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
 from dspark.drafters.arbiter import LOOKUP_TOKENS, NOMINAL
 from dspark.errors import PromptError, SettingError
-from dspark.head.head import Head
 from dspark.head.mtp import load_mtp
+from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.profiling import planning_costs
 from dspark.target.target import Target
 from dspark.text import TextStream
@@ -31,7 +31,7 @@ PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinP
 # Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
-DRAFTERS = ("auto", "dspark", "dflash", "mtp", "lookup", "none")
+DRAFTERS = ("auto", "dspark", "dflash", "mtp", "eagle3", "lookup", "none")
 PLANS = ("auto", "online", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
 ADAPTIVE = ("auto", "online")
 DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
@@ -114,13 +114,15 @@ def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
     return Law(tuple(processors[:split]), tuple(processors[split:]), greedy)
 
 
-def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter:
+def make_drafter(name: str | None, target: Target, head: AnyHead | None) -> Drafter:
     """The drafter of this name; None: auto, or none without a head. Raises `SettingError` when the name or the head does not fit.
 
-    auto chooses between the head and prompt lookup round by round; mtp are the target's own multi-token-prediction modules,
-    read from its checkpoint (`HeadError` where it has none)."""
+    auto chooses between the head and prompt lookup round by round. mtp and eagle3 are a head of that kind, which is also what auto means for it;
+    mtp without such a head are the target's own multi-token-prediction modules, read from its checkpoint (`HeadError` where it has none)."""
     if name is None:
         name = "none" if head is None else DEFAULT_DRAFTER
+    if isinstance(head, RecurrentHead) and name in ("auto", head.kind):
+        return MtpDrafter(head, target)
     if name not in DRAFTERS:
         raise SettingError(f"unknown drafter {name!r}", f"choose one of {', '.join(DRAFTERS)}")
     if name == "none":
@@ -134,6 +136,8 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
             f"drafter {name!r} needs a head, and there is none",
             "pass `--head DIR`, or train one: `dspark train`",
         )
+    if isinstance(head, RecurrentHead) or name == "eagle3":
+        raise SettingError(f"drafter {name!r} needs a head of another kind; this one is {head.kind}", f"use `--drafter {head.kind}`")
     if name == "dflash" and head.config.markov_rank:
         raise SettingError(
             "drafter 'dflash' needs a head of rank 0; this one has a sequential head", "use `--drafter dspark`, or pass a DFlash head"
@@ -184,7 +188,7 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
 
 def stream(
     target: Target,
-    head: Head | None,
+    head: AnyHead | None,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int = 256,
@@ -206,7 +210,7 @@ def stream(
 
 def generate(
     target: Target,
-    head: Head | None,
+    head: AnyHead | None,
     prompt_ids: Sequence[int],
     max_new_tokens: int = 256,
     temperature: float = 0.0,

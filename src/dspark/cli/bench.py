@@ -123,7 +123,11 @@ def run(options: argparse.Namespace) -> int:
     if options.report is not None:
         drafting = {mode.name: mode.head.config for mode in modes if mode.head is not None and mode.kind != "auto"}
         shapes = {
-            name: {"layers": config.num_hidden_layers, "block_size": config.block_size, "rank": config.markov_rank}
+            name: {
+                "layers": getattr(config, "num_hidden_layers", 1),
+                "block_size": config.block_size,
+                "rank": getattr(config, "markov_rank", 0),
+            }
             for name, config in drafting.items()
         }
         write_report(figures(report, trace, made_by, shapes), table(report), Path(options.report))

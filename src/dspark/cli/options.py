@@ -8,7 +8,7 @@ from typing import Any
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
 
-NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own
+NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own, unless a head of its kind is given
 
 
 def add_drafter(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,8 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         default=None,
         metavar="NAME",
-        help="auto, dspark, dflash, mtp (the target's own multi-token-prediction modules), lookup or none (default auto: the head or lookup, by round)",
+        help="auto, dspark, dflash, mtp (a head of this kind, or the target's own multi-token-prediction modules), eagle3, lookup or none "
+        "(default auto: the head or lookup, by round)",
     )
 
 
@@ -113,7 +114,7 @@ def open_head(options: argparse.Namespace, target):
     """The head asked for, or the shipped one; None for plain decoding, with a word when there is no head."""
     from dspark.head.folder import find_head, load_head
 
-    if options.head == "none" or getattr(options, "drafter", None) in NEED_NO_HEAD:
+    if options.head == "none" or (options.head is None and getattr(options, "drafter", None) in NEED_NO_HEAD):
         return None
     folder = find_head(options.head, target.name)
     if folder is None:

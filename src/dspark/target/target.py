@@ -131,7 +131,7 @@ class Target:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The target's own input embedding, called as a module so that built-in scales apply (Gemma)."""
-        return self.model.get_input_embeddings()(ids)
+        return self.model.get_input_embeddings()(ids.to(self.device))
 
     def tap(self, layer_ids: Sequence[int]) -> None:
         """Record the outputs of these decoder layers (0-based, -1 = embeddings) in every pass.

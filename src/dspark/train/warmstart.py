@@ -5,10 +5,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dspark.config import HeadConfig
+from dspark.config import HeadConfig, RecurrentConfig
 from dspark.errors import SettingError
+from dspark.head.backbone import Shape
 from dspark.head.head import Head
-from dspark.target.target import Target
+from dspark.head.recurrent import NETWORKS, Eagle3, Mtp, RecurrentHead
+from dspark.target.target import Target, final_norm
 
 
 def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: int, warm_start: str = "last") -> Head:
@@ -42,6 +44,42 @@ def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: 
         return head.to(target.device)
 
 
+def new_recurrent_head(target: Target, config: RecurrentConfig, draft_ids: torch.Tensor, seed: int) -> RecurrentHead:
+    """Its layer copies the target's last one where the shapes allow; the rest is drawn from `seed`.
+
+    What joins embedding and state (eh_proj), or the target's layers (fc), starts as the identity on the state, or the deepest layer, and
+    the norm before the output rows as the target's: at first the head says what one more layer of the target would."""
+    D = config.hidden_size
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = NETWORKS[config.kind](config, draft_ids, torch.empty(0), target.embed)
+        for parameter in head.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+        rows = target.output_rows(draft_ids).cpu()
+        joined = head.layer.eh_proj if isinstance(head, Mtp) else head.fc
+        joined.weight.data[:, -D:] += torch.eye(D)
+        copy_layer(head.layer, target.layers[-1], config)
+        if isinstance(head, Eagle3):
+            head.lm_head.weight.data.copy_(rows)
+            head.midlayer.hidden_norm.load_state_dict(head.midlayer.input_layernorm.state_dict())
+        else:
+            head.output_rows = rows
+        scale = final_scale(target)
+        if scale is not None:
+            head.norm.weight.data.copy_(scale)
+        return head.to(target.device)
+
+
+def final_scale(target: Target) -> torch.Tensor | None:
+    """What the target's last norm multiplies with [D], however it holds it; None for a norm of another kind than RMS."""
+    norm = final_norm(target.model)
+    with torch.no_grad():
+        ones = torch.ones(1, target.hidden_size, device=target.device, dtype=target.model.dtype)
+        scale, zero = norm(ones)[0].float().cpu(), norm(0 * ones)[0]
+    return scale if bool(torch.isfinite(scale).all() and (scale != 0).any() and not zero.any()) else None
+
+
 def widened(head: Head, target: Target, rank: int) -> Head:
     """The same head with a sequential head of a larger rank: it drafts as before until it is trained on.
 
@@ -73,8 +111,9 @@ def leading_components(target: Target, rank: int) -> torch.Tensor:
     return projected / projected.std().clamp_min(1e-6)
 
 
-def copy_layer(layer: nn.Module, source: nn.Module, config: HeadConfig) -> None:
-    """Copy every tensor that has the same name and shape; widen grouped key heads by repetition."""
+def copy_layer(layer: nn.Module, source: nn.Module, config: Shape) -> None:
+    """Copy every tensor that has the same name and shape; widen grouped key heads by repetition. Projections that read an embedding
+    too (EAGLE-3) get it for the second half of what they read, the state."""
     given = {name: p.detach().float().cpu() for name, p in source.named_parameters()}
     for name, parameter in layer.named_parameters():
         weight = given.get(name)
@@ -85,3 +124,5 @@ def copy_layer(layer: nn.Module, source: nn.Module, config: HeadConfig) -> None:
             weight = weight.view(-1, config.head_dim, weight.shape[1]).repeat_interleave(groups, dim=0).flatten(0, 1)
         if weight.shape == parameter.shape:
             parameter.data.copy_(weight)
+        elif name.startswith("self_attn.") and parameter.shape == (weight.shape[0], 2 * config.hidden_size):
+            parameter.data[:, config.hidden_size :] = weight
