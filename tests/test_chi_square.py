@@ -21,8 +21,9 @@ from dspark.core.sampling import Streams
 from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
 from dspark.generation import generate, make_law
 from dspark.head.mtp import MtpHead
+from dspark.head.recurrent import RecurrentHead
 from dspark.target.target import Target
-from tiny import randomized, tiny_head, tiny_model
+from tiny import randomized, tiny_head, tiny_model, tiny_recurrent
 
 VOCABULARY = 12
 NUM_NEW = 3
@@ -47,7 +48,7 @@ PLANNERS = {
     # Steps so large that a few rounds move the shifts to their bound and back.
     "online": lambda: Adaptive(TABLE, [0.3] * 4, trust=2, online=OnlineCalibration(4, step=2.0)),
 }
-DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "lookup", "none")
+DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "trained mtp", "eagle3", "lookup", "none")
 
 
 class Remembered:
@@ -129,6 +130,31 @@ class RememberedModules(MtpHead):
         del cache[k][len(cache[k]) - num_slots :]
 
 
+class RememberedChain:
+    """A head of one recurrent layer whose every pass is computed once; a cache is the list of what it read."""
+
+    def __init__(self, head: RecurrentHead):
+        self.head, self.passes = head, {}
+
+    def __getattr__(self, name: str):
+        return getattr(self.head, name)
+
+    def start(self) -> list[tuple[bytes, int]]:
+        return []
+
+    def run(self, k: int, hidden_TD, tokens, slot: int, cache):
+        assert slot == len(cache)
+        cache += [(row.numpy().tobytes(), token) for row, token in zip(hidden_TD, tokens, strict=True)]
+        if tuple(cache) not in self.passes:
+            rows = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row, _ in cache])
+            self.passes[tuple(cache)] = self.head.run(k, rows, [token for _, token in cache], 0, self.head.start())
+        handed_TD, logits_C = self.passes[tuple(cache)]
+        return handed_TD[slot:], logits_C
+
+    def forget(self, k: int, num_slots: int, cache) -> None:
+        del cache[len(cache) - num_slots :]
+
+
 def tiny_modules(target, num: int) -> tuple[MtpModel, list[None]]:
     """Random modules for any tiny target, in DeepSeek-V3's style."""
     config = target.model.config
@@ -144,6 +170,9 @@ def make_drafter(name: str, target: Remembered) -> Drafter:
     if name == "mtp":
         modules, outputs = tiny_modules(target, 1)
         return MtpDrafter((RememberedModules if isinstance(target, Remembered) else MtpHead)(modules, target, outputs), target, 2)
+    if name in ("trained mtp", "eagle3"):
+        recurrent = tiny_recurrent(target, name.rsplit(maxsplit=1)[-1], block_size=2, draft_vocab=9, seed=4)
+        return MtpDrafter(RememberedChain(recurrent) if isinstance(target, Remembered) else recurrent, target)
     if name == "none":
         return NoDrafter()
     if name == "lookup":

@@ -119,10 +119,10 @@ def make_drafter(name: str | None, target: Target, head: AnyHead | None) -> Draf
 
     auto chooses between the head and prompt lookup round by round. mtp and eagle3 are a head of that kind, which is also what auto means for it;
     mtp without such a head are the target's own multi-token-prediction modules, read from its checkpoint (`HeadError` where it has none)."""
+    if isinstance(head, RecurrentHead) and name in (None, "auto", head.kind):
+        return MtpDrafter(head, target)
     if name is None:
         name = "none" if head is None else DEFAULT_DRAFTER
-    if isinstance(head, RecurrentHead) and name in ("auto", head.kind):
-        return MtpDrafter(head, target)
     if name not in DRAFTERS:
         raise SettingError(f"unknown drafter {name!r}", f"choose one of {', '.join(DRAFTERS)}")
     if name == "none":

@@ -130,7 +130,7 @@ def greedy_chain(
     hidden, logits = [head.norm(reads[:0])], [reads.new_empty(0, len(head.draft_ids))]
     while len(reads) and len(tokens) < head.block_size:
         # only how far slots are apart matters, so the first one is 0
-        states, logits_V = head.run(0, reads, given, cache.num, cache)
+        states, logits_V = head.run(0, reads, given, cache.get_seq_length(), cache)
         hidden.append(head.norm(states[-1:]))
         logits.append(logits_V[None])
         tokens.append(int(head.draft_ids[logits_V.argmax()]))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from dspark.config import RecurrentConfig
 from dspark.head.backbone import MLP, Attention, RMSNorm, Rotary, packed_attention
@@ -71,26 +72,6 @@ class Eagle3Layer(RecurrentLayer):
         return state, torch.cat([self.input_layernorm(embedded), self.hidden_norm(state.to(embedded.dtype))], dim=-1)
 
 
-class Slots:
-    """Keys and values of the slots a head has read for one request, with room for more."""
-
-    def __init__(self) -> None:
-        self.num = 0
-        self.buffers: list[torch.Tensor] = []  # keys and values [1, K, room, E]
-
-    def append(self, *new: torch.Tensor) -> list[torch.Tensor]:
-        """Keys and values of all slots, these [1, K, T, E] last."""
-        before, self.num = self.num, self.num + new[0].shape[2]
-        if not self.buffers or self.num > self.buffers[0].shape[2]:
-            grown = [t.new_empty(1, t.shape[1], -(-self.num * 5 // 4) // 64 * 64 + 64, t.shape[3]) for t in new]
-            for buffer, old in zip(grown, self.buffers, strict=False):
-                buffer[:, :, :before] = old[:, :, :before]
-            self.buffers = grown
-        for buffer, t in zip(self.buffers, new, strict=True):
-            buffer[:, :, before : self.num] = t
-        return [buffer[:, :, : self.num] for buffer in self.buffers]
-
-
 class RecurrentHead(nn.Module):
     """A head of one layer. It drafts as the modules of a target's own checkpoint do, by the methods of `head/mtp.py: MtpHead`.
 
@@ -140,15 +121,18 @@ class RecurrentHead(nn.Module):
 
     # Drafting, in the manner of MtpHead
 
-    def start(self) -> Slots:
-        return Slots()
+    def start(self) -> DynamicCache:
+        """An empty cache, which holds the keys and values of the slots that were read."""
+        return DynamicCache()
 
     def hidden(self, features_TMD: torch.Tensor) -> torch.Tensor:
         return self.first_state(features_TMD.to(self.norm.weight.dtype))
 
-    def run(self, k: int, hidden_TD: torch.Tensor, tokens: Sequence[int], slot: int, cache: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, k: int, hidden_TD: torch.Tensor, tokens: Sequence[int], slot: int, cache: DynamicCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append slots from `slot` on to the cache: their states [T, D], and logits [Vd] after the last of them."""
-        assert k == 0 and slot == cache.num, f"slot {slot} after {cache.num}"
+        assert k == 0 and slot == cache.get_seq_length(), f"slot {slot} after {cache.get_seq_length()}"
         device, parts = hidden_TD.device, []
         for begin in range(0, len(tokens), PASS_ROWS):
             end = min(begin + PASS_ROWS, len(tokens))
@@ -158,18 +142,18 @@ class RecurrentHead(nn.Module):
         state_TD = torch.cat(parts)
         return state_TD, self.logits(self.norm(state_TD[-1])).float()
 
-    def cached(self, cache: Slots) -> Attend:
+    def cached(self, cache: DynamicCache) -> Attend:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = (self.layer.self_attn.for_each_head(part) for part in cache.append(k, v))
+            keys, values = (self.layer.self_attn.for_each_head(part) for part in cache.update(k, v, 0))
             T, S = q.shape[2], keys.shape[2]
             mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
         return attend
 
-    def forget(self, k: int, num_slots: int, cache: Slots) -> None:
+    def forget(self, k: int, num_slots: int, cache: DynamicCache) -> None:
         """Take the last slots out of the cache."""
-        cache.num -= num_slots
+        cache.layers[0].crop(-num_slots)
 
     # Training
 

@@ -75,8 +75,8 @@ def final_scale(target: Target) -> torch.Tensor | None:
     """What the target's last norm multiplies with [D], however it holds it; None for a norm of another kind than RMS."""
     norm = final_norm(target.model)
     with torch.no_grad():
-        ones = torch.ones(1, target.hidden_size, device=target.device, dtype=target.model.dtype)
-        scale, zero = norm(ones)[0].float().cpu(), norm(0 * ones)[0]
+        same = torch.full((1, target.hidden_size), 1024.0, device=target.device, dtype=target.model.dtype)  # of length 1 once normed
+        scale, zero = norm(same)[0].float().cpu(), norm(0 * same)[0]
     return scale if bool(torch.isfinite(scale).all() and (scale != 0).any() and not zero.any()) else None
 
 
