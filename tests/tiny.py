@@ -203,7 +203,13 @@ def tiny_calibration(head: Head, target: Target, *fits: Fit) -> Calibration:
 
 
 def tiny_recurrent(
-    target: Target, kind: str, block_size: int = 4, draft_vocab: int | None = None, seed: int = 0, trained_steps: int = 1
+    target: Target,
+    kind: str,
+    block_size: int = 4,
+    draft_vocab: int | None = None,
+    seed: int = 0,
+    trained_steps: int = 1,
+    layer_ids: tuple[int, ...] | None = None,
 ) -> RecurrentHead:
     """A random head of this kind for this target; `draft_vocab` keeps every n-th id only."""
     num_draft = draft_vocab or target.vocab_size
@@ -220,7 +226,7 @@ def tiny_recurrent(
         vocab_size=target.vocab_size,
         draft_vocab_size=num_draft,
         block_size=block_size,
-        target_layer_ids=(last,) if kind == "mtp" else tuple(sorted({0, last // 2, last})),
+        target_layer_ids=layer_ids or ((last,) if kind == "mtp" else tuple(sorted({0, last // 2, last}))),
         num_target_layers=target.num_layers,
         trained_steps=trained_steps,
     )

@@ -13,7 +13,7 @@ Shapes: N sequences, S slots of one, T slots of one pass, A chains (anchors), G 
 K key heads, E head dim, Vd draft vocabulary."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ class RecurrentHead(nn.Module):
 
     def forget(self, k: int, num_slots: int, cache: DynamicCache) -> None:
         """Take the last slots out of the cache."""
-        cache.layers[0].crop(-num_slots)
+        cast(Any, cache.layers[0]).crop(-num_slots)
 
     # Training
 
