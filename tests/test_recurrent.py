@@ -471,6 +471,19 @@ def test_kinds_without_a_chain_are_shorthands(tmp_path, capsys):
         )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grafted_model_drafts_with_them(kind):
+    model = tiny_model("llama")
+    plain = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=NUM_NEW)
+    head = tiny_recurrent(Target(model), kind)
+    dspark.graft(model, head)
+    seen = []
+    drafted = head.run
+    head.run = lambda *arguments: seen.append(1) or drafted(*arguments)
+    assert torch.equal(model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=NUM_NEW), plain) and seen
+    dspark.ungraft(model)
+
+
 def test_planners_ask_for_any_length(target):
     lengths = cycle([1, 4, 0, 2, 5, 3])
 

@@ -100,6 +100,8 @@ def train(
     work = out / "progress"
     refuse_beforehand(target, config, shape, prompts, answers, server)
     given = load_head(start_from, target, calibrated=False) if start_from else None
+    if isinstance(given, RecurrentHead) and config.detached_confidence:
+        raise SettingError("--confidence detached cannot take effect: a head of this kind has no confidences", "leave it out")
     start = None if given is None else [digest(parameter) for parameter in given.parameters()]
     if given is not None and shape.get("markov_rank") is not None:
         given = widened(dspark_only(given, str(start_from)), target, shape["markov_rank"])
