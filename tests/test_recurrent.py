@@ -1,5 +1,6 @@
 """Heads of one recurrent layer, mtp and eagle3: training walks the chain that drafting walks, drafts keep the law, folders are strict."""
 
+import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dspark
 from dspark.cli.main import main
+from dspark.cli.train import add_arguments, head_shape
 from dspark.config import TrainConfig
 from dspark.core.decode import decode
 from dspark.core.planner import Always
@@ -22,6 +24,7 @@ from dspark.errors import HeadError, SettingError
 from dspark.generation import generate, make_drafter, make_law
 from dspark.head.folder import load_head, save_head
 from dspark.measure.lossless import verify_pair
+from dspark.target.load import load_target
 from dspark.target.target import Target
 from dspark.train import trainer
 from dspark.train.batch import make_batch
@@ -111,11 +114,10 @@ def test_a_chain_without_a_state_before_it_teaches_nothing(kind, target, tmp_pat
     assert MtpDrafter(head, target).draft([5], 3, GREEDY, torch.Generator()).tokens == []
 
 
-@pytest.mark.parametrize("draft_vocab", [None, 40])
 @pytest.mark.parametrize("block_size", range(1, 9))
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_are_those_of_transformers(kind, block_size, draft_vocab, target):
-    head = tiny_recurrent(target, kind, block_size, draft_vocab)
+def test_greedy_tokens_are_those_of_transformers(kind, block_size, target):
+    head = tiny_recurrent(target, kind, block_size, draft_vocab=None if block_size % 2 else 40)
     for length in (1, 2, block_size + 2):
         prompt = (PROMPT * 2)[:length]
         result = generate(target, head, prompt, NUM_NEW, plan="fixed")
@@ -433,17 +435,33 @@ def test_the_whole_command_from_nothing_to_a_head_that_drafts(kind, tmp_path, ca
     assert main(["bench", folder, "--prompts", str(prompts), *modes]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["modes"]
     assert report["mine@fixed"]["identical_to_plain"] == 1 and len(report["mine@fixed"]["acceptance_by_position"]) == 3
-    more = [*small[:-1], "1"]
-    assert main(["train", folder, "--out", str(tmp_path / "more"), "--start-from", str(out), *more]) == 0
-    assert load_head(tmp_path / "more", dspark.load_target(folder)).kind == kind
+
+
+def test_training_goes_on_from_a_recurrent_head(tmp_path):
+    target = load_target(save_tiny_target(tmp_path / "target"))
+    head = tiny_recurrent(target, "mtp", 3, trained_steps=2)
+    save_head(head, target, tmp_path / "first", PROMPT, {}, "")
+    answers = [record(3, 10, i) for i in range(8)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    given = {"answers": [tmp_path / "answers.jsonl"], "start_from": tmp_path / "first"}
+    train(target, tmp_path / "second", replace(CONFIG, steps=1, learning_rate=1e-12), {}, **given)
+    assert load_file(tmp_path / "second" / "model.safetensors").keys() == load_file(tmp_path / "first" / "model.safetensors").keys()
+    second = load_head(tmp_path / "second", target)
+    assert second.config == head.config
+    assert all(torch.equal(tensor, head.state_dict()[name].bfloat16().float()) for name, tensor in second.state_dict().items())
+    with pytest.raises(SettingError, match="no confidences"):
+        train(target, tmp_path / "third", replace(CONFIG, detached_confidence=True), {}, **given)
+    with pytest.raises(HeadError, match="takes DSpark and DFlash heads"):
+        train(target, tmp_path / "third", CONFIG, {"markov_rank": 8}, **given)
 
 
 def test_kinds_without_a_chain_are_shorthands(tmp_path, capsys):
     folder, out = str(save_tiny_target(tmp_path / "target")), tmp_path / "head"
     small = ["--num-prompts", "8", "--max-answer-tokens", "12", "--held-out", "2", "--sequences", "2", "--anchors", "4", "--steps", "1"]
-    assert main(["train", folder, "--out", str(out), "--kind", "dflash", "--draft-vocab", "260", *small]) == 0
-    assert load_head(out, dspark.load_target(folder)).kind == "dflash"
-    capsys.readouterr()
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    shapes = [head_shape(parser.parse_args([folder, "--out", str(out), *given])) for given in (["--kind", "dflash"], ["--rank", "0"])]
+    assert shapes[0] == shapes[1] and shapes[0]["markov_rank"] == 0
     for given, says in {
         "--kind dflash --rank 8": "--rank cannot take effect with --kind dflash",
         "--kind mtp --rank 8": "--rank cannot take effect with --kind mtp",
