@@ -407,7 +407,9 @@ SHAPE = {"block_size": 3, "draft_vocab_size": 260}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_command_from_nothing_to_a_head_that_drafts(kind, tmp_path, capsys):
+def test_the_whole_command_from_nothing_to_a_head_that_drafts(kind, tmp_path, capsys, monkeypatch):
+    for slow in ("train.run.estimate", "profiling.read_bandwidth"):
+        monkeypatch.setattr(f"dspark.{slow}", lambda *arguments, **settings: 1e10)
     folder, out = str(save_tiny_target(tmp_path / "target")), tmp_path / "head"
     small = ["--num-prompts", "8", "--max-answer-tokens", "12", "--held-out", "2", "--sequences", "2", "--anchors", "4", "--steps", "3"]
     command = ["train", folder, "--out", str(out), "--kind", kind, "--chain", "2", "--block-size", "3", "--draft-vocab", "260", *small]
