@@ -809,6 +809,14 @@ def fuzz(engine, examples: int) -> None:
             check()
 
 
+def test_the_document_gives_no_schema_for_a_stream_of_events(engine):
+    """A schema there is read by some as that of one event, by others as that of all of them."""
+    document = make_app(engine, Options("letters")).openapi()
+    answers = [path["post"]["responses"]["200"]["content"] for path in document["paths"].values() if "post" in path]
+    assert any("text/event-stream" in content for content in answers)
+    assert all("schema" not in content.get("text/event-stream", {}) for content in answers)
+
+
 def test_the_app_keeps_its_document(engine):
     fuzz(engine, 8)
 
