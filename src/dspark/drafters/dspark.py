@@ -35,13 +35,18 @@ class DSparkDrafter:
 
     def tap(self) -> None:
         """Another drafter may have tapped other layers since this one's last round."""
-        if self.target.layer_ids != self.head.config.target_layer_ids:
-            self.target.tap(self.head.config.target_layer_ids)
+        self.target.need(self.layer_ids)
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """Of the target, whose states it reads."""
+        return self.head.config.target_layer_ids
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         """Kept until the next draft: while others draft, or nobody does, the head costs nothing."""
         if len(features_TMD):
-            self.pending.add(features_TMD, feature_pool(self.runner, features_TMD))
+            own_TMD = self.target.of_layers(features_TMD, self.layer_ids)
+            self.pending.add(own_TMD, feature_pool(self.runner, own_TMD))
 
     def fork(self, num_tokens: int) -> "DSparkDrafter":
         """A drafter for another text that begins with the same tokens. What is pending stays so: the other may never draft."""
