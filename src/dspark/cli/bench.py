@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = first_of_each_set(prompts, options.limit)
     from dspark.generation import make_law
     from dspark.head.folder import find_head, load_head, named_head
+    from dspark.head.mtp import own_mtp
     from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
     from dspark.measure.report import figures, write_report
     from dspark.measure.trace import Trace, as_request, write_trace
@@ -73,14 +74,20 @@ def run(options: argparse.Namespace) -> int:
     make_law(options.temperature)
     kinds = {name.partition("@")[0] for name in names}
     wants_head = bool(kinds & {"dspark", "auto"})
-    if wants_head and (options.head == "none" or find_head(options.head, options.target) is None):
+    no_head = options.head == "none" or find_head(options.head, options.target) is None
+    if no_head and "dspark" in kinds:
         raise HeadError(
-            f"modes dspark and auto need a head, and none is known for {options.target}", "pass --head DIR, or leave them out of --compare"
+            f"mode dspark needs a head, and none is known for {options.target}", "pass --head DIR, or leave it out of --compare"
         )
     if "dflash" in kinds and options.dflash_head is None:
         raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
     target = open_target(options)
-    own = open_head(options, target) if wants_head else None
+    if no_head and "auto" in kinds and own_mtp(target, say) is None:
+        raise HeadError(
+            f"mode auto needs a head or multi-token-prediction modules, and {options.target} has neither",
+            "pass --head DIR, or leave it out of --compare",
+        )
+    own = open_head(options, target) if wants_head and not no_head else None
     if recorded and own is not None and own.confidence_head is None:
         raise HeadError(
             f"the head of {options.target} has no confidences to record", "leave --trace and --report out, or train one with them"

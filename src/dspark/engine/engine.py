@@ -123,6 +123,17 @@ class Engine:
         """Tokens whose keys and values fit, about."""
         return max(0, self.cache_bytes - self.fixed_bytes) // self.token_bytes
 
+    def notes(self) -> list[str]:
+        """What whoever runs it may want to know: who drafts, and what this target's caches and runtime do not allow."""
+        modules = f"the target's multi-token-prediction modules ({self.mtp.num_modules})" if self.mtp else ""
+        drafters = [name for name in ("the head" if self.head else "", modules, "prompt lookup") if name]
+        said = [f"drafting by round: {', '.join(drafters)}" if self.speculate else "drafting is off"]
+        if self.target.runtime is None:
+            said.append("eager runtime: requests that run together go through the model one after the other, each with its own cache")
+        if not self.target.can_shorten(self.target.start()):
+            said.append("prefix cache: whole texts only, as the next turn of a chat has them; this target's cache cannot be cut back")
+        return said
+
     def start(self) -> "Engine":
         """Serve from now on; once is enough."""
         if self.thread is not None:
