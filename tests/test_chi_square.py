@@ -18,7 +18,7 @@ from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Scored, decode
 from dspark.core.planner import Adaptive, Always, Costs, CostTable, Lagged, threshold
 from dspark.core.sampling import Streams
-from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup, SeededDrafter
 from dspark.generation import generate, make_law
 from dspark.head.mtp import MtpHead
 from dspark.target.target import Target
@@ -47,7 +47,7 @@ PLANNERS = {
     # Steps so large that a few rounds move the shifts to their bound and back.
     "online": lambda: Adaptive(TABLE, [0.3] * 4, trust=2, online=OnlineCalibration(4, step=2.0)),
 }
-DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "lookup", "none")
+DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "mtp+dspark", "lookup", "none")
 
 
 class Remembered:
@@ -180,6 +180,8 @@ def make_drafter(name: str, target: Remembered) -> Drafter:
         return PromptLookup(VOCABULARY)
     if name in TOGETHER:
         return TOGETHER[name](make_drafter("vanilla", target), PromptLookup(VOCABULARY), [0.3] * 4, 2, make_drafter("mtp", target))
+    if name == "mtp+dspark":
+        return SeededDrafter(make_drafter("mtp", target), make_drafter("rnn", target))
     if name == "auto":
         return Arbiter(make_drafter("vanilla", target), PromptLookup(VOCABULARY), [0.3] * 4, trust=2)
     head = tiny_head(target, "vanilla" if name == "dflash" else name, rank=0 if name == "dflash" else 8)

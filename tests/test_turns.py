@@ -15,9 +15,9 @@ import dspark
 from dspark.cli.main import main
 from dspark.core.decode import decode
 from dspark.core.planner import Always, Costs, CostTable, DraftedBy
-from dspark.core.sampling import GREEDY, Streams
+from dspark.core.sampling import GREEDY, Coupled, Streams
 from dspark.core.verifier import Draft, FewTokens
-from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, PromptLookup, SeededDrafter
 from dspark.drafters.arbiter import NOMINAL
 from dspark.engine.engine import Engine
 from dspark.engine.load import Load
@@ -160,6 +160,48 @@ def test_dear_drafts_lose_to_cheap_ones_that_bring_fewer_tokens_though_each_roun
     list(decode(Table(text), arbiter, text[:3], GREEDY, Streams(0), 1500, planner=arbiter))
     assert arbiter.head_planner.lately.value > arbiter.mtp_planner.lately.value
     assert mtp.num_drafts > 4 * head.num_drafts > 0
+
+
+# The modules' first token, and the head from there on ---------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash"])
+@pytest.mark.parametrize("family", ["qwen3_5", "step3p7"])
+def test_the_head_goes_on_from_the_modules_token(family, kind, targets):
+    """The law of each later token is the head's after that first token, whoever drew it; and the text stays the target's."""
+    target = targets(family)
+    head = tiny_head(target, "vanilla" if kind == "dflash" else kind, 0 if kind == "dflash" else 8)
+    law = make_law(1.1, top_k=9, repetition_penalty=1.2)
+    seeded = committed(SeededDrafter(MtpDrafter(load_mtp(target), target), DSparkDrafter(head, target)), target, PROMPT)
+    made = seeded.draft(PROMPT, 4, law, Streams(3).draft)
+    first = committed(MtpDrafter(load_mtp(target), target), target, PROMPT).draft(PROMPT, 1, law, Streams(3).draft)
+    assert made.tokens[0] == first.tokens[0] and torch.equal(made.probs_KV[0], first.probs_KV[0])
+    assert len(made.tokens) == len(made.probs_KV) == len(made.confidences) == 4
+    forced = Coupled(0)  # the head alone, made to draw the same tokens
+    forced.choose = lambda q_C, position, size, ids_C=None: made.tokens[position - len(PROMPT)]
+    alone = committed(DSparkDrafter(head, target), target, PROMPT).draft(PROMPT, 4, law, forced)
+    assert alone.confidences == pytest.approx(made.confidences, abs=ROUNDING)
+    assert (alone.probs_KV[0] - made.probs_KV[0]).abs().max() > 0.01
+    for k in range(1, 4):
+        assert (alone.probs_KV[k] - made.probs_KV[k]).abs().max() < ROUNDING
+        assert abs(made.probs_KV[k].sum() - 1) < 1e-5 and made.probs_KV[k][made.tokens[k]] > 0
+    result = generate(target, head, PROMPT, NUM_NEW, drafter=seeded, plan="fixed")
+    assert result.token_ids == plain_greedy(target, PROMPT, NUM_NEW)
+    assert generate(target, head, PROMPT[:1], 6, drafter=seeded, plan="auto").token_ids == plain_greedy(target, PROMPT[:1], 6)
+
+
+def test_a_draft_that_its_first_token_ends_says_what_was_asked(targets):
+    """Else plans would see what was drawn before they decide about it."""
+    target = targets("step3p7")
+
+    def none_after_one(ids, scores):
+        return torch.full_like(scores, -float("inf")) if ids.shape[1] > len(PROMPT) else scores
+
+    for temperature in (0.0, 1.0):
+        law = make_law(temperature, logits_processors=[none_after_one])
+        seeded = committed(SeededDrafter(MtpDrafter(load_mtp(target), target), DSparkDrafter(tiny_head(target), target)), target, PROMPT)
+        draft = seeded.draft(PROMPT, 3, law, torch.Generator())
+        assert (len(draft.tokens), len(draft.probs_KV), draft.num_asked) == (1, 1, 3)
 
 
 # Forks ------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from transformers import (
 
 from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Round, decode
-from dspark.core.planner import Adaptive, Always, DraftedBy, EarlyStop, Lagged, Planner, always
+from dspark.core.planner import Adaptive, Always, DraftedBy, EarlyStop, Lagged, Planner, Seeded, Table, always
 from dspark.core.sampling import Law, Streams
-from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup, SeededDrafter
 from dspark.drafters.arbiter import GUESS_TRUST, GUESSED, LOOKUP_TOKENS, NOMINAL
 from dspark.errors import PromptError, SettingError
 from dspark.head.head import Head
@@ -32,7 +32,7 @@ PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinP
 # Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
-DRAFTERS = ("auto", "dspark", "dflash", "mtp", "lookup", "none")
+DRAFTERS = ("auto", "dspark", "dflash", "mtp", "mtp+dspark", "lookup", "none")
 PLANS = ("auto", "online", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
 ADAPTIVE = ("auto", "online")
 DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
@@ -119,7 +119,8 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
     """The drafter of this name; None: auto, or none without a head. Raises `SettingError` when the name or the head does not fit.
 
     auto chooses round by round between the head, the target's own multi-token-prediction modules where its checkpoint has some, and
-    prompt lookup; it needs a head or modules. mtp are those modules alone (`HeadError` where it has none)."""
+    prompt lookup; it needs a head or modules. mtp are those modules alone (`HeadError` where it has none), mtp+dspark takes
+    their first token and lets the head go on from it."""
     if name is None:
         name = "none" if head is None else DEFAULT_DRAFTER
     if name not in DRAFTERS:
@@ -144,6 +145,8 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
             "drafter 'dflash' needs a head of rank 0; this one has a sequential head", "use `--drafter dspark`, or pass a DFlash head"
         )
     drafter = DSparkDrafter(head, target)
+    if name == "mtp+dspark":
+        return SeededDrafter(MtpDrafter(load_mtp(target), target), drafter)
     if name != "auto":
         return drafter
     lookup = PromptLookup(target.vocab_size, LOOKUP_TOKENS, target.device)
@@ -179,9 +182,12 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
         return Always()
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
-    models = drafter.models if isinstance(drafter, Arbiter) else [drafter]
+    models = drafter.models if isinstance(drafter, Arbiter | SeededDrafter) else [drafter]
     heads: list[Head | MtpHead | None] = [model.head for model in models if isinstance(model, DSparkDrafter | MtpDrafter)]
-    table, *others = (planning_costs(target, head, 1 + drafter.block_size, say) for head in heads or [None])
+    first, *others = (planning_costs(target, head, 1 + drafter.block_size, say) for head in heads or [None])
+    table: Table = first
+    if isinstance(drafter, SeededDrafter):
+        table = Seeded(first, others[0], 1 / drafter.mtp.block_size)
     if spec not in ADAPTIVE:
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)
     if isinstance(drafter, Arbiter):

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         default="plain,dspark",
         metavar="LIST",
-        help="of plain, auto, dspark, dflash, mtp, lookup, hf, hf-lookup and the names of --other; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
+        help="of plain, auto, dspark, dflash, mtp, mtp+dspark, lookup, hf, hf-lookup and the names of --other; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -73,9 +73,9 @@ def run(options: argparse.Namespace) -> int:
         names += [RECORDED] if RECORDED not in names else []
     make_law(options.temperature)
     kinds = {name.partition("@")[0] for name in names}
-    wants_head = bool(kinds & {"dspark", "auto"})
+    wants_head = bool(kinds & {"dspark", "auto", "mtp+dspark"})
     no_head = options.head == "none" or find_head(options.head, options.target) is None
-    if no_head and "dspark" in kinds:
+    if no_head and kinds & {"dspark", "mtp+dspark"}:
         raise HeadError(
             f"mode dspark needs a head, and none is known for {options.target}", "pass --head DIR, or leave it out of --compare"
         )
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         raise HeadError(
             f"the head of {options.target} has no confidences to record", "leave --trace and --report out, or train one with them"
         )
-    heads = {"dspark": own, "auto": own, "dflash": load_head(options.dflash_head, target) if "dflash" in kinds else None}
+    heads = {"dspark": own, "auto": own, "mtp+dspark": own, "dflash": load_head(options.dflash_head, target) if "dflash" in kinds else None}
     heads |= {name: load_head(named_head(folder), target) for name, folder in others.items() if name in kinds}
     modes = [Mode(name, heads.get(name.partition("@")[0])) for name in names]
     for head in {id(head): head for head in heads.values() if head is not None}.values():

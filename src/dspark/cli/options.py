@@ -16,7 +16,7 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         default=None,
         metavar="NAME",
-        help="auto, dspark, dflash, mtp (the target's own multi-token-prediction modules), lookup or none (default auto: by round the head, those modules or lookup)",
+        help="auto, dspark, dflash, mtp (the target's own multi-token-prediction modules), mtp+dspark (their first token, and the head from there on), lookup or none (default auto: by round the head, those modules or lookup)",
     )
 
 

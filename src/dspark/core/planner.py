@@ -99,6 +99,19 @@ class DraftedBy:
 
 
 @dataclass(frozen=True)
+class Seeded:
+    """The costs of a table whose drafts take a share of another one's draft more."""
+
+    table: Table
+    seeds: Table
+    share: float
+
+    def at(self, context: int) -> Costs:
+        costs = self.table.at(context)
+        return replace(costs, draft=costs.draft + self.share * self.seeds.at(context).draft)
+
+
+@dataclass(frozen=True)
 class WithoutDrafts:
     """The costs of proposals that no model makes."""
 

@@ -44,7 +44,7 @@ class MtpDrafter:
     @property
     def layer_ids(self) -> tuple[int, ...]:
         """Of the target, whose states it reads."""
-        return (self.target.num_layers - 1,)
+        return self.head.layer_ids
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         """Kept until the next draft, which knows the tokens after them: while others draft, or nobody does, this costs nothing."""

@@ -81,7 +81,7 @@ class Engine:
         self.max_running, self.max_waiting, self.on_step = max_running, max_waiting, on_step
         self.runner = None if self.head is None else make_runner(self.head, target)
         target.untap()
-        layers = set(self.head.config.target_layer_ids if self.head else ()) | ({target.num_layers - 1} if self.mtp else set())
+        layers = {*(self.head.config.target_layer_ids if self.head else ()), *(self.mtp.layer_ids if self.mtp else ())}
         if layers:
             target.tap(sorted(layers))
         drafted = [self.head.config.block_size if self.head else 0, self.mtp.block_size if self.mtp else 0]

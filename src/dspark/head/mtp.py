@@ -97,6 +97,7 @@ class MtpHead:
         self.norms = [cast(Any, layer).post_norm for layer in model.layers]
         for layer in model.layers:
             cast(Any, layer).use_post_norm = False  # what is handed on may be the state before it
+        self.layer_ids = (target.num_layers - 1,)  # of the target that it reads
         own = sum(output is not None for output in self.outputs)
         self.config = MtpConfig(target.text_config.model_type, len(self.norms), own)
         self.block_size = max(self.num_modules, LEAST_DRAFTED)
