@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import dspark
@@ -22,12 +23,13 @@ from dspark.drafters.arbiter import NOMINAL
 from dspark.engine.engine import Engine
 from dspark.engine.load import Load
 from dspark.engine.request import Request
-from dspark.errors import SettingError
+from dspark.errors import HeadError, SettingError
 from dspark.generation import generate, make_drafter, make_law, make_planner
 from dspark.head.mtp import MtpHead, load_mtp, own_mtp
 from dspark.target.load import load_target
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
+from dspark.train.warmstart import new_head
 from mtp_checkpoints import WITH_MTP, save_with_mtp
 from oracle import plain_greedy
 from saved import byte_tokenizer
@@ -486,3 +488,31 @@ def test_commands_take_auto_without_a_head(tmp_path, capsys):
     assert main(["bench", str(folder), "--prompts", str(prompts), "--compare", "plain,auto,mtp", "--max-new-tokens", "8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["modes"]
     assert report["auto"]["identical_to_plain"] == report["mtp"]["identical_to_plain"] == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "deepseek_v3", "step3p7"])
+def test_a_head_may_begin_as_the_first_module(family, targets):
+    """Its context keys are those of the module's block where the embedding is left out, once the module's first norm has scaled them alike."""
+    target = targets(family)
+    config = tiny_head(target, head_dim=target.text_config.head_dim).config
+    head, plain = (new_head(target, config, torch.arange(128), 0, way) for way in ("mtp", "last"))
+    mtp, D = load_mtp(target), target.hidden_size
+    module = mtp.model.layers[0]
+    state = torch.randn(1, 3, D, generator=torch.Generator().manual_seed(0))
+    read = module.hnorm(state if mtp.before_norm else mtp.norm(state))
+    expected = module.eh_proj(torch.cat([torch.zeros_like(read), read], dim=-1))
+    features = torch.stack([torch.zeros_like(state), state], dim=2)
+    found = head.context(features)
+    assert F.cosine_similarity(found, expected, dim=-1).min() > 0.999
+    assert F.cosine_similarity(plain.context(features), expected, dim=-1).max() < 0.9
+    if family != "deepseek_v3":  # whose latent attention has other projections
+        normed = module.mtp_block.input_layernorm(expected)
+        scaled = head.layers[0].input_layernorm(F.rms_norm(expected, (D,)))
+        assert torch.allclose(scaled, normed, atol=1e-4)
+        assert torch.equal(head.layers[0].mlp.up_proj.weight, module.mtp_block.mlp.up_proj.weight)
+
+
+def test_a_head_cannot_begin_as_a_module_that_is_not_there():
+    target = Target(tiny_model("llama"))
+    with pytest.raises(HeadError, match="not loaded from a checkpoint"):
+        new_head(target, tiny_head(target).config, torch.arange(128), 0, "mtp")
