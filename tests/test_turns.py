@@ -30,7 +30,7 @@ from dspark.target.load import load_target
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
 from dspark.train.warmstart import new_head
-from mtp_checkpoints import WITH_MTP, save_with_mtp
+from mtp_checkpoints import ALSO_WITH_MTP, WITH_MTP, save_with_mtp
 from oracle import plain_greedy
 from saved import byte_tokenizer
 from test_arbiter import Head, Table
@@ -111,7 +111,7 @@ def turns_of(target: Target, modules: type[MtpDrafter] = Compared, head: type[DS
     return kind(head(tiny_head(target), target), lookup, [0.5] * 4, 8.0, modules(load_mtp(target), target))
 
 
-@pytest.mark.parametrize("family", WITH_MTP)
+@pytest.mark.parametrize("family", WITH_MTP | ALSO_WITH_MTP)
 def test_another_drafter_in_every_round_changes_neither_text_nor_state(family, targets):
     target = targets(family)
     arbiter = turns_of(target)
