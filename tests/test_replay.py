@@ -103,7 +103,7 @@ def test_the_default_planner_is_never_below_plain_or_fixed(chance, costs, num_re
         return replay(make_trace(chance, 60), plan, num_requests, lambda num_tokens: COSTS[costs]).figures()["tokens_per_second"]
 
     # alone, a head that falls just short of paying costs more: a lucky probe is followed by another draft
-    assert rate("auto") >= (0.985 if num_requests == 1 else 0.99) * max(rate("plain"), rate("fixed"))
+    assert rate("auto") >= (0.985 if num_requests == 1 else 0.995) * max(rate("plain"), rate("fixed"))
 
 
 def test_requests_that_parked_on_a_stair_find_out_that_it_pays():
@@ -113,6 +113,17 @@ def test_requests_that_parked_on_a_stair_find_out_that_it_pays():
     )
     assert trapped["budget"] == 0 and trapped["tokens_per_second"] < plain["tokens_per_second"]
     assert auto["tokens_per_second"] > 1.1 * plain["tokens_per_second"]
+
+
+def test_rows_that_cost_nothing_are_used():
+    """A pass of 10 ms up to 200 rows holds every drafted token of 16 requests; yesterday's budgets are no reason to leave some out."""
+    every, lagged = (replay(make_trace(0.5), plan, 16, lambda num_tokens: COSTS["example"]).figures() for plan in ("fixed", "lagged"))
+    assert lagged == every | {"plan": "lagged"}
+
+
+def test_nobody_drafts_where_even_perfect_drafts_would_lose():
+    dear = replay(make_trace(0.75, 60), "auto", 16, lambda num_tokens: StepCosts(((1, 1.0),), ((1, 0.1),))).figures()
+    assert dear["drafted"] == 0
 
 
 def test_the_budget_falls_as_requests_share_a_step(monkeypatch):

@@ -12,6 +12,7 @@ from dspark.core.decode import decode
 from dspark.core.planner import Always, Costs, worth
 from dspark.core.sampling import Law, Streams
 from dspark.drafters import DSparkDrafter, PromptLookup
+from dspark.drafters.lookup import Found
 from dspark.errors import LogitsError, PromptError, SettingError, TargetError
 from dspark.generation import generate, make_law, stream
 from dspark.head.context import EagerRunner, NativeRunner
@@ -444,3 +445,14 @@ def test_prompt_lookup_follows_the_latest_occurrence_of_the_longest_ending():
             assert drafted == scan(ids, 5)
             found += bool(drafted)
     assert found > 50
+
+
+def test_prompt_lookup_tells_how_much_was_found_and_whether_it_went_on_alike():
+    lookup = PromptLookup(10)
+    assert lookup.follow([1, 2, 3], 2) == ([], None)
+    assert lookup.follow([1, 2, 3, 1, 2], 2) == ([3, 1], Found(2, varied=False))
+    assert lookup.follow([1, 2, 3, 1, 2, 3], 1) == ([1], Found(3, varied=False))
+    assert lookup.follow([1, 2, 3, 1, 2, 3, 4, 1, 2], 1) == ([3], Found(2, varied=False))
+    assert lookup.follow([1, 2, 3, 1, 2, 3, 4, 1, 2, 3], 1) == ([4], Found(3, varied=True))
+    lookup.start()
+    assert lookup.follow([2, 3, 4, 2, 3], 1) == ([4], Found(2, varied=False))

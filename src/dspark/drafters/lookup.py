@@ -1,6 +1,7 @@
 """Prompt lookup: what followed the last occurrence of the text's ending is proposed again."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -8,6 +9,13 @@ from dspark.core.verifier import Draft, FewTokens
 
 # Tokens of the ending to look for, longest first; single tokens match too often to be worth a row.
 SIZES = (16, 8, 4, 3, 2)
+
+
+class Found(NamedTuple):
+    """An ending that was found again: its size in tokens, and whether different tokens have followed it before."""
+
+    size: int
+    varied: bool
 
 
 class PromptLookup:
@@ -19,6 +27,7 @@ class PromptLookup:
 
     def start(self) -> None:
         self.follows: dict[tuple[int, ...], int] = {}  # a sequence of tokens -> where the text went on after its latest occurrence
+        self.varied: set[tuple[int, ...]] = set()  # sequences that different tokens have followed
         self.num_seen = 0
 
     def draft(self, ids: Sequence[int], limit: int, law, noise) -> Draft:
@@ -30,19 +39,23 @@ class PromptLookup:
     def commit(self, features_TMD: torch.Tensor) -> None:
         pass
 
-    def follow(self, ids: Sequence[int], limit: int) -> tuple[list[int], int]:
-        """What followed the latest earlier occurrence of the longest known ending, and its size ([], 0: none).
+    def follow(self, ids: Sequence[int], limit: int) -> tuple[list[int], Found | None]:
+        """What followed the latest earlier occurrence of the longest known ending, and what was found ([], None: nothing).
 
         `limit` tokens: where the text ends before, it goes on into its own proposal, as a text that repeats itself does."""
         ids = [*self.before, *ids] if self.before else ids
         for end in range(max(self.num_seen, 1), len(ids)):  # every sequence that something follows
             for size in SIZES:
                 if size <= end:
-                    self.follows[tuple(ids[end - size : end])] = end
+                    sequence = tuple(ids[end - size : end])
+                    if ids[self.follows.get(sequence, end)] != ids[end]:
+                        self.varied.add(sequence)
+                    self.follows[sequence] = end
         self.num_seen = len(ids)
         for size in SIZES:
-            start = self.follows.get(tuple(ids[-size:])) if size < len(ids) else None
+            ending = tuple(ids[-size:])
+            start = self.follows.get(ending) if size < len(ids) else None
             if start is not None:
                 period = len(ids) - start
-                return [ids[start + k % period] for k in range(limit)], size
-        return [], 0
+                return [ids[start + k % period] for k in range(limit)], Found(size, ending in self.varied)
+        return [], None

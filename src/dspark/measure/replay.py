@@ -139,7 +139,7 @@ class Admitting:
 
 class Budgeted(Admitting):
     """The paper's section 5.2: the total is the best by the confidences of two steps ago (until there are any, that of
-    Algorithm 1), and the likeliest tokens get it."""
+    Algorithm 1) and what the pass then holds for nothing, and the likeliest tokens get it."""
 
     DELAY = 2
 
@@ -150,7 +150,17 @@ class Budgeted(Admitting):
         old = self.seen[0] if len(self.seen) == self.DELAY else None
         survivals = [survivals_of(each) for each in confidences]
         self.seen = [*self.seen, survivals][-self.DELAY :]
-        return admit(survivals, self.steps_per_second) if old is None else cut(survivals, budget(old, self.steps_per_second))
+        planned = admit(survivals, self.steps_per_second) if old is None else cut(survivals, budget(old, self.steps_per_second))
+        return self.filled(planned, survivals)
+
+    def filled(self, planned: list[int], survivals: Sequence[Sequence[float]]) -> list[int]:
+        """With the tokens more that cost nothing."""
+        total, rows = sum(planned), len(planned)
+        most = sum(map(len, survivals))
+        free = total
+        while free < most and self.steps_per_second(rows + free + 1) >= self.steps_per_second(rows + total):
+            free += 1
+        return planned if free == total else cut(survivals, free)
 
 
 class Alone:
@@ -172,9 +182,10 @@ class Alone:
 
 class Together:
     """`Budgeted` where it gains time. Requests that share steps park and probe together, by `Adaptive`'s rule; what a step
-    gained is told it as so many rounds as there are requests. A probe that lost much is not soon followed by another."""
+    gained is told it as so many rounds as there are requests. A probe that lost much is not soon followed by another, and there is
+    none where not even drafts that all stand would gain."""
 
-    PROBING = 0.005  # of the time at most is lost by probing
+    PROBING = 0.002  # of the time at most is lost by probing
 
     def __init__(self, limit: int, costs: StepCosts, num_requests: int):
         self.gate, self.budgeted = Adaptive.untaught(share(costs, num_requests, limit), limit), Budgeted()
@@ -182,7 +193,8 @@ class Together:
     def ask(self, limit: int, costs: StepCosts, num_requests: int, num_tokens: float) -> int:
         self.costs, self.gate.table = costs, share(costs, num_requests, limit)
         self.budgeted.ask(limit, costs, num_requests, num_tokens)
-        return self.gate.ask(limit, int(num_tokens))
+        asked = self.gate.ask(limit, int(num_tokens))
+        return asked if self.gate.best_gain([1.0] * limit) > 0 else 0
 
     def plan(self, confidences: Sequence[Sequence[float]]) -> list[int]:
         return self.budgeted.plan(confidences)
