@@ -18,7 +18,7 @@ from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Scored, decode
 from dspark.core.planner import Adaptive, Always, Costs, CostTable, Lagged, threshold
 from dspark.core.sampling import Streams
-from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup, SeededDrafter
 from dspark.generation import generate, make_law
 from dspark.head.mtp import MtpHead
 from dspark.head.recurrent import RecurrentHead
@@ -48,7 +48,7 @@ PLANNERS = {
     # Steps so large that a few rounds move the shifts to their bound and back.
     "online": lambda: Adaptive(TABLE, [0.3] * 4, trust=2, online=OnlineCalibration(4, step=2.0)),
 }
-DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "trained mtp", "eagle3", "lookup", "none")
+DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "trained mtp", "eagle3", "mtp+dspark", "lookup", "none")
 
 
 class Remembered:
@@ -166,6 +166,36 @@ def tiny_modules(target, num: int) -> tuple[MtpModel, list[None]]:
     return modules, [None] * num
 
 
+class ByText(Arbiter):
+    """Another drafter, or nobody, in every round, by what the text is so far, and all of its draft verified: the worst that may be done."""
+
+    def plan_with(self, table, *settings, **more):
+        return super().plan_with(table, Always())
+
+    def propose(self, ids, limit):
+        self.turn = (ids[-1] + len(ids)) % 4
+        return super().propose(ids, limit)
+
+    def choose(self, choices, limit, num_tokens):
+        return [] if self.turn == 3 or not choices else [choices[self.turn % len(choices)]]
+
+
+class Peeking(ByText):
+    """Looks at what the head has drafted, and has the modules draft in its place where the first token is a low one."""
+
+    def draft(self, ids, limit, law, noise):
+        self.tap()
+        made = self.head.draft(ids, limit, law, noise)
+        self.chosen = self.head_planner
+        if not made.tokens or made.tokens[0] >= VOCABULARY / 2:
+            return made
+        self.chosen = self.mtp_planner
+        return self.mtp.draft(ids, limit, law, noise)
+
+
+TOGETHER = {"together": Arbiter, "by text": ByText, "peeking": Peeking}
+
+
 def make_drafter(name: str, target: Remembered) -> Drafter:
     if name == "mtp":
         modules, outputs = tiny_modules(target, 1)
@@ -177,6 +207,10 @@ def make_drafter(name: str, target: Remembered) -> Drafter:
         return NoDrafter()
     if name == "lookup":
         return PromptLookup(VOCABULARY)
+    if name in TOGETHER:
+        return TOGETHER[name](make_drafter("vanilla", target), PromptLookup(VOCABULARY), [0.3] * 4, 2, make_drafter("mtp", target))
+    if name == "mtp+dspark":
+        return SeededDrafter(make_drafter("mtp", target), make_drafter("rnn", target))
     if name == "auto":
         return Arbiter(make_drafter("vanilla", target), PromptLookup(VOCABULARY), [0.3] * 4, trust=2)
     head = tiny_head(target, "vanilla" if name == "dflash" else name, rank=0 if name == "dflash" else 8)
@@ -246,13 +280,26 @@ def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
 
 @pytest.mark.parametrize("num_samples", [2_000, pytest.param(200_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("drafter", "planner"), [("vanilla", "lagged"), ("vanilla", "adaptive"), ("auto", "adaptive"), ("vanilla", "online")]
+    ("drafter", "planner"),
+    [("vanilla", "lagged"), ("vanilla", "adaptive"), ("auto", "adaptive"), ("together", "adaptive"), ("vanilla", "online")],
 )
 def test_continuations_have_the_law_of_the_target_under_planners_that_remember(drafter, planner, num_samples):
     said, accepted = sample(drafter, planner, num_samples)
     assert p_value(said, planner) > 1e-4
     # Rounds with and without verified tokens, rejections and acceptances all took part.
     assert min(accepted["parked"], accepted[0], accepted[1]) > num_samples / 100
+
+
+@pytest.mark.parametrize("num_samples", [4_000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_whoever_drafts_in_whatever_round_keeps_the_law(num_samples):
+    said, accepted = sample("by text", "T=1", num_samples)
+    assert p_value(said, "T=1") > 1e-4
+    assert min(accepted[0], num_samples - accepted[0]) > num_samples / 100
+
+
+def test_a_choice_that_looks_at_what_was_drafted_changes_the_law():
+    said, _ = sample("peeking", "T=1", 4_000)
+    assert p_value(said, "T=1") < 1e-6
 
 
 WRONG_RULES = {

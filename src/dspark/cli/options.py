@@ -16,8 +16,8 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         default=None,
         metavar="NAME",
-        help="auto, dspark, dflash, mtp (a head of this kind, or the target's own multi-token-prediction modules), eagle3, lookup or none "
-        "(default auto: the head or lookup, by round)",
+        help="auto, dspark, dflash, mtp (a head of this kind, or the target's own multi-token-prediction modules), eagle3, mtp+dspark (the modules' "
+        "first token, and the head from there on), lookup or none (default auto: by round the head, those modules or lookup)",
     )
 
 
@@ -110,15 +110,15 @@ def open_target(options: argparse.Namespace):
     return target
 
 
-def open_head(options: argparse.Namespace, target):
-    """The head asked for, or the shipped one; None for plain decoding, with a word when there is no head."""
+def open_head(options: argparse.Namespace, target, otherwise: str = "decoding plainly"):
+    """The head asked for, or the shipped one; None without, with a word of what is done `otherwise` when none is known."""
     from dspark.head.folder import find_head, load_head
 
     if options.head == "none" or (options.head is None and getattr(options, "drafter", None) in NEED_NO_HEAD):
         return None
     folder = find_head(options.head, target.name)
     if folder is None:
-        say(f"no head is known for {target.name}: decoding plainly (train one: `dspark train {target.name} --out DIR`)")
+        say(f"no head is known for {target.name}: {otherwise} (train one: `dspark train {target.name} --out DIR`)")
         return None
     return load_head(folder, target)
 

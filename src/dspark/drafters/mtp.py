@@ -8,6 +8,7 @@ when the modules draft next.
 Shapes: K drafted tokens, T slots of one pass, M tapped layers (the last one only), D hidden size, V vocabulary, C tokens to
 choose from."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from dspark.core.verifier import Draft, FewTokens, Rows
 from dspark.drafters.dspark import law_of_choices
 from dspark.head.mtp import MtpHead
 from dspark.head.recurrent import RecurrentHead
+from dspark.target.rollback import HOLD_EVERYTHING
 from dspark.target.target import Target
 
 
@@ -35,19 +37,66 @@ class MtpDrafter:
         self.cache = self.head.start()
         self.pending: list[torch.Tensor] = []
         self.num_committed = 0
+        self.whole = True  # not so after a pass that failed half way: its caches are of no use any more
         self.num_final = [0] * self.head.num_modules  # slots that each module's cache holds
         # What each module will read in the slots that are not final there, but were where it comes from.
         self.waiting: list[torch.Tensor | None] = [None] * self.head.num_modules
 
     def tap(self) -> None:
         """Another drafter may have tapped other layers since this one's last round."""
-        if self.target.layer_ids != self.head.layer_ids:
-            self.target.tap(self.head.layer_ids)
+        self.target.need(self.layer_ids)
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """Of the target, whose states it reads."""
+        return self.head.layer_ids
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         """Kept until the next draft, which knows the tokens after them: while others draft, or nobody does, this costs nothing."""
-        self.pending.append(features_TMD)
+        # a copy, since a view would keep alive all that the pass gave
+        self.pending.append(self.target.of_layers(features_TMD, self.layer_ids).clone())
         self.num_committed += len(features_TMD)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the modules' caches and what they have yet to read take."""
+        tensors = [tensor for layer in self.cache.layers for tensor in vars(layer).values()]
+        held = [tensor for tensor in (*tensors, *self.pending, *self.waiting) if isinstance(tensor, torch.Tensor)]
+        storages = [tensor.untyped_storage() for tensor in held]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # more than a view of it shows
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of one slot in all modules' caches; known once all of them have drafted."""
+        tensors = [tensor for layer in self.cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
+        return sum(tensor.nbytes // tensor.shape[-2] for tensor in tensors if tensor.dim() > 2 and tensor.shape[-2])
+
+    @property
+    def num_slots(self) -> int:
+        """At most, of each module, that the next draft adds."""
+        return self.num_committed - min(self.num_final) + self.block_size
+
+    def can_fork(self, num_tokens: int) -> bool:
+        """Are the modules' caches cut back to so many tokens without what a sliding window has forgotten?"""
+        return num_tokens == self.num_committed or all(type(layer) in HOLD_EVERYTHING for layer in self.cache.layers)
+
+    def fork(self, num_tokens: int) -> "MtpDrafter":
+        """A drafter for another text that begins with the same tokens: `num_tokens` of them if that is all that is known here, else with as
+        many more as there are modules, since each module's last slots have read a token further on."""
+        assert self.can_fork(num_tokens), "a sliding window cannot be cut back"
+        forked = MtpDrafter(self.head, self.target, self.block_size)
+        forked.cache, forked.num_committed = copy.deepcopy(self.cache), num_tokens
+        known = self.num_committed - sum(map(len, self.pending))  # hidden states that module 0 has read, or that wait for it
+        pending_TMD = torch.cat(self.pending)[: max(0, num_tokens - known)] if self.pending else None
+        forked.pending = [] if pending_TMD is None else [pending_TMD.clone()]
+        for k, num_final in enumerate(self.num_final):
+            forked.num_final[k] = min(num_final, num_tokens)
+            if num_final > num_tokens:
+                self.head.forget(k, num_final - num_tokens, forked.cache)
+            waiting_TD = self.waiting[k]
+            if waiting_TD is not None:
+                forked.waiting[k] = waiting_TD[: max(0, num_tokens - num_final)].clone()
+        return forked
 
     @torch.inference_mode()
     def draft(self, ids: Sequence[int], limit: int, law: Law, noise: torch.Generator | Coupled) -> Draft:
@@ -60,6 +109,7 @@ class MtpDrafter:
             return Draft([], torch.empty(0, 0))
         assert self.num_committed == num_slots, f"{self.num_committed} hidden states for a text of {len(ids)} tokens"
         block = Block(ids, law, noise, num, self.head.draft_ids, self.target.vocab_size)
+        self.whole = False
         features_TMD = torch.cat(self.pending)
         self.pending = [features_TMD.new_empty(0, *features_TMD.shape[1:])]
         hidden_TD = self.head.hidden(features_TMD)
@@ -78,9 +128,10 @@ class MtpDrafter:
             if not block.take(logits_C):
                 break
         if step < last:  # the next module was not asked: what it would have read waits for it
-            self.waiting[step + 1] = self.with_waiting(step + 1, hidden_TD)[: self.num_final[step] - self.num_final[step + 1]]
+            self.waiting[step + 1] = self.with_waiting(step + 1, hidden_TD)[: self.num_final[step] - self.num_final[step + 1]].clone()
         for k in range(min(step, last) + 1):
             self.head.forget(k, num_slots - self.num_final[k] + (num_extra if k == last else 0), self.cache)
+        self.whole = True
         return block.finish()
 
     def with_waiting(self, k: int, hidden_TD: torch.Tensor) -> torch.Tensor:
@@ -93,7 +144,7 @@ class MtpDrafter:
         next draft, from those of these hidden states that are final."""
         before, final = self.num_final[k], max(self.num_final[k], num_slots - 1 - k)
         self.num_final[k] = final
-        self.waiting[k] = hidden_TD[final - before : (self.num_final[k - 1] if k else num_slots) - before]
+        self.waiting[k] = hidden_TD[final - before : (self.num_final[k - 1] if k else num_slots) - before].clone()
 
 
 class Block:
@@ -107,15 +158,15 @@ class Block:
         self.uniforms = [] if isinstance(noise, Coupled) else Streams.uniforms(noise, num)
         self.laws: list[torch.Tensor] = []
         self.device = torch.device("cpu")
+        self.error: Exception | None = None
 
     def take(self, logits_C: torch.Tensor) -> bool:
         """Draw the next token by its row; False where the draft ends for what it drew."""
         k, self.device = len(self.text) - self.start, logits_C.device
         try:
             return self.choose(k, logits_C)
-        except Exception:  # broken numbers, or a processor's
-            if k == 0:
-                raise
+        except Exception as error:  # broken numbers, or a processor's
+            self.error = error
             return False  # tokens that led here stay: to drop a draft for what it drew would change the law
 
     def choose(self, k: int, logits_C: torch.Tensor) -> bool:
@@ -143,6 +194,8 @@ class Block:
     def finish(self) -> Draft:
         tokens = self.text[self.start :]
         if not tokens:
+            if self.error is not None:
+                raise self.error
             return Draft([], torch.empty(0, 0))
         laws: Rows
         if not self.laws:

@@ -17,9 +17,17 @@ from dspark.generation import Result, check_request, generate, make_drafter, mak
 from dspark.head.recurrent import AnyHead
 from dspark.target.target import Target
 
-MODES = ("plain", "auto", "dspark", "dflash", "mtp", "lookup", "hf", "hf-lookup")
+MODES = ("plain", "auto", "dspark", "dflash", "mtp", "mtp+dspark", "lookup", "hf", "hf-lookup")
 SHOWN_POSITIONS = 7  # of lookup's fifteen
-DRAFTER_OF = {"plain": "none", "auto": "auto", "dspark": "dspark", "dflash": "dflash", "mtp": "mtp", "lookup": "lookup"}
+DRAFTER_OF = {
+    "plain": "none",
+    "auto": "auto",
+    "dspark": "dspark",
+    "dflash": "dflash",
+    "mtp": "mtp",
+    "mtp+dspark": "mtp+dspark",
+    "lookup": "lookup",
+}
 
 
 @dataclass(frozen=True)

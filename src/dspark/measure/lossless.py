@@ -13,7 +13,7 @@ from dspark.config import MAX_BLOCK
 from dspark.core.sampling import probs
 from dspark.core.verifier import acceptance, residual
 from dspark.generation import generate, make_drafter, make_law, make_planner
-from dspark.head.head import Head, SelfTest
+from dspark.head.head import SelfTest
 from dspark.head.recurrent import AnyHead
 from dspark.target.target import Target
 
@@ -44,7 +44,7 @@ def verify_pair(
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Check]:
     """Run all checks; none may fail for `dspark verify` to exit 0."""
-    own = [] if head is None else [head.kind, "auto"] if isinstance(head, Head) else [head.kind]
+    own = [] if head is None else [head.kind, "auto"]
     names = list(drafters) or [*own, "lookup"]
     checks = [] if head is None or head.self_test is None else [golden_text(head.self_test)]
     for name in names:

@@ -67,7 +67,7 @@ class Target:
     layer_ids: tuple[int, ...] = ()
     runtime: NativeRuntime | None = None  # None: transformers' own modules, eagerly
     rollback_by: str = "auto"
-    mtp: Any = field(default=None, repr=False)  # its multi-token-prediction modules, once loaded (head/mtp.py)
+    mtp: Any = field(default=None, repr=False)  # its multi-token-prediction modules, once loaded; False: it has none (head/mtp.py)
     _captured: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _hooks: list = field(default_factory=list, repr=False)
 
@@ -144,6 +144,17 @@ class Target:
             module = self.layers[layer_id] if layer_id >= 0 else self.model.get_input_embeddings()
             self._hooks.append(module.register_forward_hook(Tap(layer_id, self._captured)))
         self.layer_ids = tuple(layer_ids)
+
+    def need(self, layer_ids: Sequence[int]) -> None:
+        """Record these layers from the next pass on; no others are promised, and others that are recorded already stay."""
+        if not set(layer_ids) <= set(self.layer_ids):
+            self.tap(layer_ids)
+
+    def of_layers(self, features_TMD: torch.Tensor, layer_ids: Sequence[int]) -> torch.Tensor:
+        """The states of these layers, out of features that the present taps gave."""
+        if self.layer_ids == tuple(layer_ids):
+            return features_TMD
+        return features_TMD[:, [self.layer_ids.index(layer_id) for layer_id in layer_ids]]
 
     def untap(self) -> None:
         for hook in self._hooks:
