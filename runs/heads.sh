@@ -15,7 +15,7 @@ shift 3
 target=${TARGET:-smollm2-135m} device=${DEVICE:-cpu} threads=${THREADS:-2} block=5
 read -ra more_train <<< "${TRAIN:-}"
 read -ra more_bench <<< "${BENCH:-}"
-heads=${HEADS:-vanilla-1 vanilla-2 vanilla-3 gated-1 gated-2 gated-3 rnn-1 rnn-2 rnn-3 dflash mtp-1 mtp-chain eagle3}
+heads=${HEADS:-vanilla-1 vanilla-2 vanilla-3 gated-1 gated-2 gated-3 rnn-1 rnn-2 rnn-3 dflash-2 mtp-1 mtp-chain eagle3}
 
 train() { # name, which features it reads, its options
     local dir=$out/$1 features=$out/features-$2 resume=
@@ -32,7 +32,7 @@ others=() modes=plain
 for head in $heads; do
     case $head in
         vanilla-* | gated-* | rnn-*) train "$head" five --sequential "${head%-*}" --layers "${head#*-}" ;;
-        dflash) train dflash five --kind dflash ;;
+        dflash-*) train "$head" five --kind dflash --layers "${head#*-}" ;;
         mtp-1) train mtp-1 last --kind mtp --chain 1 ;;
         mtp-chain) train mtp-chain last --kind mtp --chain "$block" ;;
         eagle3) train eagle3 three --kind eagle3 ;;

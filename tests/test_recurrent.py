@@ -19,12 +19,16 @@ from dspark.config import TrainConfig
 from dspark.core.decode import decode
 from dspark.core.planner import Always
 from dspark.core.sampling import GREEDY, Coupled, Streams
-from dspark.drafters import MtpDrafter
+from dspark.drafters import Arbiter, MtpDrafter
+from dspark.drafters.arbiter import NOMINAL
+from dspark.engine.engine import Engine
+from dspark.engine.load import Load
 from dspark.errors import HeadError, SettingError
 from dspark.generation import generate, make_drafter, make_law
 from dspark.head.folder import load_head, save_head
 from dspark.measure.lossless import verify_pair
 from dspark.target.load import load_target
+from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
 from dspark.train import trainer
 from dspark.train.batch import make_batch
@@ -34,7 +38,9 @@ from dspark.train.sample import sample_batch
 from dspark.train.warmstart import new_recurrent_head
 from oracle import Oracle, plain_greedy
 from saved import save_tiny_target
-from tiny import tiny_head, tiny_model, tiny_recurrent
+from test_engine import mixed_requests, reference, serve
+from test_turns import AtRandom
+from tiny import NATIVE_SHAPE, tiny_head, tiny_model, tiny_recurrent
 
 KINDS = ("mtp", "eagle3")
 PROMPT = [3, 17, 99, 45, 8, 8, 101, 64, 3, 17, 99]
@@ -502,6 +508,33 @@ def test_a_grafted_model_drafts_with_them(kind):
     head.run = lambda *arguments: seen.append(1) or drafted(*arguments)
     assert torch.equal(model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=NUM_NEW), plain) and seen
     dspark.ungraft(model)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "native"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_drafts_with_them_and_keeps_every_answer(kind, runtime, monkeypatch):
+    monkeypatch.setattr("dspark.engine.engine.Arbiter", AtRandom)
+    monkeypatch.setattr("dspark.engine.engine.measured_load", lambda *measured: Load(NOMINAL, {}))
+    monkeypatch.setattr("dspark.engine.engine.planning_costs", lambda *measured: NOMINAL)
+    model, steps = tiny_model("llama", **NATIVE_SHAPE), []
+    target = Target(model, runtime=NativeRuntime(model) if runtime == "native" else None)
+    requests = mixed_requests(12)
+    engine = Engine(target, tiny_recurrent(target, kind, draft_vocab=64), max_running=4, plan="fixed", on_step=steps.append)
+    assert f"the head ({kind})" in engine.notes()[0]
+    ears = [ear for asked in (requests, requests[:4]) for ear in serve(engine, asked)]  # some again, which are known then
+    truths = [reference(target, request) for request in requests]
+    assert [ear.ids for ear in ears] == truths + truths[:4]
+    rounds = [done for step in steps for done in step.rounds if done.drafter == "mtp"]
+    assert any(done.drafted for done in rounds) and any(ear.last.cached_tokens for ear in ears)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_takes_turns_with_lookup(kind, target):
+    head = tiny_recurrent(target, kind)
+    drafter = make_drafter("auto", target, head)
+    assert isinstance(drafter, Arbiter) and drafter.mtp.head is head and drafter.head is None
+    result = generate(target, head, PROMPT * 3, 40, drafter=drafter, plan=drafter.plan_with(NOMINAL, Always()))
+    assert result.token_ids == plain_greedy(target, PROMPT * 3, 40)
 
 
 def test_planners_ask_for_any_length(target):
