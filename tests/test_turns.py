@@ -29,10 +29,11 @@ from dspark.head.mtp import MtpHead, load_mtp, own_mtp
 from dspark.target.load import load_target
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
+from dspark.train.run import begin_head, check_shape
 from dspark.train.warmstart import new_head
 from mtp_checkpoints import ALSO_WITH_MTP, WITH_MTP, save_with_mtp
 from oracle import plain_greedy
-from saved import byte_tokenizer
+from saved import byte_tokenizer, save_tiny_target
 from test_arbiter import Head, Table
 from test_chi_square import tiny_modules
 from test_engine import mixed_requests, reference, serve
@@ -522,3 +523,19 @@ def test_a_head_cannot_begin_as_a_module_that_is_not_there():
     target = Target(tiny_model("llama"))
     with pytest.raises(HeadError, match="not loaded from a checkpoint"):
         new_head(target, tiny_head(target).config, torch.arange(128), 0, "mtp")
+
+
+def test_train_takes_the_way_to_begin(targets, tmp_path, capsys):
+    target = targets("qwen3_5")
+    records = [{"prompt_ids": [1, 2], "answer_ids": [3, 4, 5]}]
+    shape = {"num_hidden_layers": 1, "mask_token_id": 127}
+    check_shape(target, shape | {"warm_start": "mtp"})
+    begun, last = (begin_head(target, records, shape | way, 0) for way in ({"warm_start": "mtp"}, {}))
+    block = load_mtp(target).model.layers[0].mtp_block
+    assert torch.equal(begun.layers[0].mlp.up_proj.weight, block.mlp.up_proj.weight)
+    assert torch.equal(last.layers[0].mlp.up_proj.weight, target.layers[-1].mlp.up_proj.weight)
+    folder = save_tiny_target(tmp_path / "without")
+    command = ["train", str(folder), "--out", str(tmp_path / "out"), "--warm-start", "mtp", "--num-prompts", "70"]
+    for more, said in (([], "has no multi-token-prediction modules"), (["--kind", "eagle3"], "--warm-start cannot take effect")):
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
