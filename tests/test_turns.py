@@ -29,15 +29,16 @@ from dspark.head.mtp import MtpHead, load_mtp, own_mtp
 from dspark.target.load import load_target
 from dspark.target.native.runtime import NativeRuntime
 from dspark.target.target import Target
+from dspark.train.run import begin_head, check_shape
 from dspark.train.warmstart import new_head
 from mtp_checkpoints import ALSO_WITH_MTP, WITH_MTP, save_with_mtp
 from oracle import plain_greedy
-from saved import byte_tokenizer
+from saved import byte_tokenizer, save_tiny_target
 from test_arbiter import Head, Table
 from test_chi_square import tiny_modules
 from test_engine import mixed_requests, reference, serve
 from test_mtp import ROUNDING, Compared, committed, drafted
-from tiny import NATIVE_SHAPE, tiny_head, tiny_model
+from tiny import NATIVE_SHAPE, tiny_head, tiny_model, tiny_recurrent
 
 PROMPT = [3, 17, 99, 45, 8, 8, 101, 64, 3, 17, 99]  # longer than the tiny models' window of 8
 NUM_NEW = 24
@@ -211,11 +212,16 @@ def test_a_draft_that_its_first_token_ends_says_what_was_asked(targets):
 
 @pytest.mark.parametrize("flushed", [2, 20, 36])
 @pytest.mark.parametrize("size", [20, 30, 36])
-@pytest.mark.parametrize(("family", "count"), [("deepseek_v3", 1), ("llama", 1), ("llama", 3)])
+@pytest.mark.parametrize(("family", "count"), [("deepseek_v3", 1), ("llama", 1), ("llama", 3), ("eagle3", 1)])
 def test_a_forked_drafter_drafts_what_a_new_one_does(family, count, size, flushed, targets):
     """Texts that are alike in `size` tokens and as many more as there are modules; or the whole of the first one's."""
-    target = targets(family) if family != "llama" else Target(tiny_model("llama"))
-    head = load_mtp(target) if family != "llama" else MtpHead(*with_target(target, count))
+    target = targets(family) if family == "deepseek_v3" else Target(tiny_model("llama"))
+    heads = {
+        "deepseek_v3": load_mtp,
+        "llama": lambda _: MtpHead(*with_target(target, count)),
+        "eagle3": lambda _: tiny_recurrent(target, "eagle3"),
+    }
+    head = heads[family](target)
     ids = torch.randint(128, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     first = MtpDrafter(head, target, 4)
     features = target.prefill(target.start(), ids[:36])
@@ -233,7 +239,8 @@ def test_a_forked_drafter_drafts_what_a_new_one_does(family, count, size, flushe
     for drafter, text in ((forked, other), (fresh, other)):
         drafter.made = drafted(drafter, text, 4)
     assert forked.made[0] == fresh.made[0]
-    assert (forked.made[1] - fresh.made[1]).abs().max() < ROUNDING
+    for k in range(4):
+        assert (forked.made[1][k] - fresh.made[1][k]).abs().max() < ROUNDING
     assert first.num_bytes == before
     again = committed(MtpDrafter(head, target, 4), target, ids[:37])
     assert drafted(first, ids[:37], 4)[0] == drafted(again, ids[:37], 4)[0]  # the lender is as it was
@@ -516,3 +523,19 @@ def test_a_head_cannot_begin_as_a_module_that_is_not_there():
     target = Target(tiny_model("llama"))
     with pytest.raises(HeadError, match="not loaded from a checkpoint"):
         new_head(target, tiny_head(target).config, torch.arange(128), 0, "mtp")
+
+
+def test_train_takes_the_way_to_begin(targets, tmp_path, capsys):
+    target = targets("qwen3_5")
+    records = [{"prompt_ids": [1, 2], "answer_ids": [3, 4, 5]}]
+    shape = {"num_hidden_layers": 1, "mask_token_id": 127}
+    check_shape(target, shape | {"warm_start": "mtp"})
+    begun, last = (begin_head(target, records, shape | way, 0) for way in ({"warm_start": "mtp"}, {}))
+    block = load_mtp(target).model.layers[0].mtp_block
+    assert torch.equal(begun.layers[0].mlp.up_proj.weight, block.mlp.up_proj.weight)
+    assert torch.equal(last.layers[0].mlp.up_proj.weight, target.layers[-1].mlp.up_proj.weight)
+    folder = save_tiny_target(tmp_path / "without")
+    command = ["train", str(folder), "--out", str(tmp_path / "out"), "--warm-start", "mtp", "--num-prompts", "70"]
+    for more, said in (([], "has no multi-token-prediction modules"), (["--kind", "eagle3"], "--warm-start cannot take effect")):
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()

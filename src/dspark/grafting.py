@@ -16,7 +16,7 @@ from dspark.core.sampling import Streams
 from dspark.errors import SettingError
 from dspark.generation import make_drafter, make_planner, split_law
 from dspark.head.folder import refuse_other_target
-from dspark.head.head import Head
+from dspark.head.recurrent import AnyHead
 from dspark.target.load import say, say_rollback, use_runtime
 from dspark.target.target import Target
 
@@ -25,7 +25,7 @@ UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "o
 
 
 def graft(
-    model, head: Head | None, runtime: str = "auto", plan: str | None = None, rollback: str = "auto", drafter: str | None = None
+    model, head: AnyHead | None, runtime: str = "auto", plan: str | None = None, rollback: str = "auto", drafter: str | None = None
 ) -> None:
     """From now on `model.generate(...)` drafts with `head`, or by the `drafter` of this name as in `dspark.generate`, of which mtp,
     auto (for a model with multi-token-prediction modules) and lookup need no head. One prompt a call; sampling, greedy

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         choices=DRAFTERS,
         default="auto",
-        help="who drafts, besides prompt lookup: dspark (the head), mtp (the target's own multi-token-prediction modules), lookup (nobody) "
+        help="who drafts, besides prompt lookup: dspark (the head), mtp (a head of that kind, or the target's own multi-token-prediction "
+        "modules), lookup (nobody) "
         "(default auto: head and modules, where there are some, by round)",
     )
     parser.add_argument(

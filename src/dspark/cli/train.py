@@ -19,7 +19,7 @@ SHAPE = {
     "sequential": ("markov_head_type", "vanilla"), "draft_vocab": ("draft_vocab_size", 8192), "taps": ("target_layer_ids", None),
 }  # fmt: skip
 # What says nothing of heads of one recurrent layer.
-NOT_RECURRENT = ("layers", "rank", "sequential", "confidence")
+NOT_RECURRENT = ("layers", "rank", "sequential", "confidence", "warm_start")
 CONFIG = TrainConfig()
 SERVED_TOKENS = 1024  # of an answer from a server: one that is cut is not used
 CONCURRENCY, MOST_AT_ONCE = 8, 1024
@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "start_from": None,
     "kind": "dspark",
     "chain": None,
+    "warm_start": "last",
     **{option: default for option, (_, default) in SHAPE.items()},
     **STEPS,
 }
@@ -60,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="mtp, eagle3: steps of its chain that training walks (default 1 for mtp, the block for eagle3)",
+    )
+    shape.add_argument(
+        "--warm-start",
+        choices=("last", "mtp"),
+        help="what the first draft layer starts as: the target's own layer, or its first multi-token-prediction module (default last)",
     )
     shape.add_argument("--start-from", metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it")
     shape.add_argument("--layers", type=int, metavar="L", help="draft layers (default 2)")
@@ -292,7 +298,7 @@ def flag(name: str) -> str:
 
 def head_shape(options: argparse.Namespace) -> dict:
     """The shape asked for; beside --start-from, whose head has one, at most a larger rank. Raises `SettingError` for what cannot take effect."""
-    given = [name for name in ("kind", "chain", *SHAPE, "confidence") if getattr(options, name) is not None]
+    given = [name for name in ("kind", "chain", "warm_start", *SHAPE, "confidence") if getattr(options, name) is not None]
     if options.start_from is not None:
         other = [name for name in given if name not in ("rank", "confidence")]
         if other:
@@ -311,6 +317,8 @@ def head_shape(options: argparse.Namespace) -> dict:
         raise SettingError(f"--taps is {options.taps!r}", "give layer numbers with commas, like 1,8,15,22,29") from error
     if kind == "dflash":
         shape["markov_rank"] = 0
+    if options.warm_start == "mtp":
+        shape["warm_start"] = "mtp"
     if kind in RECURRENT_KINDS:
         kept = ("num_key_value_heads", "block_size", "draft_vocab_size", "target_layer_ids")
         return {"kind": kind, "trained_steps": options.chain} | {name: shape[name] for name in kept}

@@ -21,6 +21,7 @@ from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
 from dspark.head.folder import dspark_only, load_head, save_head
 from dspark.head.head import Head
+from dspark.head.mtp import load_mtp
 from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.measure.calibrate import LAWS, calibrate
 from dspark.profiling import device_name
@@ -374,6 +375,8 @@ def check_shape(target: Target, shape: dict) -> None:
         raise SettingError(f"{shape['num_hidden_layers']} draft layers are more than the target's {target.num_layers}")
     if shape.get("kind") == "eagle3" and target.num_layers < EAGLE3_LAYERS:
         raise SettingError(f"an eagle3 head reads {EAGLE3_LAYERS} layers, and the target has {target.num_layers}", "train another --kind")
+    if shape.get("warm_start") == "mtp":
+        load_mtp(target)  # which raises where there is none
     taps = shape.get("target_layer_ids") or []
     if any(tap >= target.num_layers for tap in taps):
         raise SettingError(
@@ -399,7 +402,7 @@ def begin_head(target: Target, records: Sequence[dict], shape: dict, seed: int) 
     """A new head of this shape, not yet trained."""
     if shape.get("kind") in RECURRENT_KINDS:
         return new_recurrent_head(target, *choose_recurrent_shape(target, records, shape), seed)
-    return new_head(target, *choose_shape(target, records, shape), seed)
+    return new_head(target, *choose_shape(target, records, shape), seed, shape.get("warm_start", "last"))
 
 
 def listed(taps: Sequence[int]) -> str:
