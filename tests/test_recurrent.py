@@ -371,7 +371,7 @@ def test_a_resumed_run_equals_an_unbroken_one(kind, optimizer, target, tmp_path)
     assert any(not torch.equal(straight[name], other[name]) for name in straight)
 
 
-@pytest.mark.parametrize(("kind", "chain"), [("mtp", 1), ("mtp", 3), ("eagle3", 3)])
+@pytest.mark.parametrize(("kind", "chain"), [pytest.param("mtp", 1, marks=pytest.mark.slow), ("mtp", 3), ("eagle3", 3)])
 def test_training_raises_the_acceptance_and_the_chain_what_comes_after(kind, chain, target, tmp_path):
     """On the target's own greedy answers, those in training among them: a random target has nothing to teach of others."""
     prompts = [[i % 120 + 1, (7 * i) % 120 + 1] for i in range(28)]
@@ -412,7 +412,7 @@ def test_a_new_head_begins_with_the_targets_last_layer_and_norm(kind, target):
 SHAPE = {"block_size": 3, "draft_vocab_size": 260}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mtp", pytest.param("eagle3", marks=pytest.mark.slow)])
 def test_the_whole_command_from_nothing_to_a_head_that_drafts(kind, tmp_path, capsys, monkeypatch):
     for slow in ("train.run.estimate", "profiling.read_bandwidth"):
         monkeypatch.setattr(f"dspark.{slow}", lambda *arguments, **settings: 1e10)
