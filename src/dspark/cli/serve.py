@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DRAFTERS,
         default="auto",
         help="who drafts, besides prompt lookup: dspark (the head), mtp (a head of that kind, or the target's own multi-token-prediction "
-        "modules), lookup (nobody) "
-        "(default auto: head and modules, where there are some, by round)",
+        "modules), lookup (nobody) (default auto: head and modules, where there are some, by round)",
     )
     parser.add_argument(
         "--plan",
