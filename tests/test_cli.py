@@ -1,5 +1,6 @@
 """The command line: contract of the JSON output, one clear message and exit 2 for a user's mistake."""
 
+import gc
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 
 import dspark.generation
 from dspark.cli.main import VERBS, main
-from dspark.cli.options import cores
+from dspark.cli.options import cores, starting
 from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
 from dspark.head.folder import save_head
@@ -502,3 +503,18 @@ def test_sampling_settings_are_checked_before_anything_is_loaded(capsys):
     for verb in (["generate", "/nowhere", "hi"], ["chat", "/nowhere"]):
         for setting, says in (("--temperature", "temperature is"), ("--seed", "seed is"), ("--max-new-tokens", "max_new_tokens is")):
             assert says in run(capsys, *verb, setting, "-1")[2]
+
+
+def test_the_collector_waits_for_a_start_only():
+    class Failed(Exception):
+        pass
+
+    try:
+        with starting():
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count()
+        with pytest.raises(Failed), starting():
+            raise Failed
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()

@@ -3,6 +3,7 @@ and never in the way of a model or a machine it cannot serve."""
 
 import ctypes
 import hashlib
+import math
 import mmap
 import os
 import platform
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dspark.core.sampling import best
+from dspark.core.sampling import Coupled, best
 from dspark.drafters import DSparkDrafter, PromptLookup
 from dspark.drafters.dspark import Ask, draft_many
 from dspark.errors import LogitsError, RuntimeUnavailable, SettingError
@@ -24,9 +26,9 @@ from dspark.head.folder import load_head, save_head
 from dspark.target.load import load_target
 from dspark.target.native import build
 from dspark.target.native.cache import PAGE_TOKENS
-from dspark.target.native.pages import gather_weights
+from dspark.target.native.pages import gather_weights, let_go, mapped_checkpoints
 from dspark.target.native.runtime import NativeRuntime, reason_against
-from dspark.target.native.stack import MAX_ROWS
+from dspark.target.native.stack import MAX_ROWS, Drawn
 from dspark.target.quantize import is_int8, num_bytes, quantize_int8, rows_of
 from dspark.target.target import Target
 from saved import save_tiny_target
@@ -307,11 +309,115 @@ def test_a_draft_in_one_go_tells_by_how_much_its_tokens_lead_and_stops_at_broken
     generator = torch.Generator().manual_seed(0)
     h, logits = torch.randn(2, 5, head.config.hidden_size, generator=generator), torch.randn(2, 5, len(head.draft_ids), generator=generator)
     logits[1, 3, 2] = float("nan")
-    found = runner.chain([3, 9], list(h), list(logits))
+    found = runner.chain([3, 9], list(h), list(logits), [None, None])
     assert found is not None
     best, expected = logits[0].topk(2).indices[:, 0].tolist(), (-logits[0].topk(2).values.diff())[:, 0]
     assert found[0].choices == best and found[0].margins == pytest.approx(expected.tolist(), rel=1e-5)
     assert found[1].choices[:3] == logits[1, :3].argmax(-1).tolist() and found[1].choices[3:] == [-1, -1]
+
+
+SETTINGS = [
+    {"temperature": 1.0}, {"temperature": 0.3}, {"temperature": 1.5, "top_k": 5}, {"temperature": 0.8, "top_p": 0.7},
+    {"temperature": 1.0, "min_p": 0.2}, {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "min_p": 0.05}, {"temperature": 1e-4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", ["streams", "coupled"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_tokens_drawn_in_one_go_are_those_drawn_one_by_one_from_the_same_laws(settings, noise):
+    target = native("llama", torch.float32)
+    head = tiny_head(target, rank=16, head_dim=16, block_size=5)
+    target.tap(head.config.target_layer_ids)
+    runner = make_runner(head, target)
+    called = []
+    one_go = runner.chain
+    for seed in range(6):
+        drafts = []
+        for chain in (lambda *args: called.append(1) or one_go(*args), lambda *_: None):
+            runner.chain = chain
+            drafter = DSparkDrafter(head, target, runner=runner)
+            drafter.commit(target.score(target.start(), ids_of(20, seed=seed)).features_TMD)
+            random = Coupled(seed) if noise == "coupled" else torch.Generator().manual_seed(seed)
+            drafts += draft_many([Ask(drafter, [*range(19), seed], 5, make_law(**settings), random)])
+        one, other = drafts
+        assert one.tokens == other.tokens
+        assert one.confidences == pytest.approx(other.confidences, abs=2e-6)
+        for k in range(5):
+            assert torch.allclose(one.probs_KV[k], other.probs_KV[k], rtol=2e-5, atol=1e-12)
+            assert torch.equal(one.probs_KV[k] > 0, other.probs_KV[k] > 1e-34)
+            assert one.probs_KV[k].double().sum().item() == pytest.approx(1.0, abs=1e-6)
+            assert one.probs_KV[k][one.tokens[k]] > 0
+    assert len(called) == 6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_in_one_go_ends_where_numbers_are_broken(temperature):
+    target = native("llama")
+    head = tiny_head(target, rank=16, head_dim=16, block_size=5)
+    runner = make_runner(head, target)
+    sound = runner.block
+    for row in (3, 0):
+
+        def broken(*args, row=row):
+            h_RGD, logits_RGV = sound(*args)
+            logits_RGV[0, row, 2] = math.nan
+            return h_RGD, logits_RGV
+
+        runner.block = broken
+        ask = Ask(DSparkDrafter(head, target, runner=runner), [7], 5, make_law(temperature), torch.Generator().manual_seed(0))
+        if row == 0:
+            with pytest.raises(LogitsError):
+                draft_many([ask])
+        else:
+            draft = draft_many([ask])[0]
+            assert len(draft.tokens) == len(draft.probs_KV) == len(draft.confidences) == 3 and draft.num_asked == 5
+
+
+def test_a_drawn_token_is_where_its_number_lies_in_the_reported_law():
+    """Each slice of the cumulative law gives its token; the law is the one returned, with none of probability 0."""
+    target = native("llama", torch.float32)
+    head = tiny_head(target, rank=16, head_dim=16, block_size=5)
+    runner = make_runner(head, target)
+    torch.manual_seed(0)
+    h, base = torch.randn(1, head.config.hidden_size), 3 * torch.randn(1, len(head.draft_ids))
+    base[0, 40:] = -math.inf
+    drawn = {}
+    for u in [0.0, *torch.linspace(0.001, 0.999, 400).tolist(), 1 - 2**-53]:
+        row = base.clone()
+        found = runner.chain([3], [h], [row], [Drawn(1.3, top_k=0, uniforms=[u])])[0]
+        drawn.setdefault(found.choices[0], []).append(u)
+    law = row[0].double()
+    cumulative = law.cumsum(0)
+    assert (law[40:] == 0).all() and len(drawn) > 10
+    for token, numbers in drawn.items():
+        assert law[token] > 0
+        assert cumulative[token] - law[token] - 1e-7 <= min(numbers) and max(numbers) <= cumulative[token] + 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drawn_drafts_do_not_depend_on_company_or_threads(dtype):
+    target = native("llama", dtype)
+    head = tiny_head(target, rank=16, head_dim=16, block_size=5).to(target.model.dtype)
+    runner = make_runner(head, target)
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(4, 5, head.config.hidden_size, generator=generator)
+    base = 3 * torch.randn(4, 5, len(head.draft_ids), generator=generator)
+    how = [None, *(Drawn(0.9, k, p, uniforms=torch.rand(5, generator=generator).tolist()) for k, p in ((0, 1.0), (9, 1.0), (0, 0.8)))]
+    before = torch.get_num_threads()
+    try:
+        outcomes = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            together = base.clone()
+            found = runner.chain([3, 9, 4, 5], list(h), list(together), how)
+            for r in range(4):
+                alone = base[r].clone()
+                assert runner.chain([[3, 9, 4, 5][r]], [h[r]], [alone], how[r : r + 1])[0].choices == found[r].choices
+                assert torch.equal(alone, together[r])
+            outcomes.append((together, [each.choices for each in found]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(rows, outcomes[0][0]) and choices == outcomes[0][1] for rows, choices in outcomes)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -370,7 +476,12 @@ def test_a_saved_head_serves_the_target_at_every_precision(tmp_path):
     for dtype in DTYPES:
         other = native("llama", dtype)
         plain = generate(other, None, ids_of(5), 20).token_ids
-        assert generate(other, load_head(tmp_path, other), ids_of(5), 20).token_ids == plain
+        head = load_head(tmp_path, other)
+        assert generate(other, head, ids_of(5), 20).token_ids == plain
+        places = sorted(tensor.data_ptr() for tensor in (*head.parameters(), *head.buffers()))
+        assert places[-1] - places[0] < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE")  # in one block, and read from there:
+        runner = make_runner(head, other)
+        assert isinstance(runner, NativeRunner) and runner.stack.stack.output.weight == head.output_rows.data_ptr()
 
 
 def test_a_head_of_odd_sizes_drafts_eagerly():
@@ -402,6 +513,46 @@ def test_gathered_weights_are_the_same_weights(dtype):
     assert places[-1] - places[0] < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE")
     assert torch.equal(target.score(target.start(), ids_of(20)).logits_TV, before)
     assert torch.equal(Target(target.model).score(Target(target.model).start(), ids_of(20)).logits_TV, eager)
+
+
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_weights_rounded_on_their_way_from_the_file_are_those_that_transformers_rounds(stored, wanted, tmp_path):
+    model = tiny_model("llama", **NATIVE_SHAPE).to(getattr(torch, stored))
+    model.save_pretrained(tmp_path)
+    target = load_target(tmp_path, dtype=wanted)
+    expected = type(model).from_pretrained(tmp_path, dtype=getattr(torch, wanted))
+    assert target.precision == wanted and target.model.config.dtype == expected.config.dtype
+    assert [(name, str(t.dtype)) for name, t in target.model.state_dict().items()] == [
+        (name, str(t.dtype)) for name, t in expected.state_dict().items()
+    ]
+    assert all(torch.equal(target.model.state_dict()[name], t) for name, t in expected.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(target.model.buffers(), expected.buffers(), strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_a_tensor_in_a_file_is_let_go_and_comes_back_the_same(tmp_path):
+    save_file({"one": torch.arange(2**20), "other": torch.arange(2**20) + 1}, tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    ours, mapped = torch.arange(2**20), mapped_checkpoints()
+    assert tensors["one"].sum() + tensors["other"].sum() > 0  # all of it was read
+    before = resident(tensors["one"])
+    for tensor in (tensors["one"], ours):
+        let_go(tensor, mapped)
+    assert resident(tensors["one"]) < before - 2**20
+    assert torch.equal(tensors["one"], ours) and torch.equal(ours, torch.arange(2**20)) and torch.equal(tensors["other"], ours + 1)
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes in memory of the mapping that a tensor lies in."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        span = line.split()[0].split("-")
+        if len(span) == 2:
+            here = int(span[0], 16) <= tensor.data_ptr() < int(span[1], 16)
+        elif here and line.startswith("Rss:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no such mapping")
 
 
 def test_tied_weights_stay_tied_when_gathered():

@@ -264,6 +264,10 @@ def test_what_was_committed_does_not_keep_a_pass_alive(targets):
     drafter = committed(MtpDrafter(load_mtp(target), target, 4), target, PROMPT)
     drafted(drafter, PROMPT, 4)
     assert drafter.num_bytes < 3 * (drafter.slot_bytes + target.hidden_size * 4) * (len(PROMPT) + 4)
+    features = target.prefill(target.start(), PROMPT)
+    for _ in range(1000):  # rounds of others
+        drafter.commit(features[:2])
+    assert len(drafter.pending) < 15 and sum(map(len, drafter.pending)) == 2000
 
 
 # The engine -------------------------------------------------------------------------------

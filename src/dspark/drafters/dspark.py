@@ -2,18 +2,26 @@
 
 Shapes: R requests, G block size, K drafted tokens, C tokens to choose from, V vocabulary, M tapped layers, D hidden, r Markov rank."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dspark.core.calibration import chances
 from dspark.core.sampling import Coupled, Law, Streams, apply, best, draw, probs
 from dspark.core.verifier import Draft, FewTokens, Joined, Rows
 from dspark.head.context import Chained, Pending, Runner, feature_pool, make_runner
 from dspark.head.head import Head
+from dspark.target.native.stack import Drawn
 from dspark.target.target import Target
+
+# What `Drawn` calls them, in its order.
+WARPERS: dict[type, str] = {
+    TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p", MinPLogitsWarper: "min_p",
+}  # fmt: skip
 
 
 class DSparkDrafter:
@@ -106,6 +114,7 @@ class Block:
     shortlist_KC: torch.Tensor | None
     ids_KC: torch.Tensor
     uniforms: list[float]
+    drawn: Drawn | None  # its law, where it is one that a runner can draw from
     tokens: list[int] = field(default_factory=list)
     laws: list[torch.Tensor] = field(default_factory=list)
     chained: Chained | None = None
@@ -157,12 +166,20 @@ class Block:
                 raise
             self.ended = True  # tokens that led here stay: to drop a draft for what it drew would change the law
 
+    @property
+    def chainable(self) -> bool:
+        """Could a runner draw all of it in one go?"""
+        return self.shortlist_KC is None and (self.greedy or self.drawn is not None) and not self.ask.begun.tokens
+
     def follow(self, chained: Chained) -> None:
-        """Draw all tokens as a runner has chosen them."""
+        """Take all tokens as a runner has chosen them; the rows of drawn ones hold their laws by now."""
         self.chained = chained
-        for k in range(len(self.logits_KC)):
-            if not self.ended:
-                self.attempt(k, chained.choices[k])
+        for k, choice in enumerate(chained.choices[: len(self.logits_KC)]):
+            if choice < 0:
+                self.attempt(k, choice)  # raises for the first token; behind it the draft ends
+                self.ended = True
+                return
+            self.tokens.append(int(self.ids_KC[k, choice]))
 
     def finish(self, h_GD: torch.Tensor, w_Kr: torch.Tensor | None) -> Draft:
         """The draft, with its confidences."""
@@ -186,10 +203,11 @@ class Block:
         laws: Rows
         if self.greedy:
             laws = FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device)
-        elif not self.laws:
+        elif not self.laws and self.chained is None:
             laws = begun
         else:
-            laws = FewTokens(self.ids_KC[len(begun) : num], torch.stack(self.laws), head.config.vocab_size)
+            laws_KC = torch.stack(self.laws) if self.chained is None else self.logits_KC[:num]
+            laws = FewTokens(self.ids_KC[len(begun) : num], laws_KC, head.config.vocab_size)
             laws = Joined(begun, laws) if len(begun) else laws
         return Draft(self.tokens, laws, confidences, margins if recording else None, len(self.logits_KC) if self.ended else 0, uncalibrated)
 
@@ -208,11 +226,10 @@ def draft_many(asks: Sequence[Ask]) -> list[Draft]:
     h_RGD, logits_RGC = runner.block([drafter.context for drafter in drafters], drafters[0].target.embed(anchors))
     blocks = [begin(asks[i], logits_GC) for i, logits_GC in zip(wanting, logits_RGC, strict=True)]
     longest = max(len(block.logits_KC) for block in blocks)
-    greedy = [r for r, block in enumerate(blocks) if block.greedy and block.shortlist_KC is None and not block.ask.begun.tokens]
-    if greedy and (
-        found := runner.chain([blocks[r].last for r in greedy], *[[rows[r, :longest] for r in greedy] for rows in (h_RGD, logits_RGC)])
-    ):
-        for r, chained in zip(greedy, found, strict=True):
+    simple = [r for r, block in enumerate(blocks) if block.chainable]
+    h_R, logits_R = ([rows[r, :longest] for r in simple] for rows in (h_RGD, logits_RGC))
+    if simple and (found := runner.chain([blocks[r].last for r in simple], h_R, logits_R, [blocks[r].drawn for r in simple])):
+        for r, chained in zip(simple, found, strict=True):
             blocks[r].follow(chained)
     w_RKr: list[list[torch.Tensor]] = [[] for _ in blocks]
     state_Rr: torch.Tensor | None = None
@@ -247,7 +264,21 @@ def begin(ask: Ask, logits_GC: torch.Tensor) -> Block:
         logits_KC, shortlist_KC = logits_KC.topk(head.config.num_choices, dim=-1)
     ids_KC = head.draft_ids.expand(num, -1) if shortlist_KC is None else head.draft_ids[shortlist_KC]
     uniforms = [] if isinstance(ask.noise, Coupled) else Streams.uniforms(ask.noise, num)
-    return Block(ask, logits_KC, shortlist_KC, ids_KC, uniforms)
+    return Block(ask, logits_KC, shortlist_KC, ids_KC, uniforms, drawn_by(ask, num, uniforms))
+
+
+def drawn_by(ask: Ask, num: int, uniforms: list[float]) -> Drawn | None:
+    """How the tokens of a draft are drawn, if their law is made of temperature, top-k, top-p and min-p in this order; else None."""
+    law, kinds = ask.law, [type(warper) for warper in ask.law.warpers]
+    plain = all(getattr(w, "min_tokens_to_keep", 1) == 1 and getattr(w, "filter_value", -math.inf) == -math.inf for w in law.warpers)
+    if law.greedy or law.processors or not plain or kinds != [kind for kind in WARPERS if kind in kinds]:
+        return None
+    settings = {name: getattr(warper, name) for warper, name in zip(law.warpers, (WARPERS[kind] for kind in kinds), strict=True)}
+    races: list[torch.Tensor] = []
+    if isinstance(ask.noise, Coupled):
+        head, device = ask.drafter.head, ask.drafter.head.fc.weight.device
+        races = [ask.noise.exponentials(len(ask.ids) + k, head.config.vocab_size, device) for k in range(num)]
+    return Drawn(**{"temperature": 1.0, **settings}, uniforms=uniforms, races=races)
 
 
 def law_of_choices(law: Law, prefix: Sequence[int], logits_C: torch.Tensor, ids_C: torch.Tensor, vocab_size: int) -> torch.Tensor | None:

@@ -55,6 +55,8 @@ class MtpDrafter:
         """Kept until the next draft, which knows the tokens after them: while others draft, or nobody does, this costs nothing."""
         # a copy, since a view would keep alive all that the pass gave
         self.pending.append(self.target.of_layers(features_TMD, self.layer_ids).clone())
+        while len(self.pending) > 1 and len(self.pending[-1]) >= len(self.pending[-2]):  # few tensors, however many rounds
+            self.pending[-2:] = [torch.cat(self.pending[-2:])]
         self.num_committed += len(features_TMD)
 
     @property

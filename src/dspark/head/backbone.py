@@ -28,7 +28,8 @@ class Rotary:
 
     def __init__(self, config: Shape):
         E = config.head_dim
-        self.inverse = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32) / E)
+        # Numbers, where parameters are only shapes yet (the meta device): there is nothing to load them from.
+        self.inverse = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32, device="cpu") / E)
 
     def move(self, device: torch.device) -> None:
         """Once, not in every pass."""

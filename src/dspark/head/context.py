@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from dspark.head.head import Head
 from dspark.target.native.cache import PAGE_TOKENS, Cache, Page, Pool, pages_for
-from dspark.target.native.stack import NativeStack, Rows
+from dspark.target.native.stack import Drawn, NativeStack, Rows
 from dspark.target.target import Target
 
 
@@ -84,8 +84,8 @@ def feature_pool(runner: "Runner", features_TMD: torch.Tensor) -> Pool:
 
 
 class Chained(NamedTuple):
-    """A greedy draft: where its tokens are in the draft vocabulary (-1: no number was finite, from there on), the logits of their
-    confidences if the head has any, and by how much each token's logit leads the next best."""
+    """A draft: where its tokens are in the draft vocabulary (-1: no number was finite, from there on), the logits of their
+    confidences if the head has any, and by how much each row's best logit leads the next best."""
 
     choices: list[int]
     confidences: list[float] | None
@@ -115,9 +115,12 @@ class Runner(Protocol):
         """Add the sequential head's bias W2 z to rows of logits [Vd], in place; where each largest sum is (-1: nowhere)."""
         ...
 
-    def chain(self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor]) -> list[Chained] | None:
-        """Greedy drafts after the anchors from hidden states [K, D] and base logits [K, Vd] of each request, to which the biases are
-        added in place. None: this runner takes one token at a time."""
+    def chain(
+        self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor], drawn_R: Sequence[Drawn | None]
+    ) -> list[Chained] | None:
+        """Drafts after the anchors from hidden states [K, D] and base logits [K, Vd] of each request, to which the biases are
+        added in place: greedily (None), or drawn, and the rows of drawn tokens become their laws. None: this runner takes one token
+        at a time."""
         ...
 
 
@@ -175,7 +178,9 @@ class EagerRunner:
     def add_bias(self, logits_R: Sequence[torch.Tensor], z_Rr: torch.Tensor) -> list[int]:
         return add_bias(self.head, logits_R, z_Rr)
 
-    def chain(self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor]) -> list[Chained] | None:
+    def chain(
+        self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor], drawn_R: Sequence[Drawn | None]
+    ) -> list[Chained] | None:
         return None
 
     def _views(self, context: Context, like: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -232,11 +237,13 @@ class NativeRunner:
     def add_bias(self, logits_R: Sequence[torch.Tensor], z_Rr: torch.Tensor) -> list[int]:
         return add_bias(self.head, logits_R, z_Rr) if self.w2 is None else self.stack.bias(self.w2, z_Rr, logits_R)
 
-    def chain(self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor]) -> list[Chained] | None:
+    def chain(
+        self, anchors: Sequence[int], h_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor], drawn_R: Sequence[Drawn | None]
+    ) -> list[Chained] | None:
         markov = self.head.markov_head
         if self.w2 is None or markov is None or self.head.config.markov_head_type != "vanilla":
             return None
-        found = self.stack.chain(markov.markov_w1.weight, self.w2, self.head.draft_ids, self.confidence, anchors, h_R, logits_R)
+        found = self.stack.chain(markov.markov_w1.weight, self.w2, self.head.draft_ids, self.confidence, anchors, h_R, logits_R, drawn_R)
         return [Chained(choices, c if self.confidence is not None else None, margins) for choices, c, margins in found]
 
 

@@ -24,6 +24,7 @@ from typing import Any, overload
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dspark.config import MAX_BLOCK, RECURRENT_KINDS, SEQUENTIAL_HEADS, HeadConfig, RecurrentConfig
 from dspark.errors import HeadError
@@ -33,6 +34,7 @@ from dspark.head.head import Head
 from dspark.head.recurrent import NETWORKS, AnyHead, RecurrentHead
 from dspark.prompts import read_json
 from dspark.target import demo, hub
+from dspark.target.native.pages import gather_weights
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
@@ -364,7 +366,7 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
     draft_ids = read_vocabulary_map(config, weights, f"{folder}/model.safetensors")
     refuse_other_tensors(config, weights, f"{folder}/model.safetensors")
     head = empty_head(config, draft_ids, target)
-    head.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    head.load_state_dict(weights)
     target.tap(config.target_layer_ids)
     golden = golden_file(folder)
     if section or golden.exists():  # heads of other projects come without
@@ -373,7 +375,10 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
         head.calibration = calibration.read_calibration(folder, head.config.block_size) if calibrated else None
         if head.calibration is not None:
             calibration.refuse_other_pair(head.calibration, head, target, folder)
-    return head.to(device=target.device, dtype=target.model.dtype).eval()
+    head.to(device=target.device, dtype=target.model.dtype).eval()
+    if target.runtime is not None:
+        gather_weights(head)
+    return head
 
 
 def read_vocabulary_map(config: HeadConfig | RecurrentConfig, weights: dict[str, torch.Tensor], where: str) -> torch.Tensor:
@@ -416,10 +421,12 @@ def empty_head(config: HeadConfig | RecurrentConfig, draft_ids: torch.Tensor, ta
     mask = torch.empty(0)
     if isinstance(config, HeadConfig):
         mask = target.embed(torch.tensor(config.mask_token_id, device=target.device)).detach().float().cpu()
-    head = network(config, draft_ids, rows, mask, target.embed)
-    for parameter in head.parameters():
-        parameter.data.fill_(float("nan"))
-        parameter.requires_grad_(False)
+    with torch.device("meta"):  # no memory yet, so no time for random numbers that nobody reads
+        head = network(config, draft_ids, rows, mask, target.embed)
+    for module in head.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.full(parameter.shape, float("nan")), requires_grad=False)
     return head.eval()
 
 

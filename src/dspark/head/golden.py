@@ -6,6 +6,7 @@ wrong file, tap or convention gives plausible text and bad drafts; here it shows
 
 Shapes: T tokens, W tokens with features, M tapped layers, D hidden, G block size, C columns of logits, V draft vocabulary."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -300,5 +301,6 @@ def refuse_misshapen(golden: dict[str, torch.Tensor], head: AnyHead, target: Tar
 
 def refuse_broken(tensors: dict[str, torch.Tensor], where: str, hint: str) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        # One pass without a copy: a NaN is both ends, an infinity one of them.
+        if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
             raise HeadError(f"{where}: NaN or infinity in {name}", hint)

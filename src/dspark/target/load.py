@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 from dspark.errors import RuntimeUnavailable, SettingError, TargetError, UserError
 from dspark.target import demo, hub
-from dspark.target.native.runtime import NativeRuntime
+from dspark.target.graphs import Graphs
+from dspark.target.native.pages import gather_weights
+from dspark.target.native.runtime import ARCHITECTURES, NativeRuntime
 from dspark.target.quantize import quantize_int8
 from dspark.target.rollback import check_wish
 from dspark.target.target import Target
@@ -22,7 +25,7 @@ DTYPES = {
 }  # fmt: skip
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.tiktoken")
-RUNTIMES = ("auto", "native", "eager")
+RUNTIMES = ("auto", "native", "eager", "graph")
 
 
 def say(text: str) -> None:
@@ -32,10 +35,10 @@ def say(text: str) -> None:
 def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", runtime: str = "auto", rollback: str = "auto") -> Target:
     """Load a Hugging Face causal LM. `dtype` auto takes the checkpoint's own precision, float32 for one that is not supported.
 
-    `runtime` is `eager` (transformers' modules), `native` (docs/runtime.md), or `auto`: native where it runs. `rollback` is `auto`, or
+    `runtime` is `eager` (transformers' modules), `native` or `graph` (docs/runtime.md), or `auto`: native where it runs. `rollback` is `auto`, or
     `snapshot`: take a model whose caches no test covers, if it rolls back exactly here.
     Raises `TargetError` for an unknown name or a model that cannot be rolled back, `SettingError` for an
-    unknown precision, runtime or rollback, `RuntimeUnavailable` where `native` was asked for and cannot run."""
+    unknown precision, runtime or rollback, `RuntimeUnavailable` where `native` or `graph` was asked for and cannot run."""
     if dtype not in DTYPES:
         raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     check_runtime(runtime)
@@ -50,14 +53,29 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(f"no folder {name}", f"{like(name)}give a folder written by `save_pretrained`, a hub id, or {demo.NAME}")
     source, cached_only = (where, False) if where.is_dir() else (str(name), not hub.answers())
     try:
-        loaded: Any = model_class(source, cached_only).from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source, local_files_only=cached_only)
+        # Weights that are to be gathered (pages.py) stay in the file until then, and are rounded on their way.
+        runs = (config.architectures or [""])[0] in ARCHITECTURES and getattr(config, "quantization_config", None) is None
+        gathers = runs and runtime in ("auto", "native") and str(device) == "cpu" and dtype != "int8"
+        loaded: Any = model_class(config).from_pretrained(
+            source, dtype="auto" if gathers else DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
         )
         model, loading = loaded
-        if model.dtype not in (torch.float32, torch.bfloat16):
+        wanted: Any = model.dtype if dtype == "auto" else DTYPES[dtype]
+        if wanted not in (torch.float32, torch.bfloat16):
             say(
-                f"{name} is stored in {str(model.dtype).removeprefix('torch.')}, which is taken up in float32; --dtype bfloat16 takes half the memory"
+                f"{name} is stored in {str(wanted).removeprefix('torch.')}, which is taken up in float32; --dtype bfloat16 takes half the memory"
             )
+            wanted = torch.float32
+        with ThreadPoolExecutor(1) as beside:  # copying leaves the interpreter free
+            gathered = beside.submit(gather_weights, model, wanted) if gathers else None
+            tokenizer = load_tokenizer(source, cached_only)
+            if gathered is not None:
+                gathered.result()
+                model.config.dtype = wanted
+        if model.dtype not in (torch.float32, torch.bfloat16):
             model.float()
         move(model, device)
         if dtype == "int8":
@@ -77,24 +95,22 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(
             f"{name} lacks {len(missing)} of the model's tensors, {missing[0]} among them", "restore the folder; it is not a whole model"
         )
-    target = Target(model, load_tokenizer(source, cached_only), name=str(name), rollback_by=rollback)
+    target = Target(model, tokenizer, name=str(name), rollback_by=rollback)
     say_rollback(target, say)
-    use_runtime(target, runtime, gather=True)
+    use_runtime(target, runtime, gather=not gathers)
     return target
 
 
-def model_class(source: str | Path, cached_only: bool) -> Any:
+def model_class(config: Any) -> Any:
     """AutoModelForCausalLM, or what reads images too for a family that has no class for text alone (Step-3.7)."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
     )
 
-    config = type(AutoConfig.from_pretrained(source, local_files_only=cached_only))
-    wrapped = config not in MODEL_FOR_CAUSAL_LM_MAPPING and config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    wrapped = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
 
 
@@ -153,13 +169,16 @@ def check_runtime(name: str) -> None:
 def use_runtime(target: Target, name: str, gather: bool = False) -> None:
     """Give the target the runtime of this name; `gather` lets it move the weights to where it reads them fastest.
 
-    Raises `SettingError`, or `RuntimeUnavailable` where `native` cannot run."""
+    Raises `SettingError`, or `RuntimeUnavailable` where `native` or `graph` cannot run."""
     check_runtime(name)
     if name == "eager":
         return
     try:
-        target.runtime = NativeRuntime(target.model, say, gather)
+        if name == "graph":
+            target.graphs = Graphs(target.model)
+        else:
+            target.runtime = NativeRuntime(target.model, say, gather)
     except RuntimeUnavailable as error:
-        if name == "native":
+        if name != "auto":
             raise
         say(f"decoding eagerly: {error.message}")

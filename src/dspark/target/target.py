@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dspark.core.decode import Scored
 from dspark.errors import LogitsError, PromptError, RuntimeUnavailable, TargetError
 from dspark.target.delta import recorded
+from dspark.target.graphs import Graphs, Slot
 from dspark.target.native.runtime import NativeRuntime, Piece
 from dspark.target.native.stack import Cache as NativeCache
 from dspark.target.quantize import is_int8, rows_of
@@ -40,7 +41,7 @@ class Undo:
 class State:
     """What the target remembers of one request: its cache holds `num_tokens` tokens."""
 
-    cache: DynamicCache | NativeCache
+    cache: DynamicCache | NativeCache | Slot
     num_tokens: int = 0
     undo: Undo | None = None
 
@@ -66,6 +67,7 @@ class Target:
     name: str = ""
     layer_ids: tuple[int, ...] = ()
     runtime: NativeRuntime | None = None  # None: transformers' own modules, eagerly
+    graphs: Graphs | None = None  # those modules' passes as CUDA graphs, for one request at a time
     rollback_by: str = "auto"
     mtp: Any = field(default=None, repr=False)  # its multi-token-prediction modules, once loaded; False: it has none (head/mtp.py)
     _captured: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -109,7 +111,7 @@ class Target:
 
     @property
     def runtime_name(self) -> str:
-        return "eager" if self.runtime is None else "native"
+        return "native" if self.runtime is not None else "eager" if self.graphs is None else "graph"
 
     def fingerprint(self) -> list:
         """What tells these weights from others: name, precision, shape, and a hash of the first output rows' bytes."""
@@ -173,7 +175,8 @@ class Target:
                 return State(self.runtime.start())
             except RuntimeUnavailable as reason:
                 warnings.warn(f"decoding eagerly: {reason.message}", stacklevel=2)
-        return State(self.forgets.new_cache())
+        slot = None if self.graphs is None else self.graphs.start()
+        return State(slot or self.forgets.new_cache())
 
     def score(self, state: State, tokens: Sequence[int], num_logits: int | None = None) -> Scored:
         """Append `tokens` to the state in one pass; logits for all rows, or the last `num_logits`.
@@ -193,7 +196,7 @@ class Target:
             described = [Piece(cast(NativeCache, state.cache), state.num_tokens, tokens, count) for state, tokens, count in pieces]
             scored = self.runtime.score(described, self.layer_ids)
         else:
-            scored = [self._score_eagerly(*piece) for piece in pieces]
+            scored = [self._score_in_slot(*piece) if isinstance(piece[0].cache, Slot) else self._score_eagerly(*piece) for piece in pieces]
         for state, tokens, _ in pieces:
             state.num_tokens += len(tokens)
         return scored
@@ -204,6 +207,16 @@ class Target:
         output = self._forward(cache, tokens, num_logits, verifies)
         features_TMD = self.captured()[0] if self.layer_ids else torch.empty(len(tokens), 0, self.hidden_size, device=self.device)
         return Scored(output.logits[0, output.logits.shape[1] - num_logits :].float(), features_TMD)
+
+    def _score_in_slot(self, state: State, tokens: Sequence[int], num_logits: int) -> Scored:
+        def forward(ids_1T: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            logits_1TV = self.model(input_ids=ids_1T, past_key_values=cache, use_cache=True).logits
+            none = torch.empty(ids_1T.shape[1], 0, self.hidden_size, device=ids_1T.device)
+            return logits_1TV[0], self.captured()[0] if self.layer_ids else none
+
+        assert self.graphs is not None
+        logits_TV, features_TMD = self.graphs.rows(tokens, state.num_tokens, self.layer_ids, forward)
+        return Scored(logits_TV[len(tokens) - num_logits :], features_TMD)
 
     def _forward(self, cache: DynamicCache, tokens: Sequence[int], num_logits: int, verifies: bool) -> Any:
         ids = torch.tensor([list(tokens)], device=self.device)
@@ -243,7 +256,7 @@ class Target:
         """Forget the last `num_rejected` scored tokens; call it once after every `score`, with 0 too."""
         undo, state.undo = state.undo, None
         state.num_tokens -= num_rejected
-        if isinstance(state.cache, NativeCache):
+        if isinstance(state.cache, NativeCache | Slot):
             return  # it overwrites what lies past its tokens
         if not num_rejected or not self.forgets.replays:
             self.forgets.crop(state.cache, num_rejected)
@@ -257,13 +270,18 @@ class Target:
 
     def can_shorten(self, state: State) -> bool:
         """Can its first tokens be had without the others, however many?"""
-        return isinstance(state.cache, NativeCache) or self.forgets.can_shorten(state.cache)
+        return isinstance(state.cache, NativeCache | Slot) or self.forgets.can_shorten(state.cache)
 
     def fork(self, state: State, num_tokens: int) -> State | None:
         """A state of its own that holds the first `num_tokens` tokens of this one; None where the cache cannot give them: a sliding
         window has forgotten what it would need, and a recurrent state cannot be taken back. All tokens can always be had."""
         if isinstance(state.cache, NativeCache):
             return State(state.cache.fork(num_tokens), num_tokens)
+        if isinstance(state.cache, Slot):
+            copied = DynamicCache(config=self.model.config)
+            for index, layer in enumerate(state.cache.layers if num_tokens else []):
+                copied.update(layer.keys[:, :, :num_tokens].clone(), layer.values[:, :, :num_tokens].clone(), index)
+            return State(copied, num_tokens)
         if num_tokens < state.num_tokens and not self.can_shorten(state):
             return None
         forked = State(copy.deepcopy(state.cache), num_tokens)

@@ -6,6 +6,7 @@ import mmap
 from typing import Any
 
 import torch
+from torch import nn
 
 HUGE = 2**21
 ALIGNMENT = 64
@@ -25,27 +26,58 @@ def huge_block(size: int) -> torch.Tensor | None:
     return memory[start : start + size]
 
 
-def gather_weights(model: Any) -> bool:
-    """Move the model's parameters into one such block, each after the other; they stay the model's and in its layout.
+def gather_weights(model: Any, dtype: torch.dtype | None = None) -> bool:
+    """Move the model's parameters and buffers into one such block, each after the other; they stay the model's and in its layout.
+    Parameters are rounded to `dtype`, if one is named.
 
-    Memory grows by one tensor at most, while it is copied. False where the system has no huge pages to ask for."""
-    tensors = [(p, getattr(p, "qdata", p.data)) for p in model.parameters()]
-    size = sum(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for _, t in tensors)
-    memory = huge_block(size)
-    if memory is None:
-        return False
-    start = 0
-    for parameter, tensor in tensors:
-        place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        place.copy_(tensor)
-        if tensor is getattr(parameter, "qdata", None):
-            parameter.qdata = place  # torchao's 8-bit tensor
+    Memory grows by one tensor at most, while it is copied: what was mapped from a checkpoint is let go tensor by tensor. False where
+    the system has no huge pages to ask for; then each parameter has memory of its own, and that precision."""
+    owners = [*model.parameters(), *model.buffers()]
+    kinds: list[torch.dtype] = [
+        dtype
+        if dtype is not None and isinstance(owner, nn.Parameter) and owner.is_floating_point()
+        else getattr(owner, "qdata", owner).dtype
+        for owner in owners
+    ]
+    sizes = [-(-owner.numel() * kind.itemsize // ALIGNMENT) * ALIGNMENT for owner, kind in zip(owners, kinds, strict=True)]
+    memory = huge_block(sum(sizes))
+    mapped, start = mapped_checkpoints(), 0
+    for owner, kind, size in zip(owners, kinds, sizes, strict=True):
+        tensor = getattr(owner, "qdata", owner.data)
+        if memory is not None:
+            place = memory[start : start + tensor.numel() * kind.itemsize].view(kind).view(tensor.shape)
+            place.copy_(tensor)
+            start += size
         else:
-            parameter.data = place
-        start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    del tensors, tensor
+            place = tensor.to(kind)
+        if hasattr(owner, "qdata"):
+            owner.qdata = place  # torchao's 8-bit tensor
+        else:
+            owner.data = place
+        let_go(tensor, mapped)
+        del tensor
     give_back_freed_memory()
-    return True
+    return memory is not None
+
+
+def mapped_checkpoints() -> list[tuple[int, int]]:
+    """Addresses, from and to, of the safetensors files that are mapped into this process; none where the system does not tell."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            ranges = [line.split(maxsplit=1)[0].split("-") for line in file if line.rstrip().endswith(".safetensors")]
+    except OSError:
+        return []
+    return [(int(first, 16), int(last, 16)) for first, last in ranges]
+
+
+def let_go(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
+    """Of a tensor that lies in a mapped file, and that nobody writes to: its pages need no memory of this process any longer. Who reads
+    them again gets them from the file."""
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    if any(low <= first and last <= high for low, high in mapped):
+        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        if last > first:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def give_back_freed_memory() -> None:

@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -517,7 +518,16 @@ struct Pass {
     float* normed;   // [num_logits, D] the states behind the logits
     int32_t* best;   // [num_logits] where the largest logit is, the first of equals; -1 where none is or one is no number
 };
-// Greedy drafts of R requests, G tokens each, through a sequential head whose bias is W2 W1[previous token] (paper eq. 5).
+// What a drafted token is drawn by. Temperature 0: it is the best of its row. Else from the softmax at this temperature of what
+// top-k (0: all), top-p and min-p leave, in this order: the one whose slice of the cumulative law holds a uniform number, or, where there
+// are races, the one whose probability divided by its race's number is largest.
+struct Sampling {
+    float temperature, top_p, min_p;
+    int32_t top_k;
+    const double* uniforms;      // [G] in [0, 1)
+    const float* const* races;   // [G] of [V], by target id; or null, all or single ones
+};
+// Drafts of R requests, G tokens each, through a sequential head whose bias is W2 W1[previous token] (paper eq. 5).
 struct Chain {
     Linear w2;                // [Vd, r]
     const void* w1;           // [V, r], in the precision of the stack's weights
@@ -525,8 +535,9 @@ struct Chain {
     const float* confidence;  // [D + r + 1] weights and bias of the confidence head (paper eq. 7); null for none
     const float* const* hidden;  // [R] of [G, D]
     const int64_t* anchors;   // [R] the token before each draft
-    float* const* logits;     // [R] of [G, Vd] base logits; the bias is added
-    int32_t* choices;         // [R, G] which draft tokens are the largest, as `best` above; -1 also for all after a -1
+    const Sampling* sampling; // [R]
+    float* const* logits;     // [R] of [G, Vd] base logits; the bias is added, and where a token is drawn its row becomes its law
+    int32_t* choices;         // [R, G] which draft tokens, -1 as in `best` above, then also for all after it
     float *confidences;       // [R, G] logits
     float *margins;           // [R, G] the largest logit less the second
     int32_t num_requests, num_tokens, threads;
@@ -630,6 +641,95 @@ struct Largest {
                     most = std::max(most, x);
                 }
         return most - next;
+    }
+};
+
+// Makes laws of rows of logits and draws from them. One thread has a whole row, so the bits do not depend on how many threads there are.
+class Drawing {
+    std::vector<float> sorted;
+    std::vector<double> up_to;  // the law's sum up to the end of each sixteen
+
+    static double sum_of(f16v v) {
+        typedef float f8v __attribute__((vector_size(32)));
+        typedef double d8v __attribute__((vector_size(64)));
+        f8v low, high; memcpy(&low, &v, 32); memcpy(&high, (const char*)&v + 32, 32);
+        d8v sum = __builtin_convertvector(low, d8v) + __builtin_convertvector(high, d8v);
+        for (int width = 4; width; width /= 2)
+            for (int i = 0; i < width; i++) sum[i] = sum[i] + sum[i + width];
+        return sum[0];
+    }
+
+    // The least weight that stays, where the largest is 1.
+    float least_kept(const float* weights, int n, const Sampling& how) {
+        float least = 0.0f;
+        if (how.top_k > 0 && how.top_k < n) {
+            sorted.assign(weights, weights + n);
+            std::nth_element(sorted.begin(), sorted.begin() + how.top_k - 1, sorted.end(), std::greater<float>());
+            least = sorted[how.top_k - 1];
+        }
+        if (how.top_p < 1.0f) {
+            double total = 0.0, left = 0.0;
+            for (int i = 0; i < n; i++) total += weights[i] >= least ? weights[i] : 0.0f;
+            const double leave = (1.0 - how.top_p) * total;
+            const float small = std::max(least, float(leave / n));  // what is below goes, all of it together is less than may go
+            sorted.clear();
+            for (int i = 0; i < n; i++) {
+                if (weights[i] >= small) sorted.push_back(weights[i]);
+                else if (weights[i] >= least) left += weights[i];
+            }
+            std::sort(sorted.begin(), sorted.end());
+            least = 1.0f;
+            for (const float weight : sorted)
+                if ((left += weight) > leave) { least = weight; break; }
+        }
+        return std::max(least, how.min_p);
+    }
+
+    int raced(const float* law, const float* race, int n, const int64_t* ids) const {
+        int winner = 0;
+        float most = -1.0f;
+        for (int i = 0; i < n; i++)
+            if (law[i] > 0.0f && law[i] / race[ids[i]] > most) most = law[i] / race[ids[i]], winner = i;
+        return winner;
+    }
+
+    // Where `uniform` lies in the cumulative law; never at a probability of 0.
+    int at(const float* law, double uniform, int n) const {
+        const double place = uniform * up_to.back();
+        const int block = int(std::upper_bound(up_to.begin(), up_to.end() - 1, place) - up_to.begin());
+        double sum = block ? up_to[block - 1] : 0.0;
+        int last = -1;
+        for (int i = 16 * block; i < 16 * block + 16; i++)
+            if (law[i] > 0.0f) {
+                last = i;
+                if ((sum += law[i]) > place) break;
+            }
+        while (last < 0 || law[last] <= 0.0f) last = last > 0 ? last - 1 : n - 1;  // rounding led past the last one
+        return last;
+    }
+
+  public:
+    // The token of step k from a row of n logits whose largest is `most`; the row becomes the law it is drawn from.
+    int draw(float* row, int n, float most, const Sampling& how, int k, const int64_t* ids) {
+        for (int i = 0; i < n; i += 16) {
+            const f16v below = (load(row + i) - most) / (f16v{} + how.temperature), weight = exp16(below);
+            store(row + i, below < -80.0f ? f16v{} : weight);
+        }
+        const float least = least_kept(row, n, how);
+        double total = 0.0, sum = 0.0;
+        for (int i = 0; i < n; i += 16) {
+            const f16v weight = load(row + i), kept = weight < least ? f16v{} : weight;
+            store(row + i, kept);
+            total += sum_of(kept);
+        }
+        up_to.resize(n / 16);
+        for (int i = 0; i < n; i += 16) {
+            const f16v law = load(row + i) * float(1.0 / total);
+            store(row + i, law);
+            up_to[i / 16] = sum += sum_of(law);
+        }
+        const float* race = how.races ? how.races[k] : nullptr;
+        return race ? raced(row, race, n, ids) : at(row, how.uniforms[k], n);
     }
 };
 
@@ -1042,10 +1142,11 @@ template <class Dot, class Lanes> struct Runner {
         for (int t = 0; t < T; t++) best[t] = Largest::of(&largest[t], threads, T);
     }
 
-    // Each token is the best of its row under the bias of the one before: `bias` over and over, with no word to the caller in between.
+    // Each token by its row under the bias of the one before: `bias` over and over, with no word to the caller in between.
     void chain(const Chain& c) {
         const int R = c.num_requests, G = c.num_tokens, Vd = c.w2.num_out, r = c.w2.num_in, D = s.hidden;
         std::vector<Largest> largest(size_t(2) * c.threads * R);  // of this step and the one before, which others may still read
+        const bool draws = std::any_of(c.sampling, c.sampling + R, [](const Sampling& how) { return how.temperature > 0.0f; });
         Barrier barrier;
 #pragma omp parallel num_threads(c.threads)
         {
@@ -1054,6 +1155,7 @@ template <class Dot, class Lanes> struct Runner {
             std::vector<f16v> y(R);
             std::vector<int64_t> last(c.anchors, c.anchors + R);
             std::vector<int32_t> choices(R, 0);
+            Drawing drawing;
             Aligned<float> z(r);
             for (int k = 0; k < G; k++) {
                 Largest* all = &largest[size_t(k % 2) * c.threads * R];
@@ -1079,13 +1181,19 @@ template <class Dot, class Lanes> struct Runner {
                     }
                 }
                 barrier.meet();
+                const int me = omp_get_thread_num(), threads = omp_get_num_threads();
                 for (int t = 0; t < R; t++) {
                     if (choices[t] >= 0) choices[t] = Largest::of(all + t, c.threads, R);
+                    if (t % threads != me) continue;
+                    float* row = c.logits[t] + int64_t(k) * Vd;
+                    const bool drawn = c.sampling[t].temperature > 0.0f && choices[t] >= 0;
+                    c.choices[t * G + k] = drawn ? drawing.draw(row, Vd, row[choices[t]], c.sampling[t], k, c.draft_ids) : choices[t];
+                    c.margins[t * G + k] = Largest::margin(all + t, c.threads, R);
+                }
+                if (draws) barrier.meet();
+                for (int t = 0; t < R; t++) {
+                    if (draws) choices[t] = c.choices[t * G + k];
                     if (choices[t] >= 0) last[t] = c.draft_ids[choices[t]];
-                    if (omp_get_thread_num() == 0) {
-                        c.choices[t * G + k] = choices[t];
-                        c.margins[t * G + k] = Largest::margin(all + t, c.threads, R);
-                    }
                 }
             }
         }

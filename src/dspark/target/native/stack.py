@@ -60,10 +60,18 @@ class Pass(ctypes.Structure):
     ]
 
 
+class Sampling(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_float) for name in ("temperature", "top_p", "min_p")],
+        ("top_k", ctypes.c_int32),
+        *[(name, ctypes.c_void_p) for name in ("uniforms", "races")],
+    ]
+
+
 class Chain(ctypes.Structure):
     _fields_ = [
         ("w2", Linear),
-        *[(name, ctypes.c_void_p) for name in ("w1", "draft_ids", "confidence", "hidden", "anchors", "logits")],
+        *[(name, ctypes.c_void_p) for name in ("w1", "draft_ids", "confidence", "hidden", "anchors", "sampling", "logits")],
         *[(name, ctypes.c_void_p) for name in ("choices", "confidences", "margins")],
         *[(name, ctypes.c_int32) for name in ("num_requests", "num_tokens", "threads")],
     ]
@@ -78,6 +86,19 @@ class Passed:
     tapped: torch.Tensor
     normed: torch.Tensor
     best: list[int]
+
+
+class Drawn(NamedTuple):
+    """What a row's token is drawn by: the softmax at `temperature` of what top-k (0: all), top-p and min-p leave, in this order. Token k is
+    the one whose slice of the cumulative law holds `uniforms[k]`, or where there are `races` the one whose probability over its number in
+    `races[k]`, float32 [V] by target id, is largest."""
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    uniforms: Sequence[float] = ()
+    races: Sequence[torch.Tensor] = ()
 
 
 class Rows(NamedTuple):
@@ -176,19 +197,26 @@ class NativeStack:
 
     def chain(
         self, w1: torch.Tensor, w2: Linear, draft_ids: torch.Tensor, confidence: torch.Tensor | None,
-        anchors: Sequence[int], hidden_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor],
+        anchors: Sequence[int], hidden_R: Sequence[torch.Tensor], logits_R: Sequence[torch.Tensor], drawn_R: Sequence[Drawn | None],
     ) -> list[tuple[list[int], list[float], list[float]]]:  # fmt: skip
-        """Greedy drafts after the anchors, through rows of float32 logits [G, Vd] to which the bias W2 W1[previous token] is added in
-        place. Of each request, by token: where the largest sum is (-1: nowhere, or one is no number, then for the rest too), the confidence
-        logit (nothing meant if `confidence`, float32 [D + r + 1], is None) and how far the second largest is below."""
+        """Drafts after the anchors, through rows of float32 logits [G, Vd] to which the bias W2 W1[previous token] is added in place; each
+        token is the best of its row, or drawn, and the row is then its law. Of each request, by token: where it is (-1: no sum
+        is finite, or one is no number, then for the rest too), the confidence logit (nothing meant if `confidence`, float32
+        [D + r + 1], is None) and how far the second largest sum is below the largest."""
         R, G = len(logits_R), len(logits_R[0])
         choices, confidences, margins = (ctypes.c_int32 * (R * G))(), (ctypes.c_float * (R * G))(), (ctypes.c_float * (R * G))()
         hidden_R = [h_GD.float().contiguous() for h_GD in hidden_R]
         addresses = [(ctypes.c_void_p * R)(*[t.data_ptr() for t in tensors]) for tensors in (hidden_R, logits_R)]
         ids = (ctypes.c_int64 * R)(*anchors)
+        uniforms = [(ctypes.c_double * G)(*(drawn.uniforms if drawn else ())) for drawn in drawn_R]
+        races = [(ctypes.c_void_p * G)(*[race.data_ptr() for race in (drawn.races if drawn else ())]) for drawn in drawn_R]
+        sampling = (Sampling * R)(*[
+            Sampling(d.temperature, d.top_p, d.min_p, d.top_k, ctypes.addressof(u), ctypes.addressof(r)) if d else Sampling()
+            for d, u, r in zip(drawn_R, uniforms, races, strict=True)
+        ])  # fmt: skip
         described = Chain(
             w2, w1.data_ptr(), draft_ids.data_ptr(), None if confidence is None else confidence.data_ptr(),
-            ctypes.addressof(addresses[0]), ctypes.addressof(ids), ctypes.addressof(addresses[1]),
+            ctypes.addressof(addresses[0]), ctypes.addressof(ids), ctypes.addressof(sampling), ctypes.addressof(addresses[1]),
             *[ctypes.addressof(array) for array in (choices, confidences, margins)], R, G, torch.get_num_threads(),
         )  # fmt: skip
         compiled().stack_chain(ctypes.byref(self.stack), ctypes.byref(described))
