@@ -48,8 +48,10 @@ For each family the tests (`tests/test_families.py`, a part of them in `make tes
 * *Greedy tokens* are those of `model.generate`, with the DSpark head (vanilla, gated, RNN), DFlash (rank 0), prompt lookup, the arbiter, and
   no drafter.
 
-* *Own MTP modules* (`tests/test_mtp.py`), where the family has them: drafts equal those of the saved weights, without a cache; greedy tokens
-  are those of `model.generate`.
+* *Own MTP modules* (`tests/test_mtp.py`, `tests/test_turns.py`), where the family has them: drafts equal those of the saved weights, without a cache;
+  greedy tokens are those of `model.generate`, alone and with another drafter in every round; the engine's answers are the reference loop's.
+* *The engine* (`tests/test_engine.py`): Gemma 3, Qwen3.5, DeepSeek-V4 and Nemotron-H, one of each kind of cache that is not cut back, and the native
+  runtime. Eagerly, requests that run together go through the model one after the other.
 
 | family | cache layers | rejected tokens are forgotten by | prefix cache takes | runtime | `--drafter mtp` |
 |---|---|---|---|---|---|
@@ -86,7 +88,7 @@ would be. What goes into these layers is near only: eagerly, a pass of several r
   **Bamba** was refused by the check as well; why was not looked into.
 * **Qwen3.5, Step-3.7** and other models with a vision tower: text only.
 * Multi-token-prediction modules: DeepSeek-V4's are not read; those of DeepSeek-V3.2 and GLM-5 are refused, because transformers 5.23 makes no
-  attention masks for them; the engine, the server and `graft` do not draft with any. No released checkpoint was loaded, and no acceptance or
+  attention masks for them. In the engine they draft for one request after the other. No released checkpoint was loaded, and no acceptance or
   speed was measured.
 * Rotary embeddings that depend on the length of the text (longrope, dynamic) are refused.
 * DeepSeek-V4: `dspark train` samples prompts of one length at a time, because its compressed keys do not leave padding out.

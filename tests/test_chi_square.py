@@ -18,11 +18,12 @@ from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Scored, decode
 from dspark.core.planner import Adaptive, Always, Costs, CostTable, Lagged, threshold
 from dspark.core.sampling import Streams
-from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup, SeededDrafter
 from dspark.generation import generate, make_law
 from dspark.head.mtp import MtpHead
+from dspark.head.recurrent import RecurrentHead
 from dspark.target.target import Target
-from tiny import randomized, tiny_head, tiny_model
+from tiny import randomized, tiny_head, tiny_model, tiny_recurrent
 
 VOCABULARY = 12
 NUM_NEW = 3
@@ -47,7 +48,7 @@ PLANNERS = {
     # Steps so large that a few rounds move the shifts to their bound and back.
     "online": lambda: Adaptive(TABLE, [0.3] * 4, trust=2, online=OnlineCalibration(4, step=2.0)),
 }
-DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "lookup", "none")
+DRAFTERS = ("vanilla", "gated", "rnn", "dflash", "mtp", "trained mtp", "eagle3", "mtp+dspark", "lookup", "none")
 
 
 class Remembered:
@@ -129,6 +130,31 @@ class RememberedModules(MtpHead):
         del cache[k][len(cache[k]) - num_slots :]
 
 
+class RememberedChain:
+    """A head of one recurrent layer whose every pass is computed once; a cache is the list of what it read."""
+
+    def __init__(self, head: RecurrentHead):
+        self.head, self.passes = head, {}
+
+    def __getattr__(self, name: str):
+        return getattr(self.head, name)
+
+    def start(self) -> list[tuple[bytes, int]]:
+        return []
+
+    def run(self, k: int, hidden_TD, tokens, slot: int, cache):
+        assert slot == len(cache)
+        cache += [(row.numpy().tobytes(), token) for row, token in zip(hidden_TD, tokens, strict=True)]
+        if tuple(cache) not in self.passes:
+            rows = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row, _ in cache])
+            self.passes[tuple(cache)] = self.head.run(k, rows, [token for _, token in cache], 0, self.head.start())
+        handed_TD, logits_C = self.passes[tuple(cache)]
+        return handed_TD[slot:], logits_C
+
+    def forget(self, k: int, num_slots: int, cache) -> None:
+        del cache[len(cache) - num_slots :]
+
+
 def tiny_modules(target, num: int) -> tuple[MtpModel, list[None]]:
     """Random modules for any tiny target, in DeepSeek-V3's style."""
     config = target.model.config
@@ -140,14 +166,51 @@ def tiny_modules(target, num: int) -> tuple[MtpModel, list[None]]:
     return modules, [None] * num
 
 
+class ByText(Arbiter):
+    """Another drafter, or nobody, in every round, by what the text is so far, and all of its draft verified: the worst that may be done."""
+
+    def plan_with(self, table, *settings, **more):
+        return super().plan_with(table, Always())
+
+    def propose(self, ids, limit):
+        self.turn = (ids[-1] + len(ids)) % 4
+        return super().propose(ids, limit)
+
+    def choose(self, choices, limit, num_tokens):
+        return [] if self.turn == 3 or not choices else [choices[self.turn % len(choices)]]
+
+
+class Peeking(ByText):
+    """Looks at what the head has drafted, and has the modules draft in its place where the first token is a low one."""
+
+    def draft(self, ids, limit, law, noise):
+        self.tap()
+        made = self.head.draft(ids, limit, law, noise)
+        self.chosen = self.head_planner
+        if not made.tokens or made.tokens[0] >= VOCABULARY / 2:
+            return made
+        self.chosen = self.mtp_planner
+        return self.mtp.draft(ids, limit, law, noise)
+
+
+TOGETHER = {"together": Arbiter, "by text": ByText, "peeking": Peeking}
+
+
 def make_drafter(name: str, target: Remembered) -> Drafter:
     if name == "mtp":
         modules, outputs = tiny_modules(target, 1)
         return MtpDrafter((RememberedModules if isinstance(target, Remembered) else MtpHead)(modules, target, outputs), target, 2)
+    if name in ("trained mtp", "eagle3"):
+        recurrent = tiny_recurrent(target, name.rsplit(maxsplit=1)[-1], block_size=2, draft_vocab=9, seed=4)
+        return MtpDrafter(RememberedChain(recurrent) if isinstance(target, Remembered) else recurrent, target)
     if name == "none":
         return NoDrafter()
     if name == "lookup":
         return PromptLookup(VOCABULARY)
+    if name in TOGETHER:
+        return TOGETHER[name](make_drafter("vanilla", target), PromptLookup(VOCABULARY), [0.3] * 4, 2, make_drafter("mtp", target))
+    if name == "mtp+dspark":
+        return SeededDrafter(make_drafter("mtp", target), make_drafter("rnn", target))
     if name == "auto":
         return Arbiter(make_drafter("vanilla", target), PromptLookup(VOCABULARY), [0.3] * 4, trust=2)
     head = tiny_head(target, "vanilla" if name == "dflash" else name, rank=0 if name == "dflash" else 8)
@@ -217,13 +280,26 @@ def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
 
 @pytest.mark.parametrize("num_samples", [2_000, pytest.param(200_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("drafter", "planner"), [("vanilla", "lagged"), ("vanilla", "adaptive"), ("auto", "adaptive"), ("vanilla", "online")]
+    ("drafter", "planner"),
+    [("vanilla", "lagged"), ("vanilla", "adaptive"), ("auto", "adaptive"), ("together", "adaptive"), ("vanilla", "online")],
 )
 def test_continuations_have_the_law_of_the_target_under_planners_that_remember(drafter, planner, num_samples):
     said, accepted = sample(drafter, planner, num_samples)
     assert p_value(said, planner) > 1e-4
     # Rounds with and without verified tokens, rejections and acceptances all took part.
     assert min(accepted["parked"], accepted[0], accepted[1]) > num_samples / 100
+
+
+@pytest.mark.parametrize("num_samples", [4_000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_whoever_drafts_in_whatever_round_keeps_the_law(num_samples):
+    said, accepted = sample("by text", "T=1", num_samples)
+    assert p_value(said, "T=1") > 1e-4
+    assert min(accepted[0], num_samples - accepted[0]) > num_samples / 100
+
+
+def test_a_choice_that_looks_at_what_was_drafted_changes_the_law():
+    said, _ = sample("peeking", "T=1", 4_000)
+    assert p_value(said, "T=1") < 1e-6
 
 
 WRONG_RULES = {

@@ -22,7 +22,7 @@ from dspark.train.loss import log_softmax_at
 from dspark.train.run import train
 from dspark.train.sample import sample_batch
 from saved import save_tiny_target
-from tiny import tiny_head, tiny_model
+from tiny import tiny_head, tiny_model, tiny_recurrent
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
@@ -91,7 +91,7 @@ def test_a_gathered_batch_is_the_packed_one(resident, num_anchors):
     width = expected.features_NSMD.shape[1]
     for field in fields(found):
         a, b = getattr(found, field.name), getattr(expected, field.name)
-        if field.name == "features_NSMD":
+        if field.name in ("features_NSMD", "following_NS"):
             seen = expected.visible_NAS.any(1)  # what lies past an answer's end is padding, and differs
             a, b = a[:, :width][seen], b[seen]
         elif field.name == "visible_NAS":
@@ -109,8 +109,7 @@ def test_a_step_on_a_gathered_batch_is_the_step_on_the_packed_one(resident):
     resident.fill(range(9))
     heads = []
     for store in (resident, packed):
-        head = tiny_head(store.target if store.target.device.type == "cpu" else tiny_target("cpu"), rank=4, block_size=3)
-        head = head.to(store.target.device).requires_grad_(True)
+        head = head_of("dspark", store).requires_grad_(True)
         heads.append(trainer.train_steps(head, store.target, store, CONFIG).state_dict())
     for name in heads[0]:
         same(heads[0][name], heads[1][name])
@@ -120,20 +119,40 @@ def on_gpus(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1, dtype=torch.float32).gather(-1, index)
 
 
+def head_of(kind: str, resident: FeatureStore):
+    """A head of this kind on the store's device; a recurrent one reads the layers that the store has."""
+    if kind in ("dspark", "dflash"):
+        return tiny_head(tiny_target("cpu"), rank=4 if kind == "dspark" else 0, block_size=3).to(resident.target.device)
+    head = tiny_recurrent(tiny_target("cpu"), kind, 3, trained_steps=3, layer_ids=resident.target.layer_ids)
+    return head.to(resident.target.device)
+
+
 def step_of(head, resident: FeatureStore, config: TrainConfig, loss) -> tuple[float, dict[str, torch.Tensor]]:
     head.zero_grad()
-    batch = trainer.step_batch(resident, config, 0, head.config.block_size)
-    result = loss(head, trainer.anchor_states(resident.target, batch), batch, trainer.draft_index(head), config)
+    batch = trainer.told(head, trainer.step_batch(resident, config, 0, trainer.trained_steps(head)))
+    result = loss(head, trainer.known_states(head, resident.target, batch), batch, trainer.draft_index(head), config)
     result.total.backward()
     return result.total.item(), {name: parameter.grad.clone() for name, parameter in head.named_parameters()}
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-def test_a_compiled_step_is_the_eager_one(resident, monkeypatch, rank):
+@pytest.mark.parametrize("kind", ["mtp", "eagle3"])
+def test_gradients_of_a_chain_on_a_gathered_batch_are_those_on_the_packed_one(resident, kind):
+    packed = FeatureStore.__new__(FeatureStore)
+    packed.__dict__ = resident.__dict__ | {"resident": False}
+    resident.fill(range(9))
+    head = head_of(kind, resident).requires_grad_(True)
+    (found, gradients), (expected, others) = (step_of(head, store, CONFIG, trainer.loss_after) for store in (resident, packed))
+    assert found == pytest.approx(expected, rel=1e-3)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=0.1, atol=0.05 * gradient.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash", "mtp", "eagle3"])
+def test_a_compiled_step_is_the_eager_one(resident, monkeypatch, kind):
     """On the CPU the tracing half of the compiler alone, which fails on what it cannot take into one graph."""
     monkeypatch.setattr("dspark.train.loss.log_softmax_at", on_gpus)
     device = resident.target.device
-    head = tiny_head(tiny_target("cpu"), rank=rank, block_size=3).to(device).requires_grad_(True)
+    head = head_of(kind, resident).requires_grad_(True)
     head.rotary.move(device)
     monkeypatch.setattr(trainer, "COMPILE", True)
     traced = torch.compile(trainer.loss_after, backend="aot_eager", fullgraph=True)

@@ -4,10 +4,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from dspark.config import HeadConfig
+from dspark.config import HeadConfig, RecurrentConfig
 from dspark.core.calibration import Calibration, Fit
 from dspark.head.calibration import head_digest
 from dspark.head.head import Head
+from dspark.head.recurrent import NETWORKS, RecurrentHead
 from dspark.target.target import Target
 
 LEFT_OUT = object()  # a setting that a family does not have
@@ -199,3 +200,42 @@ TINY_FIT = Fit(
 def tiny_calibration(head: Head, target: Target, *fits: Fit) -> Calibration:
     """A calibration that belongs to this pair."""
     return Calibration(target.name, target.precision, target.digest(), head_digest(head), fits or (TINY_FIT,))
+
+
+def tiny_recurrent(
+    target: Target,
+    kind: str,
+    block_size: int = 4,
+    draft_vocab: int | None = None,
+    seed: int = 0,
+    trained_steps: int = 1,
+    layer_ids: tuple[int, ...] | None = None,
+) -> RecurrentHead:
+    """A random head of this kind for this target; `draft_vocab` keeps every n-th id only."""
+    num_draft = draft_vocab or target.vocab_size
+    last = target.num_layers - 1
+    config = RecurrentConfig(
+        kind=kind,
+        hidden_size=target.hidden_size,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=num_draft,
+        block_size=block_size,
+        target_layer_ids=layer_ids or ((last,) if kind == "mtp" else tuple(sorted({0, last // 2, last}))),
+        num_target_layers=target.num_layers,
+        trained_steps=trained_steps,
+    )
+    draft_ids = torch.arange(num_draft) * target.vocab_size // num_draft
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = NETWORKS[kind](config, draft_ids, target.output_rows(draft_ids).to(target.model.dtype), target.embed).eval()
+        for parameter in head.parameters():
+            parameter.requires_grad_(False)
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, SPREAD)
+    return head

@@ -8,6 +8,8 @@ CHEAP_BIAS = 2**22
 WINDOW_STEP = 32  # tokens of a page of keys and values
 MAX_BLOCK = 64  # tokens of a block: far more than ever stand
 SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
+RECURRENT_KINDS = ("mtp", "eagle3")
+KINDS = ("dspark", "dflash", *RECURRENT_KINDS)  # of heads that are trained here
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,30 @@ class HeadConfig:
         """Tokens of each row that a draft chooses from."""
         cheap = self.draft_vocab_size * max(self.markov_rank, 1) <= CHEAP_BIAS
         return min(self.shortlist or (self.draft_vocab_size if cheap else 1024), self.draft_vocab_size)
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """The shape of a head that drafts a token a pass, each from its own last state. Names are the target's config's where it has one."""
+
+    kind: str  # of RECURRENT_KINDS
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    vocab_size: int
+    draft_vocab_size: int
+    block_size: int  # tokens of a draft
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    trained_steps: int  # passes of the chain that training went through; a draft may take more
+
+    @property
+    def enable_confidence_head(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """From a prompt to text: builds the law, the drafter and the stopping rule, and runs the loop."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +16,13 @@ from transformers import (
 
 from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Round, decode
-from dspark.core.planner import Adaptive, Always, EarlyStop, Lagged, Planner, always
+from dspark.core.planner import Adaptive, Always, DraftedBy, EarlyStop, Lagged, Planner, Seeded, Table, always
 from dspark.core.sampling import Law, Streams
-from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup
-from dspark.drafters.arbiter import LOOKUP_TOKENS, NOMINAL
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, NoDrafter, PromptLookup, SeededDrafter
+from dspark.drafters.arbiter import GUESS_TRUST, GUESSED, LOOKUP_TOKENS, NOMINAL
 from dspark.errors import PromptError, SettingError
-from dspark.head.head import Head
-from dspark.head.mtp import load_mtp
+from dspark.head.mtp import MtpHead, load_mtp, own_mtp
+from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.profiling import planning_costs
 from dspark.target.target import Target
 from dspark.text import TextStream
@@ -31,7 +32,7 @@ PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinP
 # Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
-DRAFTERS = ("auto", "dspark", "dflash", "mtp", "lookup", "none")
+DRAFTERS = ("auto", "dspark", "dflash", "mtp", "eagle3", "mtp+dspark", "lookup", "none")
 PLANS = ("auto", "online", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
 ADAPTIVE = ("auto", "online")
 DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
@@ -114,11 +115,15 @@ def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
     return Law(tuple(processors[:split]), tuple(processors[split:]), greedy)
 
 
-def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter:
+def make_drafter(name: str | None, target: Target, head: AnyHead | None) -> Drafter:
     """The drafter of this name; None: auto, or none without a head. Raises `SettingError` when the name or the head does not fit.
 
-    auto chooses between the head and prompt lookup round by round; mtp are the target's own multi-token-prediction modules,
-    read from its checkpoint (`HeadError` where it has none)."""
+    auto chooses round by round between the head, the target's own multi-token-prediction modules where its checkpoint has some, and
+    prompt lookup; it needs a head or modules, and a head of the kind mtp or eagle3 takes the modules' place. mtp and eagle3 are such a head alone,
+    mtp without one the target's own modules alone (`HeadError` where it has none), mtp+dspark takes their first token and lets the head go on from it."""
+    if isinstance(head, RecurrentHead) and name in (None, "auto", head.kind):
+        chain = MtpDrafter(head, target)
+        return chain if (name or DEFAULT_DRAFTER) != "auto" else beside_lookup(chain, target)
     if name is None:
         name = "none" if head is None else DEFAULT_DRAFTER
     if name not in DRAFTERS:
@@ -129,20 +134,37 @@ def make_drafter(name: str | None, target: Target, head: Head | None) -> Drafter
         return PromptLookup(target.vocab_size, device=target.device)
     if name == "mtp":
         return MtpDrafter(load_mtp(target), target)
+    modules = own_mtp(target, warn) if name == "auto" else None
+    mtp = None if modules is None else MtpDrafter(modules, target)
+    if head is None and mtp is not None:
+        return beside_lookup(mtp, target)
     if head is None:
         raise SettingError(
             f"drafter {name!r} needs a head, and there is none",
             "pass `--head DIR`, or train one: `dspark train`",
         )
+    if isinstance(head, RecurrentHead) or name == "eagle3":
+        raise SettingError(f"drafter {name!r} needs a head of another kind; this one is {head.kind}", f"use `--drafter {head.kind}`")
     if name == "dflash" and head.config.markov_rank:
         raise SettingError(
             "drafter 'dflash' needs a head of rank 0; this one has a sequential head", "use `--drafter dspark`, or pass a DFlash head"
         )
     drafter = DSparkDrafter(head, target)
+    if name == "mtp+dspark":
+        return SeededDrafter(MtpDrafter(load_mtp(target), target), drafter)
     if name != "auto":
         return drafter
     lookup = PromptLookup(target.vocab_size, LOOKUP_TOKENS, target.device)
-    return Arbiter(drafter, lookup, *usual_acceptance(drafter))
+    return Arbiter(drafter, lookup, *usual_acceptance(drafter), mtp)
+
+
+def beside_lookup(mtp: MtpDrafter, target: Target) -> Arbiter:
+    """Modules and prompt lookup, by round."""
+    return Arbiter(None, PromptLookup(target.vocab_size, LOOKUP_TOKENS, target.device), [GUESSED], GUESS_TRUST, mtp)
+
+
+def warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def usual_acceptance(drafter: Drafter) -> tuple[Sequence[float], float]:
@@ -150,7 +172,7 @@ def usual_acceptance(drafter: Drafter) -> tuple[Sequence[float], float]:
     greedy one of a calibrated head, else a guess."""
     calibration = drafter.head.calibration if isinstance(drafter, DSparkDrafter) else None
     if calibration is None:
-        return [0.5] * drafter.block_size, 8.0
+        return [GUESSED] * drafter.block_size, GUESS_TRUST
     return calibration.nearest(0.0).acceptance, 16.0
 
 
@@ -170,13 +192,16 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
         return Always()
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
-    source = drafter.head if isinstance(drafter, Arbiter) else drafter
-    head = source.head if isinstance(source, DSparkDrafter | MtpDrafter) else None
-    table = planning_costs(target, head, 1 + drafter.block_size, say)
+    models = drafter.models if isinstance(drafter, Arbiter | SeededDrafter) else [drafter]
+    heads: list[AnyHead | MtpHead | None] = [model.head for model in models if isinstance(model, DSparkDrafter | MtpDrafter)]
+    first, *others = (planning_costs(target, head, 1 + drafter.block_size, say) for head in heads or [None])
+    table: Table = first
+    if isinstance(drafter, SeededDrafter):
+        table = Seeded(first, others[0], 1 / drafter.mtp.block_size)
     if spec not in ADAPTIVE:
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)
     if isinstance(drafter, Arbiter):
-        return drafter.plan_with(table, lengths, online=spec == "online")
+        return drafter.plan_with(table, lengths, spec == "online", *(DraftedBy(table, other) for other in others))
     return lengths or Adaptive(
         table, *usual_acceptance(drafter), online=OnlineCalibration(drafter.block_size) if spec == "online" else None
     )
@@ -184,7 +209,7 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
 
 def stream(
     target: Target,
-    head: Head | None,
+    head: AnyHead | None,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int = 256,
@@ -206,7 +231,7 @@ def stream(
 
 def generate(
     target: Target,
-    head: Head | None,
+    head: AnyHead | None,
     prompt_ids: Sequence[int],
     max_new_tokens: int = 256,
     temperature: float = 0.0,

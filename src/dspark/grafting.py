@@ -1,4 +1,4 @@
-"""Graft a head onto a Hugging Face model: `model.generate(...)` then speculates, losslessly.
+"""Graft a head, or a model's own drafter, onto a Hugging Face model: `model.generate(...)` then speculates, losslessly.
 
 transformers prepares processors and stopping criteria and hands them to our loop through its
 own `custom_generate` hook, so every sampling option of `generate` keeps its meaning."""
@@ -16,7 +16,7 @@ from dspark.core.sampling import Streams
 from dspark.errors import SettingError
 from dspark.generation import make_drafter, make_planner, split_law
 from dspark.head.folder import refuse_other_target
-from dspark.head.head import Head
+from dspark.head.recurrent import AnyHead
 from dspark.target.load import say, say_rollback, use_runtime
 from dspark.target.target import Target
 
@@ -24,8 +24,11 @@ TAKEN = ("custom_generate", "past_key_values", "assistant_model", "prompt_lookup
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
-def graft(model, head: Head, runtime: str = "auto", plan: str | None = None, rollback: str = "auto") -> None:
-    """From now on `model.generate(...)` drafts with `head`. One prompt a call; sampling, greedy
+def graft(
+    model, head: AnyHead | None, runtime: str = "auto", plan: str | None = None, rollback: str = "auto", drafter: str | None = None
+) -> None:
+    """From now on `model.generate(...)` drafts with `head`, or by the `drafter` of this name as in `dspark.generate`, of which mtp,
+    auto (for a model with multi-token-prediction modules) and lookup need no head. One prompt a call; sampling, greedy
     decoding, processors, stopping criteria and streamers work as before, `torch.manual_seed` replays.
     `runtime` as in `load_target`; `eager` computes with the model's own modules. `plan` as in `dspark.generate`.
     `rollback` as in `load_target`.
@@ -36,12 +39,14 @@ def graft(model, head: Head, runtime: str = "auto", plan: str | None = None, rol
     prompt anew."""
     ungraft(model)
     was_training = model.training
+    if head is None and drafter is None:
+        raise SettingError("there is no head to graft", "pass one, or a drafter that needs none: mtp, auto or lookup")
     target = Target(model, rollback_by=rollback)
-    refuse_other_target(head.config, {}, target)
+    if head is not None:
+        refuse_other_target(head.config, {}, target)
     use_runtime(target, runtime)
     say_rollback(target, say)
-    drafter = make_drafter(None, target, head)
-    model.generate = Speculating(model, target, drafter, model.__dict__.get("generate"), was_training, plan)
+    model.generate = Speculating(model, target, make_drafter(drafter, target, head), model.__dict__.get("generate"), was_training, plan)
 
 
 def ungraft(model) -> None:

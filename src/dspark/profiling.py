@@ -22,6 +22,7 @@ from dspark.core.sampling import Law
 from dspark.drafters import DSparkDrafter, MtpDrafter
 from dspark.head.head import Head
 from dspark.head.mtp import MtpHead
+from dspark.head.recurrent import RecurrentHead
 from dspark.target.demo import cache_directory
 from dspark.target.quantize import num_bytes
 from dspark.target.target import State, Target
@@ -62,7 +63,7 @@ class Profile:
 
 def profile(
     target: Target,
-    head: Head | MtpHead | None,
+    head: Head | RecurrentHead | MtpHead | None,
     context: int = 300,
     rows: Sequence[int] = ROWS,
     repeats: int = REPEATS,
@@ -75,7 +76,7 @@ def profile(
     No repeat begins after `seconds`, but for the first few. Without its bandwidth (0) the profile is cheaper."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(target.vocab_size, (context + 1,), generator=generator).tolist()
-    drafter = MtpDrafter(head, target) if isinstance(head, MtpHead) else DSparkDrafter(head, target) if head is not None else None
+    drafter = None if head is None else DSparkDrafter(head, target) if isinstance(head, Head) else MtpDrafter(head, target)
     state = target.start()
     features = target.prefill(state, ids[:-1])
     if drafter is not None:
@@ -133,7 +134,11 @@ def forget(target: Target, state: State, tokens: Sequence[int]) -> None:
 
 
 def planning_costs(
-    target: Target, head: Head | MtpHead | None, most_rows: int, say: Callable[[str], None] = lambda text: None, again: bool = False
+    target: Target,
+    head: Head | RecurrentHead | MtpHead | None,
+    most_rows: int,
+    say: Callable[[str], None] = lambda text: None,
+    again: bool = False,
 ) -> CostTable:
     """The planner's costs of this pair on this machine, up to `most_rows` rows: from the cache, or measured now (`again`: in
     any case). Without a head the draft costs nothing, as prompt lookup's does."""
@@ -154,7 +159,9 @@ def planning_costs(
     return cached_costs(target, head, {"rows": most_rows}, measure, again)
 
 
-def cached_costs(target: Target, head: Head | MtpHead | None, of: dict, measure: Callable[[], CostTable], again: bool = False) -> CostTable:
+def cached_costs(
+    target: Target, head: Head | RecurrentHead | MtpHead | None, of: dict, measure: Callable[[], CostTable], again: bool = False
+) -> CostTable:
     """What `measure` finds for this pair on this machine, kept in the user's cache. `of` names what is measured; its `rows` are
     how many row counts each of the table's costs has."""
     depends_on = {

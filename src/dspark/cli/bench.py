@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         default="plain,dspark",
         metavar="LIST",
-        help="of plain, auto, dspark, dflash, mtp, lookup, hf, hf-lookup and the names of --other; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
+        help="of plain, auto, dspark, dflash, mtp, mtp+dspark, lookup, hf, hf-lookup and the names of --other; @PLAN behind one that drafts chooses its plan, as in dspark@fixed (default %(default)s)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         return bench_contexts(options, lengths, asked, [prompt for prompt, _ in given if prompt not in asked])
     from dspark.generation import make_law
     from dspark.head.folder import find_head, load_head, named_head
+    from dspark.head.mtp import own_mtp
     from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
     from dspark.measure.report import figures, write_report
     from dspark.measure.trace import Trace, as_request, write_trace
@@ -84,20 +85,26 @@ def run(options: argparse.Namespace) -> int:
         names += [RECORDED] if RECORDED not in names else []
     make_law(options.temperature)
     kinds = {name.partition("@")[0] for name in names}
-    wants_head = bool(kinds & {"dspark", "auto"})
-    if wants_head and (options.head == "none" or find_head(options.head, options.target) is None):
+    wants_head = bool(kinds & {"dspark", "auto", "mtp+dspark"})
+    no_head = options.head == "none" or find_head(options.head, options.target) is None
+    if no_head and kinds & {"dspark", "mtp+dspark"}:
         raise HeadError(
-            f"modes dspark and auto need a head, and none is known for {options.target}", "pass --head DIR, or leave them out of --compare"
+            f"mode dspark needs a head, and none is known for {options.target}", "pass --head DIR, or leave it out of --compare"
         )
     if "dflash" in kinds and options.dflash_head is None:
         raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
     target = open_target(options)
-    own = open_head(options, target) if wants_head else None
+    if no_head and "auto" in kinds and own_mtp(target, say) is None:
+        raise HeadError(
+            f"mode auto needs a head or multi-token-prediction modules, and {options.target} has neither",
+            "pass --head DIR, or leave it out of --compare",
+        )
+    own = open_head(options, target) if wants_head and not no_head else None
     if recorded and own is not None and own.confidence_head is None:
         raise HeadError(
             f"the head of {options.target} has no confidences to record", "leave --trace and --report out, or train one with them"
         )
-    heads = {"dspark": own, "auto": own, "dflash": load_head(options.dflash_head, target) if "dflash" in kinds else None}
+    heads = {"dspark": own, "auto": own, "mtp+dspark": own, "dflash": load_head(options.dflash_head, target) if "dflash" in kinds else None}
     heads |= {name: load_head(named_head(folder), target) for name, folder in others.items() if name in kinds}
     modes = [Mode(name, heads.get(name.partition("@")[0])) for name in names]
     for head in {id(head): head for head in heads.values() if head is not None}.values():
@@ -135,7 +142,11 @@ def run(options: argparse.Namespace) -> int:
     if options.report is not None:
         drafting = {mode.name: mode.head.config for mode in modes if mode.head is not None and mode.kind != "auto"}
         shapes = {
-            name: {"layers": config.num_hidden_layers, "block_size": config.block_size, "rank": config.markov_rank}
+            name: {
+                "layers": getattr(config, "num_hidden_layers", 1),
+                "block_size": config.block_size,
+                "rank": getattr(config, "markov_rank", 0),
+            }
             for name, config in drafting.items()
         }
         write_report(figures(report, trace, made_by, shapes), table(report), Path(options.report))

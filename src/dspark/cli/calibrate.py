@@ -42,12 +42,12 @@ def run(options: argparse.Namespace) -> int:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     from dspark.head.calibration import doubts, refuse_unwritable, write_calibration
-    from dspark.head.folder import load_head, named_head
+    from dspark.head.folder import dspark_only, load_head, named_head
 
     folder = named_head(options.head)
     refuse_unwritable(folder)
     target = open_target(options)
-    head = load_head(folder, target, calibrated=False)
+    head = dspark_only(load_head(folder, target, calibrated=False), folder)
     from dspark.generation import make_law
     from dspark.measure.bench import machine
     from dspark.measure.calibrate import Settings, calibrate, table

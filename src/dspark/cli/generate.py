@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     if not options.raw and target.tokenizer is not None and target.tokenizer.chat_template is None:
         say(f"{target.name} has no chat template: the prompt goes in as it stands, as with --raw")
-    head = open_head(options, target)
+    head = open_head(options, target, *["drafting with what else there is"] * (options.drafter == "auto"))
     say_calibration(head, options.temperature)
     from dspark.generation import generate, make_drafter, make_planner
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from dspark.errors import HeadError
 from dspark.head.calibration import read_calibration, summary
-from dspark.head.folder import golden_file, named_head, read_config, read_tensors
+from dspark.head.folder import golden_file, named_head, read_any_config, read_tensors
 from dspark.head.golden import told_by
 from dspark.prompts import read_json
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     folder = named_head(options.head)
-    config, section = read_config(folder)
+    config, section = read_any_config(folder)
     calibration = read_calibration(folder, config.block_size)
     golden = golden_file(folder)
     drafted = told_by(read_tensors(golden)) if golden.exists() else None

@@ -12,7 +12,7 @@ from dspark import collector_waits
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
 
-NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own
+NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own, unless a head of its kind is given
 
 
 @contextlib.contextmanager
@@ -28,7 +28,8 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         default=None,
         metavar="NAME",
-        help="auto, dspark, dflash, mtp (the target's own multi-token-prediction modules), lookup or none (default auto: the head or lookup, by round)",
+        help="auto, dspark, dflash, mtp (a head of this kind, or the target's own multi-token-prediction modules), eagle3, mtp+dspark (the modules' "
+        "first token, and the head from there on), lookup or none (default auto: by round the head, those modules or lookup)",
     )
 
 
@@ -128,15 +129,15 @@ def open_target(options: argparse.Namespace):
 
 
 @starting()
-def open_head(options: argparse.Namespace, target):
-    """The head asked for, or the shipped one; None for plain decoding, with a word when there is no head."""
+def open_head(options: argparse.Namespace, target, otherwise: str = "decoding plainly"):
+    """The head asked for, or the shipped one; None without, with a word of what is done `otherwise` when none is known."""
     from dspark.head.folder import find_head, load_head
 
-    if options.head == "none" or getattr(options, "drafter", None) in NEED_NO_HEAD:
+    if options.head == "none" or (options.head is None and getattr(options, "drafter", None) in NEED_NO_HEAD):
         return None
     folder = find_head(options.head, target.name)
     if folder is None:
-        say(f"no head is known for {target.name}: decoding plainly (train one: `dspark train {target.name} --out DIR`)")
+        say(f"no head is known for {target.name}: {otherwise} (train one: `dspark train {target.name} --out DIR`)")
         return None
     return load_head(folder, target)
 

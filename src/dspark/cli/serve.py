@@ -8,6 +8,7 @@ from dspark.cli.options import add_head, add_target, open_head, open_target, say
 from dspark.errors import SettingError
 
 KEY = "DSPARK_API_KEY"
+DRAFTERS = ("auto", "dspark", "mtp", "lookup")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default=None, help="what clients call the model (default: the target's name)")
     parser.add_argument("--api-key", default=None, metavar="KEY", help=f"clients must send it (default: ${KEY}; else none is needed)")
     parser.add_argument("--speculation", choices=("auto", "off"), default="auto", help="for requests that do not say (default auto)")
+    parser.add_argument(
+        "--drafter",
+        choices=DRAFTERS,
+        default="auto",
+        help="who drafts, besides prompt lookup: dspark (the head), mtp (a head of that kind, or the target's own multi-token-prediction "
+        "modules), lookup (nobody) (default auto: head and modules, where there are some, by round)",
+    )
     parser.add_argument(
         "--plan",
         choices=("auto", "online", "fixed"),
@@ -61,7 +69,11 @@ def run(options: argparse.Namespace) -> int:
         ) from error
     listener = listen(options.host, options.port)  # before the target is loaded: a port in use is said at once
     target = open_target(options)
-    head = open_head(options, target)
+    mtp = open_modules(options, target)
+    beside = "its own multi-token-prediction modules and prompt lookup" if mtp else "prompt lookup alone"
+    head = None if options.drafter == "lookup" else open_head(options, target, f"drafting with {beside}")
+    if head is not None and options.drafter in ("dspark", "mtp") and options.drafter != head.kind.replace("dflash", "dspark"):
+        raise SettingError(f"--drafter is {options.drafter}, and the head is of the kind {head.kind}", "leave --drafter or --head out")
     if head is not None and head.self_test is not None:
         say(f"{head.self_test}")
     with starting():
@@ -74,7 +86,10 @@ def run(options: argparse.Namespace) -> int:
     engine = Engine(
         target, head, max_running=options.max_running, max_waiting=options.max_waiting,
         cache_bytes=None if options.cache_gb is None else int(options.cache_gb * 1e9), plan=options.plan, say=say, on_step=metrics.on_step,
+        mtp=mtp,
     ).start()  # fmt: skip
+    for note in engine.notes():
+        say(note)
     canary = Canary(engine, options.canary, metrics.on_canary, options.canary_dir)
     settings = Options(
         model=options.name or model_name(options.target), api_key=options.api_key or os.environ.get(KEY) or None,
@@ -86,6 +101,15 @@ def run(options: argparse.Namespace) -> int:
     serve(app, listener, options.drain_seconds, lambda url: greet(url, settings.model, settings.api_key is not None), say)
     canary.close()
     return 0
+
+
+def open_modules(options: argparse.Namespace, target):
+    """The target's own multi-token-prediction modules, where they shall draft. Raises `HeadError` where they are asked for and missing."""
+    from dspark.head.mtp import load_mtp, own_mtp
+
+    if options.drafter == "mtp" and options.head in (None, "none"):
+        return load_mtp(target)
+    return own_mtp(target, say) if options.drafter == "auto" else None
 
 
 def check(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.options import add_target, open_target, say
-from dspark.config import SEQUENTIAL_HEADS, TrainConfig
+from dspark.config import KINDS, RECURRENT_KINDS, SEQUENTIAL_HEADS, TrainConfig
 from dspark.errors import HeadError, SettingError
 from dspark.prompts import Prompt, read_json, read_prompts
 from dspark.train.openers import OPENERS
@@ -22,6 +22,8 @@ SHAPE = {
     "sequential": ("markov_head_type", "vanilla"), "draft_vocab": ("draft_vocab_size", 8192), "taps": ("target_layer_ids", None),
     "window": ("window", None),
 }  # fmt: skip
+# What says nothing of heads of one recurrent layer.
+NOT_RECURRENT = ("layers", "rank", "sequential", "confidence", "warm_start")
 CONFIG = TrainConfig()
 SERVED_TOKENS = 1024  # of an answer from a server: one that is cut is not used
 CONCURRENCY, MOST_AT_ONCE = 8, 1024
@@ -36,7 +38,15 @@ STEPS: dict[str, Any] = {
     "steps": CONFIG.steps, "sequences": CONFIG.sequences_per_step, "anchors": CONFIG.anchors_per_sequence, "optimizer": CONFIG.optimizer,
     "lr": CONFIG.learning_rate, "muon_lr": CONFIG.muon_learning_rate, "loss": "paper", "confidence": "attached", "seed": CONFIG.seed,
 }  # fmt: skip
-DEFAULTS: dict[str, Any] = {**DATA, "start_from": None, **{option: default for option, (_, default) in SHAPE.items()}, **STEPS}
+DEFAULTS: dict[str, Any] = {
+    **DATA,
+    "start_from": None,
+    "kind": "dspark",
+    "chain": None,
+    "warm_start": "last",
+    **{option: default for option, (_, default) in SHAPE.items()},
+    **STEPS,
+}
 # What they hold is compared, or they change nothing in an answer: files may have moved, and the server too.
 MAY_DIFFER = ("prompts", "answers", "start_from", "answers_from", "api_key_env", "concurrency")
 
@@ -47,6 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = add_data(parser, DEFAULTS)
     data.add_argument("--only-answers", action="store_true", help="stop when the answers are sampled (DIR/progress/answers.jsonl)")
     shape = parser.add_argument_group("head")
+    shape.add_argument(
+        "--kind", choices=KINDS,
+        help="dspark; dflash: without a sequential head; mtp: a multi-token-prediction module; eagle3: EAGLE-3, as a chain (default dspark)",
+    )  # fmt: skip
+    shape.add_argument(
+        "--chain",
+        type=int,
+        metavar="N",
+        help="mtp, eagle3: steps of its chain that training walks (default 1 for mtp, the block for eagle3)",
+    )
+    shape.add_argument(
+        "--warm-start",
+        choices=("last", "mtp"),
+        help="what the first draft layer starts as: the target's own layer, or its first multi-token-prediction module (default last)",
+    )
     shape.add_argument("--start-from", metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it")
     shape.add_argument("--layers", type=int, metavar="L", help="draft layers (default 2)")
     shape.add_argument("--kv-heads", type=int, metavar="K", help="key heads of the draft layers (default: as many as query heads)")
@@ -54,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--rank", type=int, metavar="R", help="rank of the sequential head; 0 is DFlash (default 96)")
     shape.add_argument("--sequential", choices=SEQUENTIAL_HEADS, help="kind of sequential head (default vanilla)")
     shape.add_argument("--draft-vocab", type=int, metavar="N", help="tokens the head can propose; 0 for all (default 8192)")
-    shape.add_argument("--taps", metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread)")
+    shape.add_argument(
+        "--taps", metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread; three for eagle3)"
+    )
     shape.add_argument(
         "--window", type=int, metavar="W",
         help="tokens of context that a block sees, the last ones; 0: all (default: as many as the longest answer with its prompt, 512 at least)",
@@ -304,17 +331,29 @@ def flag(name: str) -> str:
 
 
 def head_shape(options: argparse.Namespace) -> dict:
-    """The shape asked for; beside --start-from, whose head has one, at most a larger rank."""
-    given = [name for name in SHAPE if getattr(options, name) is not None]
+    """The shape asked for; beside --start-from, whose head has one, at most a larger rank. Raises `SettingError` for what cannot take effect."""
+    given = [name for name in ("kind", "chain", "warm_start", *SHAPE, "confidence") if getattr(options, name) is not None]
     if options.start_from is not None:
-        other = [name for name in given if name != "rank"]
+        other = [name for name in given if name not in ("rank", "confidence")]
         if other:
             raise SettingError(f"{flag(other[0])} cannot take effect beside --start-from", "the head brings its own shape")
         return {} if options.rank is None else {"markov_rank": options.rank}
+    kind = options.kind or DEFAULTS["kind"]
+    idle = {"mtp": (*NOT_RECURRENT, "taps"), "eagle3": NOT_RECURRENT, "dflash": ("rank", "sequential", "chain"), "dspark": ("chain",)}[kind]
+    for name in given:
+        if name in idle:
+            raise SettingError(f"{flag(name)} cannot take effect with --kind {kind}", "leave one of them out")
     shape = {name: default if getattr(options, option) is None else getattr(options, option) for option, (name, default) in SHAPE.items()}
     shape["draft_vocab_size"] = shape["draft_vocab_size"] or None
     try:
         shape["target_layer_ids"] = [int(i) for i in options.taps.split(",")] if options.taps is not None else None
     except ValueError as error:
         raise SettingError(f"--taps is {options.taps!r}", "give layer numbers with commas, like 1,8,15,22,29") from error
+    if kind == "dflash":
+        shape["markov_rank"] = 0
+    if options.warm_start == "mtp":
+        shape["warm_start"] = "mtp"
+    if kind in RECURRENT_KINDS:
+        kept = ("num_key_value_heads", "block_size", "draft_vocab_size", "target_layer_ids")
+        return {"kind": kind, "trained_steps": options.chain} | {name: shape[name] for name in kept}
     return shape

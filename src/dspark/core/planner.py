@@ -88,6 +88,30 @@ class Table(Protocol):
 
 
 @dataclass(frozen=True)
+class DraftedBy:
+    """The costs of a table's passes beside the draft of another one: of several drafters on one target."""
+
+    table: Table
+    drafts: Table
+
+    def at(self, context: int) -> Costs:
+        return replace(self.table.at(context), draft=self.drafts.at(context).draft)
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """The costs of a table whose drafts take a share of another one's draft more."""
+
+    table: Table
+    seeds: Table
+    share: float
+
+    def at(self, context: int) -> Costs:
+        costs = self.table.at(context)
+        return replace(costs, draft=costs.draft + self.share * self.seeds.at(context).draft)
+
+
+@dataclass(frozen=True)
 class WithoutDrafts:
     """The costs of proposals that no model makes."""
 
@@ -347,26 +371,28 @@ class Adaptive:
         self.confidences: Sequence[float] | None = None  # of this round's draft, as the drafter gave them
         self.usual = [Mean(self.LATELY, chance, trust if k == 0 else 1.0) for k, chance in enumerate(expected)]
         self.trust = trust
-        self.hope_for(max(self.best_gain(expected), self.HOPE))
+        gain, cost = self.best_round(expected)
+        self.hope_for(max(gain, self.HOPE), cost)
 
-    def best_gain(self, acceptance: Sequence[float]) -> float:
-        """What the best number of verified tokens gains, in plain steps, with this acceptance by position."""
-        survival, tau, best = 1.0, 1.0, -math.inf
+    def best_round(self, acceptance: Sequence[float]) -> tuple[float, float]:
+        """What the best number of verified tokens gains with this acceptance by position, and what it costs, in plain steps."""
+        survival, tau, best = 1.0, 1.0, (-math.inf, 0.0)
         for k, chance in enumerate(acceptance):
             survival *= chance
             tau += survival
-            best = max(best, tau - self.cost(k + 1))
+            best = max(best, (tau - self.cost(k + 1), self.cost(k + 1)))
         return best
 
-    def hope_for(self, gain: float) -> None:
-        """Begin with this as the gain of rounds so far."""
+    def hope_for(self, gain: float, cost: float) -> None:
+        """Begin with these as the gain and cost of rounds so far."""
         self.lately, self.long = (Mean(newest, gain, self.trust) for newest in (self.LATELY, self.LONG))
+        self.spent = Mean(self.LATELY, cost, self.trust)
         self.pause, self.wait = self.PAUSES[0], 0
 
     def costs_changed(self) -> None:
         """Drafting pays or not at the new costs; the acceptance that was seen says what to expect."""
         self.costs = self.table.at(self.num_tokens)
-        self.hope_for(self.best_gain(self.acceptance()))
+        self.hope_for(*self.best_round(self.acceptance()))
         if self.parked:
             self.wait = self.pause = self.PAUSES[1] // 8
 
@@ -382,6 +408,12 @@ class Adaptive:
     @property
     def parked(self) -> bool:
         return self.lately.value < self.CLEARLY or self.long.value < 0
+
+    @property
+    def advantage(self) -> float:
+        """Tokens that a drafted round brings beyond what its time brings at the present pace: the drafter with the most of it gives
+        the most tokens a millisecond over all rounds."""
+        return self.lately.value - (self.pace.value - 1) * self.spent.value
 
     def ask(self, limit: int, num_tokens: int) -> int:
         self.num_tokens, self.costs = num_tokens, self.table.at(num_tokens)
@@ -412,6 +444,7 @@ class Adaptive:
             return
         cost = self.cost(num_planned)
         self.pace.add(num_accepted + 1, cost)
+        self.spent.add(cost)
         self.judge(num_planned, num_accepted)
         self.settle(num_accepted + 1 - cost)
 

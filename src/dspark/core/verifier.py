@@ -44,6 +44,20 @@ class FewTokens:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """The rows of one after the other's."""
+
+    first: Rows
+    rest: Rows
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.rest)
+
+    def __getitem__(self, k: int) -> torch.Tensor:
+        return self.first[k] if k < len(self.first) else self.rest[k - len(self.first)]
+
+
+@dataclass(frozen=True)
 class Draft:
     """Proposed tokens with the law each was drawn from, `probs_KV` (rows [V]), and its estimated chance of
     acceptance given that all before it were accepted (None: the drafter has no opinion).

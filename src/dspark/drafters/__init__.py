@@ -5,5 +5,6 @@ from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.lookup import PromptLookup
 from dspark.drafters.mtp import MtpDrafter
 from dspark.drafters.none import NoDrafter
+from dspark.drafters.seeded import SeededDrafter
 
-__all__ = ["Arbiter", "DSparkDrafter", "MtpDrafter", "NoDrafter", "PromptLookup"]
+__all__ = ["Arbiter", "DSparkDrafter", "MtpDrafter", "NoDrafter", "PromptLookup", "SeededDrafter"]

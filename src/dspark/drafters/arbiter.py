@@ -1,7 +1,9 @@
-"""The head and prompt lookup together: in each round the one that is expected to gain more time, or neither.
+"""Several drafters together: in each round the one that is expected to gain most time, or none.
 
-Expected from rounds that are over: for the head from its own, for a proposal of the lookup from those made after an
-ending of the same size was found again. No token of the coming block is looked at, so the output's law is kept."""
+They are the head, the target's multi-token-prediction modules, and prompt lookup, a predicted text among what it looks in. What is
+expected comes from rounds that are over: for a model from its own, for a proposal of the lookup from those made after an
+ending of the same size, that had gone on alike or not, was found again. No token of the coming block is looked at, so the output's law is kept. What models know of the
+text follows every round, whoever drafts."""
 
 from collections.abc import Sequence
 
@@ -13,6 +15,7 @@ from dspark.core.sampling import Coupled, Law
 from dspark.core.verifier import Draft
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.lookup import Found, PromptLookup
+from dspark.drafters.mtp import MtpDrafter
 
 # What to expect of a proposal before any was seen: the chance of its first token and of each after, as in 1,500 sampled answers of the demo target.
 FOUND_AGAIN = {
@@ -30,26 +33,36 @@ FOUND_AGAIN = {
 LOOKUP_TOKENS = 15
 # Costs of nobody's machine, for plans that do not ask what a round costs.
 NOMINAL = CostTable((0,), (Costs(0.2, tuple(1 + 0.05 * k for k in range(LOOKUP_TOKENS + 1))),))
+GUESSED, GUESS_TRUST = 0.5, 8.0  # chance of a token of a drafter that nobody has measured, and for how many rounds that counts
 
 
 class Arbiter:
     """A drafter that is its own planner; `lengths`, if given, decides how many drafted tokens to verify instead.
 
-    Without a head there is the lookup alone. `expected` is the head's usual acceptance by position, worth `trust` rounds."""
+    Without a head and modules there is the lookup alone. `expected` is the head's usual acceptance by position, worth `trust` rounds."""
 
-    EXPLORE = 32  # in one of so many rounds with a choice the second best is taken, so that its estimate stays fresh
+    EXPLORE = 32  # in one of so many rounds with a choice another than the best is taken, in turn, so that estimates stay fresh
 
-    def __init__(self, head: DSparkDrafter | None, lookup: PromptLookup, expected: Sequence[float], trust: float):
-        self.head, self.lookup, self.expected, self.trust = head, lookup, expected, trust
-        self.block_size = max(head.block_size if head else 0, lookup.block_size)
+    def __init__(
+        self, head: DSparkDrafter | None, lookup: PromptLookup, expected: Sequence[float], trust: float, mtp: MtpDrafter | None = None
+    ):
+        self.head, self.mtp, self.lookup, self.expected, self.trust = head, mtp, lookup, expected, trust
+        self.block_size = max(drafter.block_size for drafter in (lookup, *self.models))
         self.plan_with(NOMINAL)
 
-    def plan_with(self, table: Table, lengths: Planner | None = None, online: bool = False) -> "Arbiter":
-        """Forget what was learned, and go by these costs; `online`: and correct the head's confidences on the way."""
+    @property
+    def models(self) -> list[DSparkDrafter | MtpDrafter]:
+        return [drafter for drafter in (self.head, self.mtp) if drafter is not None]
+
+    def plan_with(self, table: Table, lengths: Planner | None = None, online: bool = False, mtp_table: Table | None = None) -> "Arbiter":
+        """Forget what was learned, and go by these costs, the modules by `mtp_table` if it is given; `online`: and correct the head's
+        confidences on the way."""
         self.lengths, self.pace = lengths, Pace()
         free = WithoutDrafts(table)
         corrected = OnlineCalibration(self.block_size) if online else None
         self.head_planner = Adaptive(table, self.expected, self.trust, self.pace, corrected)
+        guess = [GUESSED] * (self.mtp.block_size if self.mtp else 1)
+        self.mtp_planner = Adaptive(mtp_table or table, guess, GUESS_TRUST, self.pace)
         self.found_planners = {
             found: Adaptive(free, [first, *[later] * (self.lookup.block_size - 1)], trust=4, pace=self.pace)
             for found, (first, later) in FOUND_AGAIN.items()
@@ -63,27 +76,41 @@ class Arbiter:
     # As a drafter
 
     def start(self) -> None:
-        if self.head is not None:
-            self.head.start()
-        self.lookup.start()
+        self.tap()
+        for drafter in (*self.models, self.lookup):
+            drafter.start()
+
+    def tap(self) -> None:
+        """Have the target record what any of the models reads, in all rounds: their state follows every one, whoever drafts."""
+        if self.mtp is None and self.head is not None:
+            self.head.tap()
+        elif self.mtp is not None:
+            self.mtp.target.need(sorted({layer_id for drafter in self.models for layer_id in drafter.layer_ids}))
 
     def commit(self, features_TMD: torch.Tensor) -> None:
-        if self.head is not None:
-            self.head.commit(features_TMD)
+        for drafter in self.models:
+            drafter.commit(features_TMD)
 
     def draft(self, ids: Sequence[int], limit: int, law: Law, noise: torch.Generator | Coupled) -> Draft:
         proposal = self.propose(ids, limit)
         if proposal is None:
-            assert self.head is not None
-            return self.head.draft(ids, limit, law, noise)
+            drafter = self.drafting
+            assert drafter is not None
+            return drafter.draft(ids, limit, law, noise)
         return proposal
 
+    @property
+    def drafting(self) -> DSparkDrafter | MtpDrafter | None:
+        """The model whose turn it is."""
+        return self.head if self.chosen is self.head_planner else self.mtp if self.chosen is self.mtp_planner else None
+
     def propose(self, ids: Sequence[int], limit: int) -> Draft | None:
-        """Choose who drafts: the lookup's proposal, an empty one if nobody shall; None: the head, which is for the caller to ask."""
-        if self.head is not None:
-            self.head.tap()  # its context follows every round, whoever drafts
+        """Choose who drafts: the lookup's proposal, an empty one if nobody shall; None: `drafting`, which is for the caller to ask."""
+        self.tap()
         tokens, found = self.lookup.follow(ids, min(limit, self.lookup.block_size))
         choices = [self.head_planner] if self.head is not None and limit else []
+        # Modules have nothing to read before the last token of a prompt of one.
+        choices += [self.mtp_planner] if self.mtp is not None and limit and len(ids) > 1 else []
         choices += [self.found_planners[found]] if tokens and found else []
         self.found = tokens
         self.awake = self.choose(choices, limit, len(ids))
@@ -93,11 +120,17 @@ class Arbiter:
         self.chosen = order[0] if order else None
         if self.chosen is None:
             return Draft([], torch.empty(0, 0))
-        return None if self.chosen is self.head_planner else self.lookup.proposal(self.found)
+        return None if self.drafting is not None else self.lookup.proposal(self.found)
 
-    def without_head(self) -> Draft:
-        """In place of the head's draft that `propose` asked for: the lookup's proposal, or nothing."""
-        draft = self.take_turn([planner for planner in self.awake if planner is not self.head_planner])
+    def without_head(self) -> Draft | None:
+        """In place of the head's draft that `propose` asked for: what comes next, as from `propose`."""
+        self.awake = [planner for planner in self.awake if planner is not self.head_planner]
+        return self.take_turn(self.awake)
+
+    def without_models(self) -> Draft:
+        """In place of a model's draft: the lookup's proposal, or nothing."""
+        self.awake = [planner for planner in self.awake if planner not in (self.head_planner, self.mtp_planner)]
+        draft = self.take_turn(self.awake)
         assert draft is not None
         return draft
 
@@ -109,9 +142,12 @@ class Arbiter:
                 awake.append(planner)
             else:
                 planner.wait -= 1
-        awake.sort(key=lambda planner: planner.lately.value, reverse=True)
+        awake.sort(key=lambda planner: planner.advantage, reverse=True)
         self.num_choices += len(awake) > 1
-        return awake[::-1] if len(awake) > 1 and self.num_choices % self.EXPLORE == 0 else awake
+        turn, rest = divmod(self.num_choices, self.EXPLORE)
+        if len(awake) > 1 and not rest:
+            awake.insert(0, awake.pop(1 + turn % (len(awake) - 1)))
+        return awake
 
     # As a planner
 
@@ -131,5 +167,5 @@ class Arbiter:
     def costs_changed(self) -> None:
         """The machine's load is another: what was gained under the last one says nothing about this one."""
         self.pace.forget()
-        for planner in (self.head_planner, *self.found_planners.values()):
+        for planner in (self.head_planner, self.mtp_planner, *self.found_planners.values()):
             planner.costs_changed()

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, Temperature
 
 from dspark.core.calibration import chances
 from dspark.core.sampling import Coupled, Law, Streams, apply, best, draw, probs
-from dspark.core.verifier import Draft, FewTokens
+from dspark.core.verifier import Draft, FewTokens, Joined, Rows
 from dspark.head.context import Chained, Pending, Runner, feature_pool, make_runner
 from dspark.head.head import Head
 from dspark.target.native.stack import Drawn
@@ -43,13 +43,18 @@ class DSparkDrafter:
 
     def tap(self) -> None:
         """Another drafter may have tapped other layers since this one's last round."""
-        if self.target.layer_ids != self.head.config.target_layer_ids:
-            self.target.tap(self.head.config.target_layer_ids)
+        self.target.need(self.layer_ids)
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """Of the target, whose states it reads."""
+        return self.head.config.target_layer_ids
 
     def commit(self, features_TMD: torch.Tensor) -> None:
         """Kept until the next draft: while others draft, or nobody does, the head costs nothing."""
         if len(features_TMD):
-            self.pending.add(features_TMD, feature_pool(self.runner, features_TMD))
+            own_TMD = self.target.of_layers(features_TMD, self.layer_ids)
+            self.pending.add(own_TMD, feature_pool(self.runner, own_TMD))
 
     def fork(self, num_tokens: int) -> "DSparkDrafter":
         """A drafter for another text that begins with the same tokens. What is pending stays so: the other may never draft."""
@@ -80,13 +85,14 @@ class DSparkDrafter:
 
 
 class Ask(NamedTuple):
-    """One request's wish for a draft of up to `limit` tokens after `ids`."""
+    """One request's wish for a draft of up to `limit` tokens after `ids`; its first ones may be drawn already, by another drafter."""
 
     drafter: DSparkDrafter
     ids: Sequence[int]
     limit: int
     law: Law
     noise: torch.Generator | Coupled
+    begun: Draft = Draft([], torch.empty(0, 0))
 
 
 @torch.inference_mode()
@@ -149,7 +155,10 @@ class Block:
         self.tokens.append(int(self.ids_KC[k, where]))
 
     def attempt(self, k: int, choice: int) -> None:
-        """`take` token k; of what cannot be drawn behind the first the draft ends."""
+        """`take` token k, or one that was drawn already; of what cannot be drawn behind the first the draft ends."""
+        if k < len(self.ask.begun.tokens):
+            self.tokens.append(self.ask.begun.tokens[k])
+            return
         try:
             self.take(k, choice)
         except Exception:  # broken numbers, or a processor's
@@ -160,7 +169,7 @@ class Block:
     @property
     def chainable(self) -> bool:
         """Could a runner draw all of it in one go?"""
-        return self.shortlist_KC is None and (self.greedy or self.drawn is not None)
+        return self.shortlist_KC is None and (self.greedy or self.drawn is not None) and not self.ask.begun.tokens
 
     def follow(self, chained: Chained) -> None:
         """Take all tokens as a runner has chosen them; the rows of drawn ones hold their laws by now."""
@@ -190,11 +199,16 @@ class Block:
             margins = chained or (-self.logits_KC[:num].topk(2).values.diff()[:, 0]).tolist()
         confidences = None if logits is None else chances(logits[:num], margins, fit)
         uncalibrated = None if logits is None or fit is None else chances(logits[:num], None, None)
+        begun = self.ask.begun.probs_KV
+        laws: Rows
         if self.greedy:
             laws = FewTokens.certain(self.tokens, head.config.vocab_size, self.ids_KC.device)
+        elif not self.laws and self.chained is None:
+            laws = begun
         else:
             laws_KC = torch.stack(self.laws) if self.chained is None else self.logits_KC[:num]
-            laws = FewTokens(self.ids_KC[:num], laws_KC, head.config.vocab_size)
+            laws = FewTokens(self.ids_KC[len(begun) : num], laws_KC, head.config.vocab_size)
+            laws = Joined(begun, laws) if len(begun) else laws
         return Draft(self.tokens, laws, confidences, margins if recording else None, len(self.logits_KC) if self.ended else 0, uncalibrated)
 
 

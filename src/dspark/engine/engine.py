@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dspark.core.planner import always
+from dspark.core.planner import DraftedBy, always
+from dspark.core.sampling import GREEDY
 from dspark.core.verifier import Draft
-from dspark.drafters import Arbiter, DSparkDrafter
-from dspark.drafters.arbiter import LOOKUP_TOKENS
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter
+from dspark.drafters.arbiter import GUESS_TRUST, GUESSED, LOOKUP_TOKENS
 from dspark.drafters.dspark import Ask, draft_many
 from dspark.engine.load import Guard, Load, measured_load
 from dspark.engine.prefix import Entry, PrefixCache
@@ -28,7 +29,9 @@ from dspark.engine.running import NOTHING, Running
 from dspark.errors import Busy, SettingError
 from dspark.generation import check_request, usual_acceptance
 from dspark.head.context import feature_pool, make_runner
-from dspark.head.head import Head
+from dspark.head.mtp import MtpHead
+from dspark.head.recurrent import AnyHead, RecurrentHead
+from dspark.profiling import planning_costs
 from dspark.target.native.cache import PAGE_TOKENS, Cache, pages_for
 from dspark.target.target import State, Target
 
@@ -47,6 +50,8 @@ NEWEST = 1 / 32  # weight of the newest step in the running mean of measured ove
 class Engine:
     """Serves requests from a thread of its own (`start`); `step` does one by hand.
 
+    `head` and `mtp`, multi-token-prediction modules (`load_mtp`), draft in turns with prompt lookup, by what each is expected to gain. A head of
+    the kind mtp or eagle3 takes the modules' place.
     `speculate=False` decodes everything plainly; `plan` is auto or online (`make_planner`), or for study fixed, length:N or threshold:P.
     `cache_bytes` bounds keys and values of running requests and of the prefix cache together, the head's and its features among them
     (None: half of the memory that is free now). They are never more; a request that could not be served within is refused. `on_step`
@@ -55,7 +60,7 @@ class Engine:
     def __init__(
         self,
         target: Target,
-        head: Head | None = None,
+        head: AnyHead | None = None,
         *,
         max_running: int = 32,
         max_waiting: int = 256,
@@ -64,6 +69,7 @@ class Engine:
         plan: str = "auto",
         say: Callable[[str], None] = lambda text: None,
         on_step: Callable[[Step], None] | None = None,
+        mtp: MtpHead | RecurrentHead | None = None,
     ):
         for name, value, least in (("max_running", max_running, 1), ("max_waiting", max_waiting, 0)):
             if value < least:
@@ -71,17 +77,26 @@ class Engine:
         self.lengths, self.online = always(plan), plan == "online"
         if self.lengths is None and plan not in ("auto", "online"):
             raise SettingError(f"unknown plan {plan!r}", "choose auto, online, fixed, length:N or threshold:P")
-        self.target, self.head, self.speculate = target, head if speculate else None, speculate
+        self.target, self.speculate = target, speculate
+        if isinstance(head, RecurrentHead):  # it drafts as modules do, and in their place
+            head, mtp = None, head
+        self.head, self.mtp = (head, mtp) if speculate else (None, None)
         self.max_running, self.max_waiting, self.on_step = max_running, max_waiting, on_step
         self.runner = None if self.head is None else make_runner(self.head, target)
-        if self.head is None:
-            target.untap()
-        else:
-            target.tap(self.head.config.target_layer_ids)
-        block = max(self.head.config.block_size if self.head else 0, LOOKUP_TOKENS) if speculate else 0
+        target.untap()
+        layers = {*(self.head.config.target_layer_ids if self.head else ()), *(self.mtp.layer_ids if self.mtp else ())}
+        if layers:
+            target.tap(sorted(layers))
+        drafted = [self.head.config.block_size if self.head else 0, self.mtp.block_size if self.mtp else 0]
+        block = max(*drafted, LOOKUP_TOKENS) if speculate else 0
         self.load: Load | None = measured_load(target, self.head, max_running, block + 1, say) if speculate else None
+        # Modules draft for one request after the other, so that a draft costs the same whoever else runs.
+        costs = planning_costs(target, self.mtp, block + 1, say) if self.mtp else None
+        self.mtp_costs = DraftedBy(self.load, costs) if self.load and costs else None
         self.most_rows = max(block, LOOKUP_TOKENS) + 1  # of one request in a step
         self.fixed_bytes, self.state_bytes, self.token_bytes = self._measured_bytes()
+        self.hidden_bytes, self.slot_bytes = self._measured_mtp_bytes()
+        self.token_bytes += self.slot_bytes
         self.cache_bytes = int(SHARE_OF_MEMORY * free_memory()) if cache_bytes is None else cache_bytes
         self.reserved = 0  # bytes that the present step will take
         least = self._most_bytes(LEAST_TOKENS)
@@ -110,6 +125,18 @@ class Engine:
     def capacity(self) -> int:
         """Tokens whose keys and values fit, about."""
         return max(0, self.cache_bytes - self.fixed_bytes) // self.token_bytes
+
+    def notes(self) -> list[str]:
+        """What whoever runs it may want to know: who drafts, and what this target's caches and runtime do not allow."""
+        modules = f"the target's multi-token-prediction modules ({self.mtp.num_modules})" if self.mtp else ""
+        modules = f"the head ({self.mtp.kind})" if isinstance(self.mtp, RecurrentHead) else modules
+        drafters = [name for name in ("the head" if self.head else "", modules, "prompt lookup") if name]
+        said = [f"drafting by round: {', '.join(drafters)}" if self.speculate else "drafting is off"]
+        if self.target.runtime is None:
+            said.append("eager runtime: requests that run together go through the model one after the other, each with its own cache")
+        if not self.target.can_shorten(self.target.start()):
+            said.append("prefix cache: whole texts only, as the next turn of a chat has them; this target's cache cannot be cut back")
+        return said
 
     def start(self) -> "Engine":
         """Serve from now on; once is enough."""
@@ -268,19 +295,21 @@ class Engine:
         filling = next((r for r in self.running if r.state is None or r.missing), None)
         if filling is None or filling.state is not None:
             return filling
-        filling.state, filling.head = self._known_beginning(filling) or (self.target.start(), None)
+        filling.state, filling.head, filling.mtp = self._known_beginning(filling) or (self.target.start(), None, None)
         if not filling.num_new:
             filling.cached_tokens = filling.state.num_tokens
         if self.head is not None and filling.head is None:
             filling.head = DSparkDrafter(self.head, self.target, runner=self.runner)
+        if self.mtp is not None and not filling.state.num_tokens:
+            filling.mtp = MtpDrafter(self.mtp, self.target)
         if filling.arbiter is not None:
-            filling.arbiter.head = filling.head  # a preempted request has a new one
+            filling.arbiter.head, filling.arbiter.mtp = filling.head, filling.mtp  # a preempted request has new ones
         return filling
 
-    def _known_beginning(self, r: Running) -> tuple[State, DSparkDrafter | None] | None:
+    def _known_beginning(self, r: Running) -> tuple[State, DSparkDrafter | None, MtpDrafter | None] | None:
         """What a prefix or a running request knows of this text, if there is room for it."""
         others = [other for other in self.running if other.state is not None]
-        beside = [Entry(np.asarray(o.ids[: o.state.num_tokens]), o.state, o.head) for o in others if o.state]
+        beside = [Entry(np.asarray(o.ids[: o.state.num_tokens]), o.state, o.head, mtp=o.mtp) for o in others if o.state]
         found = self.prefixes.find(r.ids[:-1], beside)
         if found is None:
             return None
@@ -299,8 +328,9 @@ class Engine:
         if self.load is None or not r.request.speculate:
             return
         if r.arbiter is None:
-            acceptance, trust = usual_acceptance(r.head) if r.head else ([0.5], 1.0)
-            r.arbiter = Arbiter(r.head, r.lookup(), acceptance, trust).plan_with(self.load, self.lengths, self.online)
+            acceptance, trust = usual_acceptance(r.head) if r.head else ([GUESSED], GUESS_TRUST)
+            r.arbiter = Arbiter(r.head, r.lookup(), acceptance, trust, r.mtp)
+            r.arbiter.plan_with(self.load, self.lengths, self.online, self.mtp_costs)
             r.arbiter.lookup.start()
             r.loads_seen = self.loads if self.load.running == 1 else -1
         if r.loads_seen != self.loads:
@@ -317,7 +347,8 @@ class Engine:
         own = [h.head.context.own for h in holders if h.head is not None]
         contexts = {id(tensors[0]): tensors for tensors in own if tensors}  # forks borrow them
         return (
-            sum(pool.used_bytes for pool in pools)
+            sum(h.mtp.num_bytes for h in holders if h.mtp is not None)
+            + sum(pool.used_bytes for pool in pools)
             + sum(state.num_bytes for state in eager)
             + sum(tensor.nbytes for tensors in contexts.values() for tensor in tensors)
         )
@@ -354,14 +385,14 @@ class Engine:
         if head is not None:
             size += head.commit_bytes(rows)
             size += head.draft_bytes(rows) if head.pending.num_tokens + rows > PENDING_TOKENS else 0
-        return size
+        return size + (self.hidden_bytes * rows if r.mtp is not None else 0)
 
     def _fork_bytes(self, entry: Entry) -> int:
         """Bytes that a fork of it takes: a page that was begun, natively; eagerly all of it."""
         size = entry.state.cache.pool.page_bytes if isinstance(entry.state.cache, Cache) else entry.state.num_bytes
         if self.runner is not None:
             size += sum(pool.page_bytes for pool in (self.runner.pool, self.runner.feature_pool) if pool)
-        return size
+        return size + (0 if entry.mtp is None else entry.mtp.num_bytes)
 
     def _most_bytes(self, num_tokens: int) -> int:
         """Bytes that one request of so many tokens takes at most, while it runs alone."""
@@ -372,7 +403,8 @@ class Engine:
             size += self.runner.growth(empty, num_tokens) * (2 if self.runner.pool is None else 1)  # old and new while it is copied
             pending = min(num_tokens, PENDING_TOKENS + CHUNK_ALONE) + self.most_rows
             size += pages_for(pending) * (0 if self.runner.feature_pool is None else self.runner.feature_pool.page_bytes)
-        return size
+        # all hidden states of a text may wait for the first draft
+        return size + (self.hidden_bytes + self.slot_bytes) * rows
 
     def _guard(self, num_decoding: int) -> Guard | None:
         """Of this load. One request alone has its planner, which knows what it gained."""
@@ -381,9 +413,9 @@ class Engine:
         return self.guards.setdefault(num_decoding.bit_length(), Guard(drafting=num_decoding < SURELY_PAYS))
 
     def _draft(self, decoding: Sequence[Running], freely: bool) -> list[Draft]:
-        """Of every request: what it proposes itself, or its head's draft, those of all in one pass.
+        """Of every request: what it proposes itself, its modules' draft, or its head's, those of all in one pass.
 
-        A pass for few costs nearly what one for all does: unless half of them want it, they wait for the next common probe."""
+        A head's pass for few costs nearly what one for all does: unless half of them want it, they wait for the next common probe."""
         drafts: list[Draft | None] = []
         for r in decoding:
             try:
@@ -394,17 +426,22 @@ class Engine:
                 r.source = ""
                 drafts.append(NOTHING)
         self.steps += 1
-        wanting = sum(draft is None for draft in drafts)
+        wanting = sum(draft is None and r.source == "dspark" for r, draft in zip(decoding, drafts, strict=True))
         if self.lengths is None and 2 * wanting < len(decoding) and self.steps % PROBE_STEPS:
-            drafts = [r.without_head() if draft is None else draft for r, draft in zip(decoding, drafts, strict=True)]
+            few = [draft is None and r.source == "dspark" for r, draft in zip(decoding, drafts, strict=True)]
+            drafts = [r.without_head() if wants else draft for r, draft, wants in zip(decoding, drafts, few, strict=True)]
         asks, needed = {}, 0
         for i, r in enumerate(decoding):
-            if drafts[i] is None and r.head is not None:
-                needed += r.head.draft_bytes()
-                if self._free(needed):
-                    asks[i] = Ask(r.head, r.ids, min(r.left - 1, r.head.block_size), r.request.law, r.noise.draft)
-                else:
-                    drafts[i] = r.without_head()
+            if drafts[i] is not None:
+                continue
+            by_head = r.source == "dspark"
+            more = r.head.draft_bytes() if by_head and r.head else self.slot_bytes * r.mtp.num_slots if r.mtp else 0
+            if not self._free(needed + more):
+                drafts[i] = r.without_models()
+            elif by_head and r.head is not None:
+                asks[i], needed = Ask(r.head, r.ids, min(r.left - 1, r.head.block_size), r.request.law, r.noise.draft), needed + more
+            else:
+                drafts[i] = self._draft_with_modules(r)
         try:
             found = draft_many(list(asks.values()))
         except Exception:  # one of them: each for itself then
@@ -418,11 +455,21 @@ class Engine:
         except Exception:  # broken numbers in the head, say
             return NOTHING
 
+    def _draft_with_modules(self, r: Running) -> Draft:
+        assert r.mtp is not None
+        try:
+            return r.mtp.draft(r.ids, r.left - 1, r.request.law, r.noise.draft)
+        except Exception:  # memory, say, or broken numbers
+            if not r.mtp.whole and r.arbiter is not None:
+                r.mtp = r.arbiter.mtp = None
+            return NOTHING
+
     def _take_prompt(self, filling: Running, features_TMD: torch.Tensor) -> None:
         assert filling.state is not None
         self.target.rollback(filling.state, 0)
+        for drafter in filling.models:
+            drafter.commit(features_TMD)
         if filling.head is not None:
-            filling.head.commit(features_TMD)
             self._bound_pending(filling.head)
 
     def _bound_pending(self, head: DSparkDrafter) -> None:
@@ -446,7 +493,7 @@ class Engine:
         """What is known of its text stays as a prefix for others."""
         if r.state is not None and r.state.num_tokens:
             try:
-                self.prefixes.add(r.ids[: r.state.num_tokens], r.state, r.head)
+                self.prefixes.add(r.ids[: r.state.num_tokens], r.state, r.head, r.mtp)
             except Exception:  # memory, say: the answer is whole all the same
                 log.warning("a finished text is not kept as a prefix", exc_info=True)
         self._leave(r)
@@ -463,9 +510,9 @@ class Engine:
         self._release(r)
 
     def _release(self, r: Running) -> None:
-        r.state = r.head = None
+        r.state = r.head = r.mtp = None
         if r.arbiter is not None:
-            r.arbiter.head = None
+            r.arbiter.head = r.arbiter.mtp = None
 
     def _emit(self, r: Running, event: Event) -> None:
         try:
@@ -484,6 +531,9 @@ class Engine:
             context = sum(len(r.ids) for r in decoding) // len(decoding)
             costs, one = self.load.at(context), self.load.plain(context)
             drafted = sum(costs.draft for done in rounds if done is not None and done.drafter == "dspark")
+            if self.mtp_costs is not None:
+                each = self.mtp_costs.at(context).draft
+                drafted += sum(each for done in rounds if done is not None and done.drafter == "mtp")
             if not chunk:
                 self.drift += NEWEST * (elapsed / (sum(costs.score(count) for count in planned) + drafted) - self.drift)
                 if guard is not None:
@@ -518,8 +568,19 @@ class Engine:
         fixed = max(0, sizes[0] - PAGE_TOKENS * size)
         if self.runner is None:
             return fixed, size, size
-        feature_pool(self.runner, features)
+        assert self.head is not None
+        feature_pool(self.runner, self.target.of_layers(features, self.head.config.target_layer_ids))
         return fixed, size, size + self.runner.token_bytes
+
+    def _measured_mtp_bytes(self) -> tuple[int, int]:
+        """Of a hidden state that waits for the modules, and of a slot in all their caches."""
+        if self.mtp is None:
+            return 0, 0
+        drafter, ids = MtpDrafter(self.mtp, self.target), [0] * PAGE_TOKENS
+        drafter.commit(self.target.prefill(self.target.start(), ids[:-1]))
+        hidden = drafter.num_bytes // (PAGE_TOKENS - 1)
+        drafter.draft(ids, drafter.block_size, GREEDY, torch.Generator())
+        return hidden, drafter.slot_bytes
 
 
 def free_memory() -> int:

@@ -131,7 +131,7 @@ def measure_together(target: Target, head: Head | None, counts: Sequence[int], m
     ids = torch.randint(target.vocab_size, (context + 1,), generator=torch.Generator().manual_seed(0)).tolist()
     runner = None if head is None else make_runner(head, target)
     if head is not None:
-        target.tap(head.config.target_layer_ids)
+        target.need(head.config.target_layer_ids)
     first = target.start()
     features = target.prefill(first, ids[:-1])
     forks = [target.fork(first, context) for _ in range(counts[-1])]

@@ -82,7 +82,7 @@ Event = Tokens | Finished | Failed
 
 @dataclass(frozen=True)
 class Round:
-    """One request's part in a step, for metrics: what was drafted by whom ("dspark", "lookup", "prediction", "grammar", ""), how
+    """One request's part in a step, for metrics: what was drafted by whom ("dspark", "mtp", "lookup", "prediction", "grammar", ""), how
     much was verified and accepted, and the calibrated confidences of the drafted tokens (None: no opinion)."""
 
     drafter: str

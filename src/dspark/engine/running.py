@@ -9,7 +9,7 @@ import torch
 from dspark.core.decode import Judge, Scored, judge_coupled, judge_fast
 from dspark.core.sampling import Coupled, Streams
 from dspark.core.verifier import Draft, FewTokens, Verdict
-from dspark.drafters import Arbiter, DSparkDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, PromptLookup
 from dspark.drafters.arbiter import LOOKUP_TOKENS
 from dspark.engine.request import Event, Finished, Logprob, Request
 from dspark.generation import stopping_rule
@@ -29,6 +29,7 @@ class Running:
         self.ids, self.num_prompt = list(request.prompt_ids), len(request.prompt_ids)
         self.state: State | None = None
         self.head: DSparkDrafter | None = None
+        self.mtp: MtpDrafter | None = None
         self.arbiter: Arbiter | None = None
         self.loads_seen = -1  # the change of load that its planner was last told of
         self.noise: Streams | Coupled = Streams(randbits(32)) if request.seed is None else Coupled(request.seed)
@@ -57,6 +58,10 @@ class Running:
         """Tokens that the target has yet to see before the next round."""
         return len(self.ids) - 1 - (0 if self.state is None else self.state.num_tokens)
 
+    @property
+    def models(self) -> list[DSparkDrafter | MtpDrafter]:
+        return [drafter for drafter in (self.head, self.mtp) if drafter is not None]
+
     def lookup(self) -> PromptLookup:
         """Prompt lookup, for which an expected answer stands before the prompt, behind the prompt's own ending."""
         predicted = self.request.predicted_ids
@@ -64,32 +69,40 @@ class Running:
         return PromptLookup(self.target.vocab_size, LOOKUP_TOKENS, self.target.device, before)
 
     def propose(self, freely: bool = True) -> Draft | None:
-        """A draft that costs nothing, an empty one if nobody shall draft; None: the head shall. Not `freely`: what a grammar
-        forces, and nothing else."""
+        """A draft that costs nothing, an empty one if nobody shall draft; None: the model that `source` names shall. Not `freely`: what
+        a grammar forces, and nothing else."""
         # The round yields at least one token besides the accepted ones: more would never be used.
         limit = self.left - 1
         self.source, self.planning = "", False
         if limit <= 0 or not self.request.speculate:
             return NOTHING
         forced = self.request.propose(self.ids)[: min(limit, LOOKUP_TOKENS)] if self.request.propose else []
-        # The head drafts under the grammar too, and goes on where it leaves a choice.
-        if len(forced) >= (FORCED_BEFORE_HEAD if self.head is not None else 1):
+        # Models draft under the grammar too, and go on where it leaves a choice.
+        if len(forced) >= (FORCED_BEFORE_HEAD if self.models else 1):
             self.source = "grammar"
             return Draft(forced, FewTokens.certain(forced, self.target.vocab_size, self.target.device))
         if self.arbiter is None or not freely:
             return NOTHING
         self.planning = True
-        draft = self.arbiter.propose(self.ids, min(limit, self.arbiter.block_size))
-        if draft is None:
-            self.source = "dspark"
-        elif draft.tokens:
-            self.source = self.lookup_name
+        return self.noted(self.arbiter.propose(self.ids, min(limit, self.arbiter.block_size)))
+
+    def without_head(self) -> Draft | None:
+        """What it proposes if its head shall not draft, as from `propose`."""
+        return self.noted(NOTHING if self.arbiter is None else self.arbiter.without_head())
+
+    def without_models(self) -> Draft:
+        """What it proposes if no model shall draft."""
+        draft = NOTHING if self.arbiter is None else self.arbiter.without_models()
+        self.noted(draft)
         return draft
 
-    def without_head(self) -> Draft:
-        """What it proposes if its head shall not draft."""
-        draft = NOTHING if self.arbiter is None else self.arbiter.without_head()
-        self.source = self.lookup_name if draft.tokens else ""
+    def noted(self, draft: Draft | None) -> Draft | None:
+        """This proposal; `source` says whose it is."""
+        if draft is None:
+            assert self.arbiter is not None
+            self.source = "dspark" if self.arbiter.drafting is self.head else "mtp"
+        else:
+            self.source = self.lookup_name if draft.tokens else ""
         return draft
 
     @property
@@ -118,8 +131,8 @@ class Running:
         # Once, to where the text ends, which may be within the draft: a sliding window cannot be rolled back again later.
         kept = min(verdict.num_accepted, len(new))
         self.target.rollback(state, num_planned - kept)
-        if self.head is not None:
-            self.head.commit(scored.features_TMD[: kept + 1])
+        for drafter in self.models:
+            drafter.commit(scored.features_TMD[: kept + 1])
         if self.arbiter is not None and self.planning:
             self.arbiter.learn(len(draft.tokens), num_planned, verdict.num_accepted)
         last = "plain" if num_planned == 0 else "bonus" if verdict.num_accepted == num_planned else "corrected"

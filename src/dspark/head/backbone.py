@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dspark.config import HeadConfig
+from dspark.config import HeadConfig, RecurrentConfig
+
+Shape = HeadConfig | RecurrentConfig  # what layers read of either is named alike
 
 
 class RMSNorm(nn.Module):
@@ -24,7 +26,7 @@ class RMSNorm(nn.Module):
 class Rotary:
     """Rotary angles for any position; computed in float32."""
 
-    def __init__(self, config: HeadConfig):
+    def __init__(self, config: Shape):
         E = config.head_dim
         # Numbers, where parameters are only shapes yet (the meta device): there is nothing to load them from.
         self.inverse = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32, device="cpu") / E)
@@ -50,29 +52,33 @@ def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.
 
 
 class Attention(nn.Module):
-    def __init__(self, config: HeadConfig):
+    """`num_inputs` numbers come in for each token (default: a hidden state); `normed` says whether queries and keys pass a norm."""
+
+    def __init__(self, config: Shape, num_inputs: int | None = None, normed: bool = True):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
+        inputs = num_inputs or D
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, E
-        self.q_proj = nn.Linear(D, self.num_heads * E, bias=False)
-        self.k_proj = nn.Linear(D, self.num_kv_heads * E, bias=False)
-        self.v_proj = nn.Linear(D, self.num_kv_heads * E, bias=False)
+        self.q_proj = nn.Linear(inputs, self.num_heads * E, bias=False)
+        self.k_proj = nn.Linear(inputs, self.num_kv_heads * E, bias=False)
+        self.v_proj = nn.Linear(inputs, self.num_kv_heads * E, bias=False)
         self.o_proj = nn.Linear(self.num_heads * E, D, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(E, config.rms_norm_eps), RMSNorm(E, config.rms_norm_eps)
+        self.q_norm, self.k_norm = (RMSNorm(E, config.rms_norm_eps) if normed else nn.Identity() for _ in range(2))
+
+    def queries(self, x: torch.Tensor, angles) -> torch.Tensor:
+        """[N, T, inputs] -> queries [N, H, T, E]."""
+        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
+        return rotate(self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2), angles)
 
     def keys_values(self, x: torch.Tensor, angles) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N, T, D] -> keys and values [N, K, T, E]; the same projections serve context and block."""
+        """[N, T, inputs] -> keys and values [N, K, T, E]; the same projections serve context and block."""
         shape = (*x.shape[:-1], self.num_kv_heads, self.head_dim)
         k = rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2), angles)
         return k, self.v_proj(x).view(shape).transpose(1, 2)
 
     def forward(self, x, angles, context_kv, visible=None):
-        q = self.q_norm(self.q_proj(x).view(*x.shape[:-1], self.num_heads, self.head_dim)).transpose(1, 2)
-        q = rotate(q, angles)
-        parts = [*context_kv, *self.keys_values(x, angles)]
-        groups = self.num_heads // self.num_kv_heads
-        if groups > 1:  # SDPA's own enable_gqa takes a slow path on CPUs
-            parts = [part.repeat_interleave(groups, dim=1) for part in parts]
+        q = self.queries(x, angles)
+        parts = [self.for_each_head(part) for part in (*context_kv, *self.keys_values(x, angles))]
         context_k, context_v, k, v = (part.to(parts[-1].dtype) for part in parts)
         q = q.to(v.dtype)
         if visible is None:
@@ -80,6 +86,11 @@ class Attention(nn.Module):
         else:
             out = packed_attention(q, context_k, context_v, k, v, visible)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def for_each_head(self, part: torch.Tensor) -> torch.Tensor:
+        """Keys or values [N, K, T, E] -> [N, H, T, E]. SDPA's own enable_gqa takes a slow path on CPUs."""
+        groups = self.num_heads // self.num_kv_heads
+        return part.repeat_interleave(groups, dim=1) if groups > 1 else part
 
 
 def packed_attention(q, context_k, context_v, k, v, visible_NAS: torch.Tensor) -> torch.Tensor:
@@ -111,7 +122,7 @@ def own_sums(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 class MLP(nn.Module):
-    def __init__(self, config: HeadConfig):
+    def __init__(self, config: Shape):
         super().__init__()
         D, W = config.hidden_size, config.intermediate_size
         self.gate_proj, self.up_proj = nn.Linear(D, W, bias=False), nn.Linear(D, W, bias=False)

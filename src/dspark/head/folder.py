@@ -7,6 +7,9 @@
     README.md            the card
     calibration.json     temperatures of the confidences, once fitted
 
+Heads of the other kinds (recurrent.py) have the same files, with their own tensors: eagle3 in SpecForge's names, mtp in DeepSeek-V3's,
+and `kind` in the `dspark` section says which.
+
 Files are written beside their places and renamed when all are whole: a full disk or a kill
 never leaves half a head where a good one was."""
 
@@ -16,17 +19,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dspark.config import MAX_BLOCK, SEQUENTIAL_HEADS, HeadConfig
+from dspark.config import MAX_BLOCK, RECURRENT_KINDS, SEQUENTIAL_HEADS, HeadConfig, RecurrentConfig
 from dspark.errors import HeadError
 from dspark.head import calibration
 from dspark.head.golden import make_golden, refuse_broken, replay_golden
 from dspark.head.head import Head
+from dspark.head.recurrent import NETWORKS, AnyHead, RecurrentHead
 from dspark.prompts import read_json
 from dspark.target import demo, hub
 from dspark.target.native.pages import gather_weights
@@ -34,6 +39,9 @@ from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
 IN_SECTION = ("draft_vocab_size", "shortlist", "window")  # DeepSpec has no such keys
+RECURRENT_KEYS = [f.name for f in fields(RecurrentConfig)]
+ONLY_OURS = ("kind", "block_size", "target_layer_ids", "num_target_layers", "trained_steps")  # of them; the others are the layer's own
+ARCHITECTURES = {"mtp": "DSparkMtpModel", "eagle3": "LlamaForCausalLMEagle3"}
 # The calibration comes last: not every head has one, so no failure can leave a new one with an old head.
 FILES = ("model.safetensors", "golden.safetensors", "config.json", "provenance.json", "README.md", calibration.NAME)
 # Sizes beyond these come from a damaged file; their products still are numbers that torch can hold.
@@ -41,6 +49,7 @@ MOST = {"block_size": MAX_BLOCK, "num_hidden_layers": 256}
 MOST_OF_A_SIZE = 2**20
 # Of the target's config: the first is a path of this machine, the others would misdescribe the head's layers.
 NOT_THE_HEADS = ("_name_or_path", "quantization_config", "partial_rotary_factor", "rope_scaling", "sliding_window")
+VOCABULARY_MAPS = ("draft_ids", "d2t", "t2d")  # tensors beside the weights that say which tokens a head can propose
 CARRIED = "dspark"  # the folder in an exported head where what only dspark reads lies out of the way of other loaders
 SHARED = ("embed_tokens.weight", "lm_head.weight")  # DeepSpec saves copies of the target's; we need none
 WHAT_A_HEAD_IS = "give a folder with config.json and model.safetensors, as `dspark train TARGET --out DIR` writes it, or a hub id"
@@ -53,8 +62,10 @@ def vocabulary_hash(target: Target) -> str | None:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def config_json(own_config: HeadConfig, target: Target) -> dict:
-    """DeepSpec's config.json: the target's own, then the head's keys over it."""
+def config_json(own_config: HeadConfig | RecurrentConfig, target: Target) -> dict:
+    """DeepSpec's config.json: the target's own, then the head's keys over it. Of another kind of head: its layer's, as SpecForge has it."""
+    if isinstance(own_config, RecurrentConfig):
+        return recurrent_json(own_config, target)
     config = target.text_config.to_dict()
     for key in NOT_THE_HEADS:
         config.pop(key, None)
@@ -69,20 +80,42 @@ def config_json(own_config: HeadConfig, target: Target) -> dict:
         "num_anchors": 512,
         "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": own_config.rope_theta},
-        "dspark": {
-            "format": 1,
-            "target": target.name,
-            "target_model_type": target.text_config.model_type,
-            "vocabulary_sha256": vocabulary_hash(target),
-            "shared_with_target": list(SHARED),
-            **{key: getattr(own_config, key) for key in IN_SECTION},
-        },
+        "dspark": section_json(target, SHARED) | {key: getattr(own_config, key) for key in IN_SECTION},
     }
     return config
 
 
+def section_json(target: Target, shared: Sequence[str]) -> dict:
+    """What a head says of itself and its target."""
+    return {
+        "format": 1,
+        "target": target.name,
+        "target_model_type": target.text_config.model_type,
+        "vocabulary_sha256": vocabulary_hash(target),
+        "shared_with_target": list(shared),
+    }
+
+
+def recurrent_json(own: RecurrentConfig, target: Target) -> dict:
+    """config.json of a head of one recurrent layer: a Llama's of one layer, and what is ours in the `dspark` section."""
+    layer = {key: getattr(own, key) for key in RECURRENT_KEYS if key not in ONLY_OURS}
+    shared = SHARED if own.kind == "mtp" else SHARED[:1]
+    return layer | {
+        "architectures": [ARCHITECTURES[own.kind]],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "max_position_embeddings": min(target.max_context, 2**31 - 1),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "dspark": section_json(target, shared) | {key: getattr(own, key) for key in ONLY_OURS},
+    }
+
+
 def save_head(
-    head: Head,
+    head: AnyHead,
     target: Target,
     folder: Path,
     golden_ids: list[int],
@@ -95,12 +128,11 @@ def save_head(
     are made on a text that begins with `golden_ids`, unless there are some. Raises `HeadError` when the disk is full or closed to us."""
     precisions = precisions or {}
     weights = {name: tensor.detach().to(precisions.get(name, torch.bfloat16)).contiguous() for name, tensor in head.state_dict().items()}
-    if head.config.draft_vocab_size < head.config.vocab_size:
-        weights["draft_ids"] = head.draft_ids.int()
+    weights |= vocabulary_map(head)
     refuse_broken(weights, "nothing was saved", "lower the learning rate")
     # Golden logits come from the rounded weights, which are what a reader will have.
     rounded = empty_head(head.config, head.draft_ids, target)
-    rounded.load_state_dict({k: v.float() for k, v in weights.items() if k != "draft_ids"})
+    rounded.load_state_dict({k: v.float() for k, v in weights.items() if k not in VOCABULARY_MAPS})
     golden = golden or make_golden(rounded, target, golden_ids)
     if not all(0 < golden[name].float().std() < float("inf") for name in ("hidden", "logits") if name in golden):
         raise HeadError(
@@ -128,6 +160,16 @@ def save_head(
         for leftover in folder.glob("*.partial"):
             leftover.unlink(missing_ok=True)
         raise HeadError(f"cannot save the head to {folder}: {error}", "free some space or choose another --out") from error
+
+
+def vocabulary_map(head: AnyHead) -> dict[str, torch.Tensor]:
+    """Tensors that say which tokens a head of a reduced vocabulary can propose, as its kind has them."""
+    ids, reduced = head.draft_ids.cpu(), head.config.draft_vocab_size < head.config.vocab_size
+    if head.kind != "eagle3":
+        return {"draft_ids": ids.int()} if reduced else {}
+    t2d = torch.zeros(head.config.vocab_size, dtype=torch.bool)
+    t2d[ids] = True
+    return {"d2t": ids - torch.arange(len(ids)), "t2d": t2d}
 
 
 def replace_all(folder: Path, names: Sequence[str]) -> None:
@@ -164,9 +206,31 @@ def undo_interrupted_save(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> tuple[HeadConfig, dict]:
-    """The head's shape and its `dspark` section, after an interrupted save was undone.
+    """The shape of a DSpark or DFlash head and its `dspark` section, after an interrupted save was undone.
 
-    Raises `HeadError` naming what is missing or unknown."""
+    Raises `HeadError` naming what is missing or unknown, or another kind of head."""
+    config, section = read_any_config(folder)
+    if isinstance(config, RecurrentConfig):
+        raise another_kind(config.kind, str(folder))
+    return config, section
+
+
+def another_kind(kind: str, where: str) -> HeadError:
+    return HeadError(
+        f"{where} is a head of the kind {kind}; this takes DSpark and DFlash heads",
+        "`dspark generate`, `bench`, `verify` and `inspect` take all kinds",
+    )
+
+
+def dspark_only(head: AnyHead, where: str | Path) -> Head:
+    """The head. Raises `HeadError` for one of another kind than DSpark and DFlash."""
+    if isinstance(head, RecurrentHead):
+        raise another_kind(head.kind, str(where))
+    return head
+
+
+def read_any_config(folder: Path) -> tuple[HeadConfig | RecurrentConfig, dict]:
+    """`read_config` for every kind of head."""
     undo_interrupted_save(folder)
     if not (folder / "config.json").exists():
         raise HeadError(f"no head in {folder.absolute()}: it holds no config.json", WHAT_A_HEAD_IS)
@@ -175,6 +239,8 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
     rope = (raw.get("rope_parameters") or {}) if isinstance(raw, dict) else None
     if not isinstance(section, dict) or not isinstance(rope, dict):
         raise HeadError(f"{folder}/config.json is damaged: an object was expected", "restore the file, or train the head again")
+    if "kind" in section:
+        return recurrent_config(raw, section, f"{folder}/config.json"), section
     refuse_other_formats(raw, folder)
     if not section:
         refuse_other_networks(raw, f"{folder}/config.json")
@@ -185,6 +251,37 @@ def read_config(folder: Path) -> tuple[HeadConfig, dict]:
     return checked_config(values, f"{folder}/config.json"), section
 
 
+def recurrent_config(raw: dict, section: dict, where: str) -> RecurrentConfig:
+    """Raises `HeadError` naming what is missing, unknown or senseless."""
+    values: dict[str, Any] = {key: (section if key in ONLY_OURS else raw).get(key) for key in RECURRENT_KEYS}
+    if values["kind"] not in RECURRENT_KINDS:
+        raise HeadError(f"{where}: unknown kind of head {values['kind']!r}; known: {', '.join(RECURRENT_KINDS)}")
+    refuse_missing(values, where)
+    refuse_other_networks(raw, where)
+    refuse_senseless(values, where, RecurrentConfig)
+    refuse_layers(values, where)
+    if values["kind"] == "mtp" and values["target_layer_ids"] != (values["num_target_layers"] - 1,):
+        raise HeadError(f"{where}: an mtp head reads the target's last layer, not {list(values['target_layer_ids'])}", "restore the file")
+    return RecurrentConfig(**values)
+
+
+def refuse_missing(values: dict, where: str) -> None:
+    missing = [key for key, value in values.items() if value is None]
+    if missing:
+        raise HeadError(f"{where} lacks {', '.join(missing)}", "is this a DSpark head?")
+    if not isinstance(values["target_layer_ids"], (list, tuple)):
+        raise HeadError(f"{where}: target_layer_ids is {values['target_layer_ids']!r}, a list was expected")
+    values["target_layer_ids"] = tuple(values["target_layer_ids"])
+
+
+def refuse_layers(values: dict, where: str) -> None:
+    if not all(-1 <= i < values["num_target_layers"] for i in values["target_layer_ids"]):
+        raise HeadError(
+            f"{where}: target_layer_ids {values['target_layer_ids']} are not all layers of a target with {values['num_target_layers']}",
+            "dspark and DeepSpec count the outputs of layers from 0, speculators and GGUF one higher: were these not converted?",
+        )
+
+
 def checked_config(values: dict, where: str) -> HeadConfig:
     """The configuration made of values by name, that a file `where` gave.
 
@@ -192,22 +289,13 @@ def checked_config(values: dict, where: str) -> HeadConfig:
     values = dict(values)
     if values["markov_rank"] == 0:
         values["markov_head_type"] = values["markov_head_type"] or "vanilla"
-    missing = [key for key, value in values.items() if value is None]
-    if missing:
-        raise HeadError(f"{where} lacks {', '.join(missing)}", "is this a DSpark head?")
+    refuse_missing(values, where)
     if values["markov_head_type"] not in SEQUENTIAL_HEADS:
         raise HeadError(f"unknown markov_head_type {values['markov_head_type']!r}; known: {', '.join(SEQUENTIAL_HEADS)}")
-    if not isinstance(values["target_layer_ids"], (list, tuple)):
-        raise HeadError(f"{where}: target_layer_ids is {values['target_layer_ids']!r}, a list was expected")
-    values["target_layer_ids"] = tuple(values["target_layer_ids"])
     refuse_senseless(values, where)
     if not 0 <= values["mask_token_id"] < values["vocab_size"]:
         raise HeadError(f"{where}: mask_token_id {values['mask_token_id']} is outside the vocabulary of {values['vocab_size']}")
-    if not all(-1 <= i < values["num_target_layers"] for i in values["target_layer_ids"]):
-        raise HeadError(
-            f"{where}: target_layer_ids {values['target_layer_ids']} are not all layers of a target with {values['num_target_layers']}",
-            "dspark and DeepSpec count the outputs of layers from 0, speculators and GGUF one higher: were these not converted?",
-        )
+    refuse_layers(values, where)
     return HeadConfig(**values)
 
 
@@ -236,9 +324,9 @@ def refuse_other_networks(layers: dict, where: str) -> None:
         )
 
 
-def refuse_senseless(values: dict, where: str) -> None:
-    """Raise `HeadError` for a value of another type than `HeadConfig` says, or a size below 1 or absurdly large."""
-    for field in fields(HeadConfig):
+def refuse_senseless(values: dict, where: str, shape: type[HeadConfig] | type[RecurrentConfig] = HeadConfig) -> None:
+    """Raise `HeadError` for a value of another type than `shape` says, or a size below 1 or absurdly large."""
+    for field in fields(shape):
         value = values[field.name] if field.name != "target_layer_ids" else None
         if field.type is bool:
             sound = isinstance(value, bool)
@@ -259,8 +347,8 @@ def refuse_senseless(values: dict, where: str) -> None:
         raise HeadError(f"{where}: draft_vocab_size {values['draft_vocab_size']} exceeds the vocabulary of {values['vocab_size']}")
 
 
-def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_target: bool = True) -> Head:
-    """Load a head for this target and prove that it is the head, and the target, it was trained as.
+def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_target: bool = True) -> AnyHead:
+    """Load a head for this target and prove that it is the head, and the target, it was trained as. Of any kind: `head.kind` says which.
 
     `folder` may also be a hub id or the name of a shipped head. Raises `HeadError` where there is none, for
     missing, extra or misshaped tensors, another target, another vocabulary, golden vectors that do not come
@@ -268,18 +356,14 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
     `same_target=False` takes a target of other weights, to adapt the head to: of the golden vectors only what the head
     computes without the target's weights is then replayed, and there is no `self_test`."""
     folder = named_head(folder)
-    config, section = read_config(folder)
+    config, section = read_any_config(folder)
     refuse_other_target(config, section, target)
     weights = read_weights(folder)
     refuse_broken(weights, f"{folder}/model.safetensors is damaged", "restore the file, or train the head again")
-    for name in SHARED:
-        weights.pop(name, None)
-    draft_ids = weights.pop("draft_ids", torch.arange(config.draft_vocab_size)).long()
-    if draft_ids.shape != (config.draft_vocab_size,) or not bool(((draft_ids >= 0) & (draft_ids < config.vocab_size)).all()):
-        raise HeadError(
-            f"{folder}/model.safetensors: draft_ids do not fit a draft vocabulary of {config.draft_vocab_size} out of {config.vocab_size}",
-            "restore the file, or train the head again",
-        )
+    if isinstance(config, HeadConfig):  # heads of other projects bring copies of these; an EAGLE-3 head has output rows of its own
+        for name in SHARED:
+            weights.pop(name, None)
+    draft_ids = read_vocabulary_map(config, weights, f"{folder}/model.safetensors")
     refuse_other_tensors(config, weights, f"{folder}/model.safetensors")
     head = empty_head(config, draft_ids, target)
     head.load_state_dict(weights)
@@ -287,13 +371,38 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
     golden = golden_file(folder)
     if section or golden.exists():  # heads of other projects come without
         head.self_test = replay_golden(head, target, read_tensors(golden), folder, same_target)
-    head.calibration = calibration.read_calibration(folder, config.block_size) if calibrated else None
-    if head.calibration is not None:
-        calibration.refuse_other_pair(head.calibration, head, target, folder)
+    if isinstance(head, Head):
+        head.calibration = calibration.read_calibration(folder, head.config.block_size) if calibrated else None
+        if head.calibration is not None:
+            calibration.refuse_other_pair(head.calibration, head, target, folder)
     head.to(device=target.device, dtype=target.model.dtype).eval()
     if target.runtime is not None:
         gather_weights(head)
     return head
+
+
+def read_vocabulary_map(config: HeadConfig | RecurrentConfig, weights: dict[str, torch.Tensor], where: str) -> torch.Tensor:
+    """Take what `vocabulary_map` wrote out of the tensors; the target ids of the draft vocabulary [Vd]. Raises `HeadError`."""
+    ids = torch.arange(config.draft_vocab_size)
+    if isinstance(config, RecurrentConfig) and config.kind == "eagle3":
+        missing = [name for name in ("d2t", "t2d") if name not in weights]
+        if missing:
+            raise HeadError(f"{where} lacks {' and '.join(missing)}", "restore the file, or train the head again")
+        d2t, t2d = weights.pop("d2t"), weights.pop("t2d")
+        fits = d2t.shape == ids.shape and t2d.shape == (config.vocab_size,) and not d2t.is_floating_point()
+        if not fits or not torch.equal(t2d.nonzero().flatten(), ids + d2t):
+            raise HeadError(
+                f"{where}: d2t and t2d do not name {config.draft_vocab_size} of {config.vocab_size} tokens alike",
+                "d2t holds offsets, the target's id minus the draft's: restore the file",
+            )
+        return ids + d2t
+    draft_ids = weights.pop("draft_ids", ids).long()
+    if draft_ids.shape != (config.draft_vocab_size,) or not bool(((draft_ids >= 0) & (draft_ids < config.vocab_size)).all()):
+        raise HeadError(
+            f"{where}: draft_ids do not fit a draft vocabulary of {config.draft_vocab_size} out of {config.vocab_size}",
+            "restore the file, or train the head again",
+        )
+    return draft_ids
 
 
 def golden_file(folder: Path) -> Path:
@@ -302,17 +411,30 @@ def golden_file(folder: Path) -> Path:
     return carried if carried.exists() else folder / "golden.safetensors"
 
 
-def empty_head(config: HeadConfig, draft_ids: torch.Tensor, target: Target) -> Head:
+@overload
+def empty_head(config: HeadConfig, draft_ids: torch.Tensor, target: Target) -> Head: ...
+@overload
+def empty_head(config: HeadConfig | RecurrentConfig, draft_ids: torch.Tensor, target: Target) -> AnyHead: ...
+def empty_head(config: HeadConfig | RecurrentConfig, draft_ids: torch.Tensor, target: Target) -> AnyHead:
     """A head whose weights are NaN, so that one that is never loaded shouts."""
     rows = target.output_rows(draft_ids).cpu()
-    mask = target.embed(torch.tensor(config.mask_token_id, device=target.device)).detach().float().cpu()
+    mask = torch.empty(0)
+    if isinstance(config, HeadConfig):
+        mask = target.embed(torch.tensor(config.mask_token_id, device=target.device)).detach().float().cpu()
     with torch.device("meta"):  # no memory yet, so no time for random numbers that nobody reads
-        head = Head(config, draft_ids, rows, mask)
+        head = network(config, draft_ids, rows, mask, target.embed)
     for module in head.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(torch.full(parameter.shape, float("nan")), requires_grad=False)
     return head.eval()
+
+
+def network(config: HeadConfig | RecurrentConfig, draft_ids: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor, embed: Any) -> AnyHead:
+    """The network of this shape, whatever its weights."""
+    if isinstance(config, RecurrentConfig):
+        return NETWORKS[config.kind](config, draft_ids, rows, embed)
+    return Head(config, draft_ids, rows, mask)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -340,7 +462,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def refuse_other_target(config: HeadConfig, section: dict, target: Target) -> None:
+def refuse_other_target(config: HeadConfig | RecurrentConfig, section: dict, target: Target) -> None:
     name = target.name or type(target.model).__name__
     hint = f"train one for this target: `dspark train {target.name or 'TARGET'} --out DIR`"
     pairs = (("hidden size", config.hidden_size, target.hidden_size), ("layers", config.num_target_layers, target.num_layers),
@@ -353,9 +475,10 @@ def refuse_other_target(config: HeadConfig, section: dict, target: Target) -> No
         raise HeadError(f"head was trained with another tokenizer than that of target {name}", hint)
 
 
-def refuse_other_tensors(config: HeadConfig, weights: dict[str, torch.Tensor], where: str) -> None:
+def refuse_other_tensors(config: HeadConfig | RecurrentConfig, weights: dict[str, torch.Tensor], where: str) -> None:
     with torch.device("meta"):  # shapes alone: a damaged config may ask for more than there is memory
-        head = Head(config, torch.empty(0), torch.empty(0), torch.empty(0))
+        none = torch.empty(0)
+        head = network(config, none, none, none, None)
     wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     problems = [f"missing {name}" for name in wanted.keys() - found.keys()]

@@ -16,6 +16,7 @@ import torch
 
 from dspark.errors import HeadError
 from dspark.head.head import Head, SelfTest
+from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.target.quantize import is_int8
 from dspark.target.target import Target
 
@@ -38,7 +39,7 @@ class Block:
     tokens: list[int]
 
 
-def make_golden(head: Head, target: Target, ids: list[int]) -> dict[str, torch.Tensor]:
+def make_golden(head: AnyHead, target: Target, ids: list[int]) -> dict[str, torch.Tensor]:
     """Golden vectors of a head in float32 on this target, on a text that begins with `ids`."""
     ids = ids[:PROMPT_TOKENS]
     num_prompt = len(ids)
@@ -73,15 +74,17 @@ def say_greedily(target: Target, ids: Sequence[int], num_tokens: int) -> list[in
     return said
 
 
-def read_features(head: Head, target: Target, ids: Sequence[int]) -> torch.Tensor:
+def read_features(head: AnyHead, target: Target, ids: Sequence[int]) -> torch.Tensor:
     """The head's taps on these tokens [T, M, D], in float32 on the CPU."""
     target.tap(head.config.target_layer_ids)
     return target.score(target.start(), ids, num_logits=1).features_TMD.float().cpu()
 
 
 @torch.no_grad()
-def last_block(head: Head, target: Target, ids: Sequence[int], features_WMD: torch.Tensor, told: Sequence[int] | None = None) -> Block:
+def last_block(head: AnyHead, target: Target, ids: Sequence[int], features_WMD: torch.Tensor, told: Sequence[int] | None = None) -> Block:
     """The block after the last token, which sees the features of the tokens before it that have some."""
+    if isinstance(head, RecurrentHead):
+        return greedy_chain(head, ids, features_WMD[:-1], told)
     start = len(ids) - len(features_WMD)
     context_kv = head.context_kv(features_WMD[None, :-1].float(), torch.arange(start, len(ids) - 1)[None])
     return greedy_block(head, target, ids[-1], len(ids) - 1, context_kv, told)
@@ -114,14 +117,43 @@ def greedy_block(
 
 
 @torch.no_grad()
-def count_accepted(head: Head, target: Target, ids: Sequence[int], num_prompt: int, features_TMD: torch.Tensor) -> int:
+def greedy_chain(
+    head: RecurrentHead,
+    ids: Sequence[int],
+    features_TMD: torch.Tensor,
+    told: Sequence[int] | None = None,
+    text: Sequence[int] | None = None,
+) -> Block:
+    """`greedy_block` of a head that drafts token by token, after `ids`; the features are those of the last tokens before the anchor.
+    Without any, nothing is drafted."""
+    cache, reads, given = head.start(), head.hidden(features_TMD), list(ids[len(ids) - len(features_TMD) :])
+    tokens: list[int] = []
+    hidden, logits = [head.norm(reads[:0])], [reads.new_empty(0, len(head.draft_ids))]
+    while len(reads) and len(tokens) < head.block_size:
+        # only how far slots are apart matters, so the first one is 0
+        states, logits_V = head.run(0, reads, given, cache.get_seq_length(), cache)
+        hidden.append(head.norm(states[-1:]))
+        logits.append(logits_V[None])
+        tokens.append(int(head.draft_ids[logits_V.argmax()]))
+        k = len(tokens) - 1
+        if text is not None and (k >= len(text) or tokens[k] != text[k]):
+            break
+        reads, given = states[-1:], [tokens[k] if told is None else told[k]]
+    return Block(torch.cat(hidden), torch.cat(logits), None, tokens)
+
+
+@torch.no_grad()
+def count_accepted(head: AnyHead, target: Target, ids: Sequence[int], num_prompt: int, features_TMD: torch.Tensor) -> int:
     """Of the text after the prompt, the tokens that greedy rounds would take from the head's drafts."""
-    context_kv = head.context_kv(features_TMD[None].float(), torch.arange(len(ids))[None])
+    context_kv = [] if isinstance(head, RecurrentHead) else head.context_kv(features_TMD[None].float(), torch.arange(len(ids))[None])
     last, accepted = num_prompt - 1, 0
     while last < len(ids) - 1:
-        seen = [(keys[:, :, :last], values[:, :, :last]) for keys, values in context_kv]
         text = ids[last + 1 :]
-        tokens = greedy_block(head, target, ids[last], last, seen, text=text).tokens
+        if isinstance(head, RecurrentHead):
+            tokens = greedy_chain(head, ids[: last + 1], features_TMD[:last], text=text).tokens
+        else:
+            seen = [(keys[:, :, :last], values[:, :, :last]) for keys, values in context_kv]
+            tokens = greedy_block(head, target, ids[last], last, seen, text=text).tokens
         right = sum(a == b for a, b in zip(tokens, text, strict=False))
         accepted, last = accepted + right, last + right + 1
     return accepted
@@ -135,11 +167,13 @@ def told_by(golden: dict[str, torch.Tensor]) -> tuple[int, int] | None:
     return accepted, len(golden["ids"]) - num_prompt
 
 
-def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path, same_target: bool = True) -> SelfTest | None:
+def replay_golden(
+    head: AnyHead, target: Target, golden: dict[str, torch.Tensor], folder: Path, same_target: bool = True
+) -> SelfTest | None:
     """Raise `HeadError` unless head and target still compute what they did when the head was saved; says what the head
     drafts on the golden text here. None for golden vectors of an older kind, which have no such text, and with
     `same_target=False`: then only what no weight of the target enters is computed again, the head's context."""
-    missing = NEEDED - golden.keys()
+    missing = (NEEDED if isinstance(head, Head) else NEEDED | {"draft"}) - golden.keys()
     if missing:
         raise HeadError(f"{folder}/{NAME} lacks {', '.join(sorted(missing))}", WAY_OUT)
     if tuple(golden["layer_ids"].flatten().tolist()) != head.config.target_layer_ids:
@@ -164,7 +198,7 @@ def replay_golden(head: Head, target: Target, golden: dict[str, torch.Tensor], f
 
 
 @torch.no_grad()
-def refuse_other_head(head: Head, target: Target, golden: dict[str, torch.Tensor], folder: Path, same_target: bool) -> None:
+def refuse_other_head(head: AnyHead, target: Target, golden: dict[str, torch.Tensor], folder: Path, same_target: bool) -> None:
     """Raise `HeadError` naming the first thing that the head computes otherwise from the stored features."""
     ids, features = golden["ids"].tolist(), golden["features"]
     # fp16 storage rounds at 5e-4 relative, 8-bit rows at 1e-2; a wrong weight or tap moves values by their spread.
@@ -187,6 +221,7 @@ def refuse_other_head(head: Head, target: Target, golden: dict[str, torch.Tensor
         return
     block = last_block(head, target, ids, features, told)
     if told is None:  # golden vectors of the first kind: base logits, all columns
+        assert isinstance(head, Head)  # no other kind had them
         refuse_if_off("the logits", off(head.base_logits(block.hidden_GD), golden["logits"]))
         return
     logits_GC = block.logits_GV[:, golden["columns"].long()]
@@ -202,7 +237,7 @@ def refuse_other_head(head: Head, target: Target, golden: dict[str, torch.Tensor
             refuse_if_off(f"the confidence {of_token} (confidence_head)", ((block.confidences_G[k] - then).abs() / (1 + then.abs())).item())
 
 
-def refuse_other_features(golden: dict[str, torch.Tensor], features_TMD: torch.Tensor, head: Head, target: Target) -> None:
+def refuse_other_features(golden: dict[str, torch.Tensor], features_TMD: torch.Tensor, head: AnyHead, target: Target) -> None:
     """Raise `HeadError` when the target's features are not those stored; warn when they are near."""
     likeness_M = features_likeness(golden, features_TMD)
     name, worst = target.name or type(target.model).__name__, int(likeness_M.argmin())
@@ -229,7 +264,7 @@ def features_likeness(golden: dict[str, torch.Tensor], features_TMD: torch.Tenso
     return (torch.cosine_similarity(found, stored, dim=-1) * lengths.amin(0) / lengths.amax(0)).mean(0)
 
 
-def refuse_misshapen(golden: dict[str, torch.Tensor], head: Head, target: Target, folder: Path) -> None:
+def refuse_misshapen(golden: dict[str, torch.Tensor], head: AnyHead, target: Target, folder: Path) -> None:
     config, ids = head.config, golden["ids"]
     num_ids, whole = ids.numel(), (torch.int32, torch.int64)
     rows = len(golden["features"]) if golden["features"].dim() else 0

@@ -61,6 +61,14 @@ class Head(nn.Module):
         self.register_buffer("output_rows", output_rows, persistent=False)
         self.register_buffer("mask_embedding", mask_embedding, persistent=False)
 
+    @property
+    def kind(self) -> str:
+        return "dspark" if self.config.markov_rank else "dflash"
+
+    @property
+    def block_size(self) -> int:
+        return self.config.block_size
+
     def context(self, features: torch.Tensor) -> torch.Tensor:
         """H_ctx = RMSNorm(W_c [H(l_1); ...; H(l_m)]) (eq. 2): [N, S, M, D] -> [N, S, D]."""
         return self.hidden_norm(self.fc(features.flatten(2)))

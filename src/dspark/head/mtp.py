@@ -7,7 +7,7 @@ https://arxiv.org/abs/2412.19437). To go further than there are modules, the las
 Shapes: T slots of one pass, M tapped layers (the last one only), D hidden size, V vocabulary."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -90,6 +90,7 @@ class MtpHead:
     Several requests may use it, each with its own cache (`start`)."""
 
     calibration = None  # it has no confidences
+    draft_ids: torch.Tensor | None = None  # all tokens can be proposed
 
     def __init__(self, model: MtpModel, target: Target, outputs: Sequence[torch.Tensor | None]):
         self.model, self.outputs, self.norm = model, list(outputs), final_norm(target.model)
@@ -97,6 +98,7 @@ class MtpHead:
         self.norms = [cast(Any, layer).post_norm for layer in model.layers]
         for layer in model.layers:
             cast(Any, layer).use_post_norm = False  # what is handed on may be the state before it
+        self.layer_ids = (target.num_layers - 1,)  # of the target that it reads
         own = sum(output is not None for output in self.outputs)
         self.config = MtpConfig(target.text_config.model_type, len(self.norms), own)
         self.block_size = max(self.num_modules, LEAST_DRAFTED)
@@ -141,9 +143,26 @@ def load_mtp(target: Target) -> MtpHead:
     """The modules in the target's own checkpoint, loaded once.
 
     Raises `HeadError` where there are none, or where they are of a kind that is not known."""
-    if target.mtp is None:
+    if not target.mtp:
         target.mtp = read_mtp(target)
     return target.mtp
+
+
+def own_mtp(target: Target, say: Callable[[str], None] = lambda text: None) -> MtpHead | None:
+    """The modules, if the target's checkpoint is here and has some that can be read, else None; a word where they cannot be. Looked for
+    once."""
+    if target.mtp is None:
+        target.mtp = False
+        try:
+            found = bool(find_modules(target, local=True).prefixes)
+        except HeadError:
+            found = False
+        try:
+            if found:
+                load_mtp(target)
+        except HeadError as error:
+            say(f"drafting without them: {error.message}")
+    return target.mtp or None
 
 
 def read_mtp(target: Target) -> MtpHead:
@@ -172,14 +191,20 @@ def read_mtp(target: Target) -> MtpHead:
     return MtpHead(modules, target, own_outputs(target, checkpoint))
 
 
-def find_modules(target: Target) -> Checkpoint:
-    """Where the modules are. Raises `HeadError` if the target has none."""
+def find_modules(target: Target, local: bool = False) -> Checkpoint:
+    """Where the modules are; `local`: the hub is not asked for files. Raises `HeadError` if the target has none."""
     name, where = target.name or type(target.model).__name__, target.model.config.name_or_path
     if not where:
         raise HeadError(f"{name} was not loaded from a checkpoint, where its multi-token-prediction modules would be", OTHERS)
     try:
         files, _ = _get_resolved_checkpoint_files(
-            where, variant=None, gguf_file=None, use_safetensors=True, user_agent=None, is_remote_code=False
+            where,
+            variant=None,
+            gguf_file=None,
+            use_safetensors=True,
+            user_agent=None,
+            is_remote_code=False,
+            download_kwargs={"local_files_only": local},
         )
     except OSError as error:
         raise HeadError(f"no safetensors files of {name} to read multi-token-prediction modules from", OTHERS) from error

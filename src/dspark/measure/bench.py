@@ -14,12 +14,20 @@ import torch
 from dspark.core.decode import Round
 from dspark.errors import PromptError, SettingError
 from dspark.generation import Result, check_request, generate, make_drafter, make_planner
-from dspark.head.head import Head
+from dspark.head.recurrent import AnyHead
 from dspark.target.target import Target
 
-MODES = ("plain", "auto", "dspark", "dflash", "mtp", "lookup", "hf", "hf-lookup")
+MODES = ("plain", "auto", "dspark", "dflash", "mtp", "mtp+dspark", "lookup", "hf", "hf-lookup")
 SHOWN_POSITIONS = 7  # of lookup's fifteen
-DRAFTER_OF = {"plain": "none", "auto": "auto", "dspark": "dspark", "dflash": "dflash", "mtp": "mtp", "lookup": "lookup"}
+DRAFTER_OF = {
+    "plain": "none",
+    "auto": "auto",
+    "dspark": "dspark",
+    "dflash": "dflash",
+    "mtp": "mtp",
+    "mtp+dspark": "mtp+dspark",
+    "lookup": "lookup",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Mode:
     """One way of decoding: one of MODES, or a head's own name, and behind an @ its plan where it has one (`dspark@length:3`)."""
 
     name: str
-    head: Head | None = None
+    head: AnyHead | None = None
 
     @property
     def kind(self) -> str:
@@ -117,7 +125,8 @@ class Way:
     def __init__(self, target: Target, mode: Mode, temperature: float):
         self.target, self.mode, self.temperature = target, mode, temperature
         if mode.kind in DRAFTER_OF:
-            self.drafter = make_drafter(DRAFTER_OF[mode.kind], target, mode.head)
+            named = mode.head is not None and mode.name.partition("@")[0] not in MODES
+            self.drafter = make_drafter(mode.head.kind if mode.head and named else DRAFTER_OF[mode.kind], target, mode.head)
             self.plan = make_planner(mode.plan, target, self.drafter)
 
     def decode(self, ids: list[int], max_new_tokens: int, seed: int) -> Result:

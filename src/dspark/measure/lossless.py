@@ -13,7 +13,8 @@ from dspark.config import MAX_BLOCK
 from dspark.core.sampling import probs
 from dspark.core.verifier import acceptance, residual
 from dspark.generation import generate, make_drafter, make_law, make_planner
-from dspark.head.head import Head, SelfTest
+from dspark.head.head import SelfTest
+from dspark.head.recurrent import AnyHead
 from dspark.target.target import Target
 
 # Largest difference between the two best logits that counts as a tie, in units of the target's
@@ -36,14 +37,14 @@ class Check:
 
 def verify_pair(
     target: Target,
-    head: Head | None,
+    head: AnyHead | None,
     prompts: Sequence[list[int]],
     max_new_tokens: int = 64,
     drafters: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Check]:
     """Run all checks; none may fail for `dspark verify` to exit 0."""
-    own = [] if head is None else ["dspark" if head.config.markov_rank else "dflash", "auto"]
+    own = [] if head is None else [head.kind, "auto"]
     names = list(drafters) or [*own, "lookup"]
     checks = [] if head is None or head.self_test is None else [golden_text(head.self_test)]
     for name in names:
@@ -64,7 +65,7 @@ def golden_text(test: SelfTest) -> Check:
     return Check("golden vectors come out again", test.good, str(test))
 
 
-def greedy_tokens(target: Target, head: Head | None, prompts: Sequence[list[int]], max_new_tokens: int, drafter: str) -> Check:
+def greedy_tokens(target: Target, head: AnyHead | None, prompts: Sequence[list[int]], max_new_tokens: int, drafter: str) -> Check:
     same = num_drafted = 0
     chosen = make_drafter(drafter, target, head)
     plan = make_planner("auto" if drafter == "auto" else "fixed", target, chosen)
@@ -105,7 +106,7 @@ def logit_gap(target: Target, prefix: list[int], one: int | None, other: int | N
     return abs(logits[one] - logits[other]).item()
 
 
-def round_law(target: Target, head: Head | None, prompts: Sequence[list[int]], drafter: str, num_drafts: int = 8) -> Check:
+def round_law(target: Target, head: AnyHead | None, prompts: Sequence[list[int]], drafter: str, num_drafts: int = 8) -> Check:
     """For real drafts at T = 1, at every drafted position: q(x) * accept(x) + reject * residual must be p.
 
     This is an identity of the verifier on the pair's own p and q, in float64; it fails if a
@@ -177,6 +178,6 @@ def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:
     return Check("roll-back restores the state", worst <= tolerance, f"largest logit difference {worst:.1e} (tolerance {tolerance:g})")
 
 
-def replay(target: Target, head: Head | None, ids: list[int], drafter: str) -> Check:
+def replay(target: Target, head: AnyHead | None, ids: list[int], drafter: str) -> Check:
     answers = [generate(target, head, ids, 24, temperature=1.0, seed=7, drafter=drafter, plan="fixed").token_ids for _ in range(2)]
     return Check("a seed replays", answers[0] == answers[1], f"{len(answers[0])} sampled tokens, twice")

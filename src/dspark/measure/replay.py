@@ -194,7 +194,7 @@ class Together:
         self.costs, self.gate.table = costs, share(costs, num_requests, limit)
         self.budgeted.ask(limit, costs, num_requests, num_tokens)
         asked = self.gate.ask(limit, int(num_tokens))
-        return asked if self.gate.best_gain([1.0] * limit) > 0 else 0
+        return asked if self.gate.best_round([1.0] * limit)[0] > 0 else 0
 
     def plan(self, confidences: Sequence[Sequence[float]]) -> list[int]:
         return self.budgeted.plan(confidences)

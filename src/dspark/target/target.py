@@ -69,7 +69,7 @@ class Target:
     runtime: NativeRuntime | None = None  # None: transformers' own modules, eagerly
     graphs: Graphs | None = None  # those modules' passes as CUDA graphs, for one request at a time
     rollback_by: str = "auto"
-    mtp: Any = field(default=None, repr=False)  # its multi-token-prediction modules, once loaded (head/mtp.py)
+    mtp: Any = field(default=None, repr=False)  # its multi-token-prediction modules, once loaded; False: it has none (head/mtp.py)
     _captured: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     _hooks: list = field(default_factory=list, repr=False)
 
@@ -133,7 +133,7 @@ class Target:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The target's own input embedding, called as a module so that built-in scales apply (Gemma)."""
-        return self.model.get_input_embeddings()(ids)
+        return self.model.get_input_embeddings()(ids.to(self.device))
 
     def tap(self, layer_ids: Sequence[int]) -> None:
         """Record the outputs of these decoder layers (0-based, -1 = embeddings) in every pass.
@@ -146,6 +146,17 @@ class Target:
             module = self.layers[layer_id] if layer_id >= 0 else self.model.get_input_embeddings()
             self._hooks.append(module.register_forward_hook(Tap(layer_id, self._captured)))
         self.layer_ids = tuple(layer_ids)
+
+    def need(self, layer_ids: Sequence[int]) -> None:
+        """Record these layers from the next pass on; no others are promised, and others that are recorded already stay."""
+        if not set(layer_ids) <= set(self.layer_ids):
+            self.tap(layer_ids)
+
+    def of_layers(self, features_TMD: torch.Tensor, layer_ids: Sequence[int]) -> torch.Tensor:
+        """The states of these layers, out of features that the present taps gave."""
+        if self.layer_ids == tuple(layer_ids):
+            return features_TMD
+        return features_TMD[:, [self.layer_ids.index(layer_id) for layer_id in layer_ids]]
 
     def untap(self) -> None:
         for hook in self._hooks:

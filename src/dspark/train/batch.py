@@ -22,6 +22,7 @@ class Batch:
     teacher_ids_NAGP: torch.Tensor
     teacher_probs_NAGP: torch.Tensor
     visible_NAS: torch.Tensor  # the context a block may look at: what lies strictly before its anchor
+    following_NS: torch.Tensor  # the token after each of the context
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -73,7 +74,11 @@ def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int,
     tokens = store.ids[(offset + index)[:, :, None] + torch.minimum(position_NAG, length[:, :, None])].long() * within_NAG
     visible_NAS = torch.arange(width, device=device) < anchors_NA[:, :, None]
     teacher_ids, teacher_probs = store.teacher_ids[teacher_NAG].long(), store.teacher_probs[teacher_NAG].float()
-    return Batch(store.kept(context_NS), anchors_NA, tokens[..., :-1], tokens[..., 1:], valid_NAG, teacher_ids, teacher_probs, visible_NAS)
+    following_NS = store.ids[context_NS + index + 1].long()  # past the end: the last token again
+    return Batch(
+        store.kept(context_NS), anchors_NA, tokens[..., :-1], tokens[..., 1:], valid_NAG, teacher_ids, teacher_probs, visible_NAS,
+        following_NS,
+    )  # fmt: skip
 
 
 def make_batch(
@@ -110,4 +115,4 @@ def make_batch(
     positions = anchors[:, :, None] + torch.arange(G + 1, device=device)
     tokens = ids.gather(1, positions.view(N, -1)).view(N, A, G + 1)
     visible = torch.arange(longest - 1, device=device) < anchors[:, :, None]
-    return Batch(features, anchors, tokens[..., :-1], tokens[..., 1:], valid, teacher_ids, teacher_probs, visible)
+    return Batch(features, anchors, tokens[..., :-1], tokens[..., 1:], valid, teacher_ids, teacher_probs, visible, ids[:, 1:longest])

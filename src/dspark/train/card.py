@@ -2,17 +2,23 @@
 
 from dspark.head.calibration import summary
 from dspark.head.head import Head
+from dspark.head.recurrent import AnyHead
 from dspark.target.target import Target
 
 
-def write_card(head: Head, target: Target, provenance: dict, rounds: dict | None) -> str:
+def kind_of(head: AnyHead) -> str:
+    """What the head is, in a line."""
+    if not isinstance(head, Head):
+        steps = f"trained on {head.config.trained_steps} step{'s' if head.config.trained_steps > 1 else ''} of its chain; 1 layer"
+        return f"EAGLE-3, {steps}" if head.kind == "eagle3" else f"A multi-token-prediction module, {steps}"
+    rank, name = head.config.markov_rank, head.config.markov_head_type
+    what = f"DSpark, {name} sequential head of rank {rank}" if rank else "DFlash (no sequential head)"
+    return f"{what}; {head.config.num_hidden_layers} layers"
+
+
+def write_card(head: AnyHead, target: Target, provenance: dict, rounds: dict | None) -> str:
     config, train = head.config, provenance["train"]
     parameters = sum(p.numel() for p in head.parameters())
-    kind = (
-        f"DSpark, {config.markov_head_type} sequential head of rank {config.markov_rank}"
-        if config.markov_rank
-        else "DFlash (no sequential head)"
-    )
     measured = "" if rounds is None else (
         f"\nTokens per round by real decoding on {rounds['prompts']} held-out prompts, {rounds['max_new_tokens']} tokens each: "
         f"**{rounds['tau_t0']}** at T = 0, **{rounds['tau_t1']}** at T = 1.\n"
@@ -42,7 +48,7 @@ tags: [speculative-decoding, dspark]
 ---
 # Draft head for {target.name}
 
-{kind}; {config.num_hidden_layers} layers, block of {config.block_size}, {config.draft_vocab_size} of {config.vocab_size} tokens,
+{kind_of(head)}, block of {config.block_size}, {config.draft_vocab_size} of {config.vocab_size} tokens,
 taps after layers {", ".join(map(str, config.target_layer_ids))}; {parameters / 1e6:.1f} M parameters.
 It changes how fast the target answers, never what it answers.
 

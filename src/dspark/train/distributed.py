@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dspark.errors import HeadError, SettingError, UserError
-from dspark.head.head import Head
+from dspark.head.recurrent import AnyHead
 from dspark.train.loss import Losses
 
 PARALLEL = ("ddp", "fsdp")
@@ -93,7 +93,7 @@ class Ranks:
         dist.all_reduce(value)
         return value / self.size
 
-    def wrap(self, head: Head, loss: Callable[..., Losses]) -> Callable[..., Losses]:
+    def wrap(self, head: AnyHead, loss: Callable[..., Losses]) -> Callable[..., Losses]:
         """`loss(head, ...)` with gradients that are the mean over the processes. With `fsdp` the head's parameters are shards from here on."""
         if self.size == 1:
             return loss
@@ -106,7 +106,7 @@ class Ranks:
                 step = DistributedDataParallel(step, broadcast_buffers=False)  # they are the target's rows, which nobody changes
         return lambda head, *arguments: Losses(*step(*arguments))
 
-    def whole(self, head: Head) -> Head:
+    def whole(self, head: AnyHead) -> AnyHead:
         """The head with all of its weights, for measuring: itself, or with `fsdp` a copy. All processes call it."""
         if not self.shards:
             return head
@@ -122,7 +122,7 @@ ALONE = Ranks()
 class Step(torch.nn.Module):
     """The loss of a batch as a module's forward pass, which is what DDP and FSDP2 take; the fields of `Losses`, since they look for tensors."""
 
-    def __init__(self, head: Head, loss: Callable[..., Losses]):
+    def __init__(self, head: AnyHead, loss: Callable[..., Losses]):
         super().__init__()
         self.head, self.loss = head, loss
 
@@ -130,7 +130,7 @@ class Step(torch.nn.Module):
         return tuple(vars(self.loss(self.head, *arguments)).values())
 
 
-def gathered(head: Head) -> Head:
+def gathered(head: AnyHead) -> AnyHead:
     """The same head, its parameters no shards any more. All processes call it."""
     for name, parameter in list(head.named_parameters()):
         owner, _, own_name = name.rpartition(".")

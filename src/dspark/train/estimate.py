@@ -145,13 +145,19 @@ def row_work(target: Target, shape: dict) -> float:
     """What a row of the head costs, as a share of one sampled token."""
     D = target.hidden_size
     width = shape.get("intermediate_size") or getattr(target.text_config, "intermediate_size", None) or 4 * D
-    layers = shape.get("num_hidden_layers", 2) * (4 * D * D + 3 * D * width)
-    output = (shape.get("draft_vocab_size") or target.vocab_size) * (D + shape.get("markov_rank", 96))
+    num_layers, rank = (1, 0) if "kind" in shape else (shape.get("num_hidden_layers", 2), shape.get("markov_rank", 96))
+    layers = num_layers * (4 * D * D + 3 * D * width)
+    output = (shape.get("draft_vocab_size") or target.vocab_size) * (D + rank)
     return (layers + output) / sum(p.numel() for p in target.model.parameters()) / HEAD_RATE
 
 
+def trained_rows(shape: dict) -> int:
+    """Rows of an anchor in a step: its block, or as much of a recurrent head's chain as is trained."""
+    return shape.get("trained_steps") or (1 if shape.get("kind") == "mtp" else shape.get("block_size", 5))
+
+
 def stepping(target: Target, config: TrainConfig, shape: dict, found: Pace) -> float:
-    rows = config.steps * config.sequences_per_step * config.anchors_per_sequence * shape.get("block_size", 5)
+    rows = config.steps * config.sequences_per_step * config.anchors_per_sequence * trained_rows(shape)
     return found.passes(3 * rows * row_work(target, shape)) + (GPU_COMPILING if target.device.type == "cuda" else 0)  # forth and back
 
 
@@ -166,7 +172,7 @@ def measuring(target: Target, config: TrainConfig, shape: dict, found: Pace) -> 
 def space(target: Target, config: TrainConfig, shape: dict, passes: int) -> tuple[float, float, float]:
     """Bytes of memory and disk that a run takes, and of memory that are free."""
     weights = sum(p.numel() for p in target.model.parameters()) * target.model.dtype.itemsize
-    rows = config.sequences_per_step * config.anchors_per_sequence * shape.get("block_size", 5)
+    rows = config.sequences_per_step * config.anchors_per_sequence * trained_rows(shape)
     memory = weights + rows * (shape.get("draft_vocab_size") or target.vocab_size) * 4 * 5 + 1e9
     samples = feature_bytes(target, config, passes)
     if target.device.type == "cuda":

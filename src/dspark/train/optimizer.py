@@ -6,10 +6,10 @@ import torch
 
 from dspark.config import TrainConfig
 from dspark.errors import SettingError
-from dspark.head.head import Head
+from dspark.head.recurrent import AnyHead
 
 
-def make_optimizers(head: Head, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(head: AnyHead, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything that is trained, or Muon for the matrices of layers and context and AdamW for the rest."""
     if config.optimizer not in ("adamw", "muon"):
         raise SettingError(f"unknown optimizer {config.optimizer!r}", "choose adamw or muon")
@@ -18,7 +18,7 @@ def make_optimizers(head: Head, config: TrainConfig) -> list[torch.optim.Optimiz
     for name, parameter in head.named_parameters():
         if not parameter.requires_grad:
             continue
-        inner = config.optimizer == "muon" and parameter.dim() == 2 and name.startswith(("layers.", "fc."))
+        inner = config.optimizer == "muon" and parameter.dim() == 2 and name.startswith(("layers.", "midlayer.", "fc."))
         (matrices if inner else rest).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)

@@ -1,4 +1,4 @@
-"""`dspark train`: prompts, answers, features, steps, held-out rounds, a saved head. Every stage resumes."""
+"""`dspark train`: prompts, answers, features, steps, held-out rounds, a saved head of any kind. Every stage resumes."""
 
 import hashlib
 import json
@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from dspark.config import MAX_BLOCK, HeadConfig, TrainConfig
+from dspark.config import MAX_BLOCK, RECURRENT_KINDS, HeadConfig, RecurrentConfig, TrainConfig
 from dspark.core.calibration import Calibration
 from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
-from dspark.head.folder import load_head, save_head
+from dspark.head.folder import dspark_only, load_head, save_head
 from dspark.head.head import Head
+from dspark.head.mtp import load_mtp
+from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.measure.calibrate import LAWS, calibrate
 from dspark.profiling import device_name
 from dspark.prompts import Prompt, read_json
@@ -42,10 +44,11 @@ from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, CURVE_POINT
 from dspark.train.features import FeatureStore
 from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
-from dspark.train.warmstart import new_head, widened
+from dspark.train.warmstart import new_head, new_recurrent_head, widened
 
 LEAST_WINDOW = 512
 MOST_BATCHES = 50_000  # of prompts; the seeds of the answers' batches begin this far behind theirs
+EAGLE3_LAYERS = 3
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
 
 
@@ -93,7 +96,8 @@ def train(
     server: Server | None = None,
     ranks: Ranks = ALONE,
 ) -> dict:
-    """Train a head for `target` into the folder `out`; returns the measured figures.
+    """Train a head for `target` into the folder `out`; returns the measured figures. `shape` has what `RecurrentConfig` calls it for the
+    kinds mtp and eagle3, which it names as `kind`; without one, what `HeadConfig` calls it.
 
     Prompts given by the user are mixed with `config.num_prompts` that the target invents; `server` answers them where one is
     given, else the target. `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
@@ -105,9 +109,11 @@ def train(
     refuse_beforehand(target, config, shape, prompts, answers, server)
     check_processes(config, ranks)
     given = load_head(start_from, target, calibrated=False) if start_from else None
+    if isinstance(given, RecurrentHead) and config.detached_confidence:
+        raise SettingError("--confidence detached cannot take effect: a head of this kind has no confidences", "leave it out")
     start = None if given is None else [digest(parameter) for parameter in given.parameters()]
     if given is not None and shape.get("markov_rank") is not None:
-        given = widened(given, target, shape["markov_rank"])
+        given = widened(dspark_only(given, str(start_from)), target, shape["markov_rank"])
     brought = brought_answers(target, config, prompts, answers)
     # The label binds the folder to these settings: all that can be refused beforehand has been.
     described = settings(target, config, shape, prompts, answers, start, server)
@@ -123,7 +129,7 @@ def train(
     if only_answers:
         return {"answers": len(records)}
     started = time.time()
-    head = given.float().requires_grad_(True) if given else new_head(target, *choose_shape(target, records, shape), config.seed)
+    head = given.float().requires_grad_(True) if given else begin_head(target, records, shape, config.seed)
     target.tap(head.config.target_layer_ids)
     cache = work / ("cache" if ranks.machine == 0 else f"cache-{ranks.machine}")  # one a machine: its processes share the pages
     store = ranks.one_first(
@@ -137,7 +143,7 @@ def train(
 
 
 def save_measured(
-    head: Head, target: Target, store: FeatureStore, records: Sequence[dict], config: TrainConfig, provenance: dict, out: Path, bar: Bar
+    head: AnyHead, target: Target, store: FeatureStore, records: Sequence[dict], config: TrainConfig, provenance: dict, out: Path, bar: Bar
 ) -> dict:
     """Measure the trained head on held-out answers, calibrate it and write it; the provenance with its figures."""
     provenance = provenance | {"held_out_teacher_forced": measure(head, target, store, config, config.held_out)}
@@ -145,7 +151,9 @@ def save_measured(
     served = load_head(out, target)
     rounds = held_out_rounds(target, served, records[: config.held_out], bar)
     provenance["held_out_rounds"] = rounds
-    head.calibration = held_out_calibration(target, served, records[: config.held_out], bar)
+    calibration = held_out_calibration(target, served, records[: config.held_out], bar)
+    if isinstance(head, Head):
+        head.calibration = calibration
     save_head(head, target, out, golden_ids(records), provenance, write_card(head, target, provenance, rounds))
     return provenance
 
@@ -244,8 +252,11 @@ def origin(target: Target, config: TrainConfig, records: Sequence[dict], command
     }
 
 
-def held_out_calibration(target: Target, head: Head, records: Sequence[dict], bar: Bar) -> Calibration | None:
-    """The confidences of the saved head, calibrated on held-out prompts; None, with a word, where that cannot be done."""
+def held_out_calibration(target: Target, head: AnyHead, records: Sequence[dict], bar: Bar) -> Calibration | None:
+    """The confidences of the saved head, calibrated on held-out prompts; None, with a word, where that cannot be done, and None
+    for a head that has none."""
+    if isinstance(head, RecurrentHead):
+        return None
     prompts = [(r["prompt_ids"], r["kind"]) for r in records if len(r["prompt_ids"]) + CALIBRATION_TOKENS <= target.max_context]
     try:
         return calibrate(target, head, prompts, LAWS, CALIBRATION_TOKENS, bar)[0]
@@ -385,6 +396,11 @@ def check_settings(config: TrainConfig, shape: dict, num_given: int | None) -> N
         )
     if not 1 <= shape.get("block_size", 5) <= MAX_BLOCK:
         raise SettingError(f"a block of {shape['block_size']} tokens", f"use 1 to {MAX_BLOCK}")
+    if shape.get("kind") == "eagle3" and taps and len(taps) != EAGLE3_LAYERS:
+        raise SettingError(f"--taps is {listed(taps)}; an eagle3 head reads {EAGLE3_LAYERS} layers", "name a low, a middle and a high one")
+    chain = shape.get("trained_steps")
+    if chain is not None and not 1 <= chain <= shape.get("block_size", 5):
+        raise SettingError(f"--chain is {chain}", f"use 1 to the {shape.get('block_size', 5)} tokens of a draft (--block-size)")
     if not 0 <= config.cache_gigabytes < float("inf"):
         raise SettingError(f"--cache-gb is {config.cache_gigabytes}", "use a number of gigabytes, 0 for no cache")
     for flag, rate in (("--lr", config.learning_rate), ("--muon-lr", config.muon_learning_rate)):
@@ -407,8 +423,12 @@ def check_shape(target: Target, shape: dict) -> None:
     heads, kv_heads = target.text_config.num_attention_heads, shape.get("num_key_value_heads")
     if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
         raise SettingError(f"{kv_heads} key heads do not divide the target's {heads} heads")
-    if shape.get("num_hidden_layers", 2) > target.num_layers:
+    if "kind" not in shape and shape.get("num_hidden_layers", 2) > target.num_layers:
         raise SettingError(f"{shape['num_hidden_layers']} draft layers are more than the target's {target.num_layers}")
+    if shape.get("kind") == "eagle3" and target.num_layers < EAGLE3_LAYERS:
+        raise SettingError(f"an eagle3 head reads {EAGLE3_LAYERS} layers, and the target has {target.num_layers}", "train another --kind")
+    if shape.get("warm_start") == "mtp":
+        load_mtp(target)  # which raises where there is none
     taps = shape.get("target_layer_ids") or []
     if any(tap >= target.num_layers for tap in taps):
         raise SettingError(
@@ -430,6 +450,13 @@ def check_room(target: Target, config: TrainConfig) -> None:
         )
 
 
+def begin_head(target: Target, records: Sequence[dict], shape: dict, seed: int) -> AnyHead:
+    """A new head of this shape, not yet trained."""
+    if shape.get("kind") in RECURRENT_KINDS:
+        return new_recurrent_head(target, *choose_recurrent_shape(target, records, shape), seed)
+    return new_head(target, *choose_shape(target, records, shape), seed, shape.get("warm_start", "last"))
+
+
 def listed(taps: Sequence[int]) -> str:
     return ",".join(map(str, taps))
 
@@ -441,34 +468,16 @@ def interleave(first: Sequence, second: Sequence) -> list:
 
 
 def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[HeadConfig, torch.Tensor]:
-    """The head's configuration from the target's, and its draft vocabulary: the tokens answers use most,
-    with every special and single-byte token."""
-    text = target.text_config
-    vocab_size = target.vocab_size
-    draft_size = min(shape.get("draft_vocab_size") or vocab_size, vocab_size)
-    kept = always_kept(target)
-    counts = Counter(token for record in records for token in record["answer_ids"])
-    ranked = [token for token, _ in counts.most_common() if token not in kept] + [
-        t for t in range(vocab_size) if t not in counts and t not in kept
-    ]
-    draft_ids = torch.tensor(sorted([*kept, *ranked[: draft_size - len(kept)]]))
-    layer_ids = tuple(shape.get("target_layer_ids") or default_taps(target.num_layers))
-    heads = text.num_attention_heads
+    """The head's configuration from the target's, and its draft vocabulary."""
+    counts = token_counts(records)
+    draft_ids = draft_vocabulary(target, counts, shape)
     config = HeadConfig(
-        hidden_size=target.hidden_size,
+        **layer_sizes(target, shape),
         num_hidden_layers=shape.get("num_hidden_layers", 2),
-        num_attention_heads=heads,
-        num_key_value_heads=shape.get("num_key_value_heads") or heads,
-        head_dim=getattr(text, "head_dim", None) or target.hidden_size // heads,
-        intermediate_size=shape.get("intermediate_size") or getattr(text, "intermediate_size", None) or 4 * target.hidden_size,
-        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
-        rope_theta=rope_theta(text),
-        vocab_size=vocab_size,
         draft_vocab_size=len(draft_ids),
         block_size=shape.get("block_size", 5),
         mask_token_id=shape["mask_token_id"] if shape.get("mask_token_id") is not None else mask_token(target, counts),
-        target_layer_ids=layer_ids,
-        num_target_layers=target.num_layers,
+        target_layer_ids=tuple(shape.get("target_layer_ids") or default_taps(target.num_layers)),
         markov_rank=shape.get("markov_rank", 96),
         markov_head_type=shape.get("markov_head_type", "vanilla"),
         window=trained_window(records) if shape.get("window") is None else shape["window"],
@@ -479,6 +488,52 @@ def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[
 def trained_window(records: Sequence[dict]) -> int:
     """Blocks see as far back as they did in training, at a distance that the demo target's head was measured at or more."""
     return max(LEAST_WINDOW, *(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in records))
+
+
+def choose_recurrent_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[RecurrentConfig, torch.Tensor]:
+    """The same for a head of one recurrent layer. MTP trains one step of its chain where nothing is said, EAGLE-3 all of a draft."""
+    kind, block_size = shape["kind"], shape.get("block_size", 5)
+    draft_ids = draft_vocabulary(target, token_counts(records), shape)
+    layers = [target.num_layers - 1] if kind == "mtp" else shape.get("target_layer_ids") or three_layers(target.num_layers)
+    config = RecurrentConfig(
+        **layer_sizes(target, shape),
+        kind=kind,
+        draft_vocab_size=len(draft_ids),
+        block_size=block_size,
+        target_layer_ids=tuple(layers),
+        trained_steps=shape.get("trained_steps") or (1 if kind == "mtp" else block_size),
+    )
+    return config, draft_ids
+
+
+def token_counts(records: Sequence[dict]) -> Counter:
+    return Counter(token for record in records for token in record["answer_ids"])
+
+
+def draft_vocabulary(target: Target, counts: Counter, shape: dict) -> torch.Tensor:
+    """The tokens answers use most, with every special and single-byte token, ascending."""
+    draft_size = min(shape.get("draft_vocab_size") or target.vocab_size, target.vocab_size)
+    kept = always_kept(target)
+    ranked = [token for token, _ in counts.most_common() if token not in kept] + [
+        t for t in range(target.vocab_size) if t not in counts and t not in kept
+    ]
+    return torch.tensor(sorted([*kept, *ranked[: draft_size - len(kept)]]))
+
+
+def layer_sizes(target: Target, shape: dict) -> dict[str, Any]:
+    """Of draft layers: the target's own sizes where nothing else is asked for."""
+    text, heads = target.text_config, target.text_config.num_attention_heads
+    return {
+        "hidden_size": target.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shape.get("num_key_value_heads") or heads,
+        "head_dim": getattr(text, "head_dim", None) or target.hidden_size // heads,
+        "intermediate_size": shape.get("intermediate_size") or getattr(text, "intermediate_size", None) or 4 * target.hidden_size,
+        "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+        "rope_theta": rope_theta(text),
+        "vocab_size": target.vocab_size,
+        "num_target_layers": target.num_layers,
+    }
 
 
 def rope_theta(text_config) -> float:
@@ -514,8 +569,14 @@ def default_taps(num_layers: int) -> tuple[int, ...]:
     )
 
 
+def three_layers(num_layers: int) -> tuple[int, ...]:
+    """A low, a middle and a high layer, as EAGLE-3's other implementations choose them; spread in a small model."""
+    usual = (1, num_layers // 2 - 1, num_layers - 4)
+    return usual if usual[0] < usual[1] < usual[2] else tuple(sorted({0, num_layers // 2, num_layers - 1}))
+
+
 def run_steps(
-    head: Head, target: Target, store: FeatureStore, config: TrainConfig, work: Path, bar: Bar, ranks: Ranks = ALONE
+    head: AnyHead, target: Target, store: FeatureStore, config: TrainConfig, work: Path, bar: Bar, ranks: Ranks = ALONE
 ) -> list[dict]:
     """Train to the end, drawing the bar and keeping a curve of held-out figures every tenth of the way."""
     curve_file = work / "curve.jsonl"
@@ -537,7 +598,7 @@ def run_steps(
             whole = ranks.whole(head)
             ranks.once(add_point, whole, step)
 
-    def add_point(whole: Head, step: int) -> None:
+    def add_point(whole: AnyHead, step: int) -> None:
         assert steps_at_start is not None
         entry = {"step": step, "anchors": step * config.sequences_per_step * config.anchors_per_sequence,
                  "cpu_seconds_this_start": round(time.process_time() - cpu_start), "steps_this_start": step - steps_at_start,
@@ -548,12 +609,12 @@ def run_steps(
     return ranks.once(read_records, curve_file, ("step",))
 
 
-def held_out_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar) -> dict:
+def held_out_rounds(target: Target, head: AnyHead, records: Sequence[dict], bar: Bar) -> dict:
     """tau by real decoding rounds on prompts whose answers were never trained on, at T = 0 and T = 1."""
     return round_figures(count_rounds(target, head, list(records)[:ROUNDS_PROMPTS], bar))
 
 
-def count_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar, note: str = "") -> dict[str, list[tuple[int, int]]]:
+def count_rounds(target: Target, head: AnyHead, records: Sequence[dict], bar: Bar, note: str = "") -> dict[str, list[tuple[int, int]]]:
     """By law, t0 and t1: (tokens, rounds) of decoding each of these prompts."""
     counts: dict[str, list[tuple[int, int]]] = {}
     for temperature in (0.0, 1.0):
@@ -562,7 +623,7 @@ def count_rounds(target: Target, head: Head, records: Sequence[dict], bar: Bar, 
             room = min(ROUNDS_TOKENS, target.max_context - len(record["prompt_ids"]))
             if room < 1:
                 continue
-            result = generate(target, head, record["prompt_ids"], room, temperature=temperature, seed=i, drafter="dspark", plan="fixed")
+            result = generate(target, head, record["prompt_ids"], room, temperature=temperature, seed=i, drafter=head.kind, plan="fixed")
             each.append((result.num_tokens, result.rounds))
             bar(f"held-out rounds{note}, T={temperature:.0f}", i + 1, len(records))
     return counts

@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from dspark.config import WINDOW_STEP, HeadConfig, TrainConfig
 from dspark.errors import HeadError, SettingError
-from dspark.head.head import Head
+from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.target.target import Target
 from dspark.train.batch import Batch, draw_batch, make_batch
 from dspark.train.distributed import ALONE, Ranks, gathered, sharded_like, unsharded
@@ -25,14 +26,14 @@ COMPILE = True  # on a GPU: most of an eager step are casts, norms and masks, wh
 
 
 def train_steps(
-    head: Head,
+    head: AnyHead,
     target: Target,
     store: FeatureStore,
     config: TrainConfig,
     checkpoint: Path | None = None,
     on_step: Callable[[int, Losses], None] = lambda step, result: None,
     ranks: Ranks = ALONE,
-) -> Head:
+) -> AnyHead:
     """Train `head` in place for `config.steps` steps over every record but the first `held_out` ones.
 
     Which answers and anchors a step sees depends on (seed, step) alone, so a run resumed from
@@ -47,8 +48,8 @@ def train_steps(
     head.train()
     while step < config.steps:
         set_learning_rate(optimizers, step, config)
-        batch = step_batch(store, config, step, head.config.block_size, ranks.share(config.sequences_per_step))
-        result = loss(head, anchor_states(target, batch), batch, index, config)
+        batch = told(head, step_batch(store, config, step, trained_steps(head), ranks.share(config.sequences_per_step)))
+        result = loss(head, known_states(head, target, batch), batch, index, config)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         if step % look_every == 0:
@@ -79,9 +80,30 @@ def refuse_diverged(what: str, step: int, tensors: Iterable[torch.Tensor]) -> No
         )
 
 
-def forward(head: Head, target: Target, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+def trained_steps(head: AnyHead) -> int:
+    """Tokens after an anchor that a step trains on."""
+    return head.config.trained_steps if isinstance(head, RecurrentHead) else head.config.block_size
+
+
+def told(head: AnyHead, batch: Batch) -> Batch:
+    """The batch without what the head can say nothing about: a recurrent head needs a state before the anchor."""
+    if not isinstance(head, RecurrentHead):
+        return batch
+    return replace(batch, valid_NAG=batch.valid_NAG & (batch.anchors_NA > 0)[..., None])
+
+
+def forward(head: AnyHead, target: Target, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits and confidence logits of a batch, matrix products in bfloat16."""
-    return logits_after(head, anchor_states(target, batch), batch)
+    return logits_after(head, known_states(head, target, batch), batch)
+
+
+@torch.no_grad()
+def known_states(head: AnyHead, target: Target, batch: Batch) -> torch.Tensor:
+    """Embeddings of the tokens that a head reads: the anchors [N, A, D], or of a recurrent head the token after each of the context,
+    and then those within the chains [N, S + A J, D]."""
+    if not isinstance(head, RecurrentHead):
+        return anchor_states(target, batch)
+    return target.embed(torch.cat([batch.following_NS, batch.previous_NAG[:, :, 1:].flatten(1)], dim=1)).float()
 
 
 @torch.no_grad()
@@ -90,12 +112,16 @@ def anchor_states(target: Target, batch: Batch) -> torch.Tensor:
 
 
 def logits_after(
-    head: Head, anchors_NAD: torch.Tensor, batch: Batch, detached_confidence: bool = False
+    head: AnyHead, known: torch.Tensor, batch: Batch, detached_confidence: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    device, S = anchors_NAD.device, batch.features_NSMD.shape[1]
+    device, S = known.device, batch.features_NSMD.shape[1]
     with torch.autocast(device.type, torch.bfloat16):
+        if isinstance(head, RecurrentHead):
+            N, A, G = batch.previous_NAG.shape
+            inside = known[:, S:].unflatten(1, (A, G - 1)) if G > 1 else known.new_empty(N, A, 0, known.shape[-1])
+            return head.logits(head.unroll(batch.features_NSMD, known[:, :S], inside, batch.anchors_NA, batch.visible_NAS)), None
         context_kv = head.context_kv(batch.features_NSMD, torch.arange(S, device=device)[None])
-        h = head.hidden(anchors_NAD, batch.anchors_NA, context_kv, within_window(batch, head.config))
+        h = head.hidden(known, batch.anchors_NA, context_kv, within_window(batch, head.config))
         return head(h, batch.previous_NAG, detached_confidence)
 
 
@@ -108,9 +134,9 @@ def within_window(batch: Batch, config: HeadConfig) -> torch.Tensor:
 
 
 def loss_after(
-    head: Head, anchors_NAD: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig, mean_total: MeanTotal = itself
+    head: AnyHead, known: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig, mean_total: MeanTotal = itself
 ) -> Losses:
-    return losses(*logits_after(head, anchors_NAD, batch, config.detached_confidence), batch, index, config, mean_total)
+    return losses(*logits_after(head, known, batch, config.detached_confidence), batch, index, config, mean_total)
 
 
 def loss_function(device: torch.device) -> Callable[..., Losses]:
@@ -121,19 +147,21 @@ def loss_function(device: torch.device) -> Callable[..., Losses]:
     working = True
 
     def loss(
-        head: Head, anchors_NAD: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig, mean_total: MeanTotal = itself
+        head: AnyHead, known: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig, mean_total: MeanTotal = itself
     ) -> Losses:
         nonlocal working
         if working:
-            head.rotary.move(anchors_NAD.device)  # not within what is compiled
+            head.rotary.move(known.device)  # not within what is compiled
             torch._dynamo.maybe_mark_dynamic(batch.features_NSMD, 1)
             torch._dynamo.maybe_mark_dynamic(batch.visible_NAS, 2)
+            if isinstance(head, RecurrentHead):
+                torch._dynamo.maybe_mark_dynamic(known, 1)
             try:
-                return compiled(head, anchors_NAD, batch, index, config, mean_total)
+                return compiled(head, known, batch, index, config, mean_total)
             except Exception as error:  # a compiler raises anything: no C compiler, no Triton, a graph it cannot take
                 working = False
                 warnings.warn(f"training without torch.compile: {(str(error).splitlines() or [type(error).__name__])[0]}", stacklevel=2)
-        return loss_after(head, anchors_NAD, batch, index, config, mean_total)
+        return loss_after(head, known, batch, index, config, mean_total)
 
     return loss
 
@@ -154,7 +182,7 @@ def step_batch(store: FeatureStore, config: TrainConfig, step: int, block_size: 
 
 
 @torch.no_grad()
-def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig, count: int) -> dict:
+def measure(head: AnyHead, target: Target, store: FeatureStore, config: TrainConfig, count: int) -> dict:
     """Expected tau on held-out answers with the real tokens as prefix: `tau_t1` from overlaps, `tau_t0`
     from runs of greedy agreement, each over the answers sampled at that temperature; and by position
     the acceptance given that all before it were accepted. Decoding rounds decide; this is the quick look."""
@@ -167,7 +195,7 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
         if temperature not in runs:
             continue
         sample = store[i]
-        batch = make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None).to(target.device)
+        batch = told(head, make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None).to(target.device))
         logits, confidence = forward(head, target, batch)
         if temperature == 0:
             accepted = greedy_agreement(logits, batch, index).float()
@@ -187,7 +215,7 @@ def measure(head: Head, target: Target, store: FeatureStore, config: TrainConfig
     return report
 
 
-def draft_index(head: Head) -> torch.Tensor:
+def draft_index(head: AnyHead) -> torch.Tensor:
     """[V] target id -> row of the draft vocabulary, or -1."""
     index = head.draft_ids.new_full((head.config.vocab_size,), -1)
     index[head.draft_ids] = torch.arange(len(head.draft_ids), device=index.device)
@@ -205,7 +233,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
         raise HeadError(f"cannot write checkpoint {path}: {error}", "free some space, then continue with --resume") from error
 
 
-def load_checkpoint(path: Path, head: Head, optimizers: list) -> int:
+def load_checkpoint(path: Path, head: AnyHead, optimizers: list) -> int:
     """Restore head and optimisers; the step to continue with, 0 when there is no checkpoint."""
     if not path.exists():
         return 0
