@@ -200,10 +200,10 @@ def test_a_killed_run_goes_on_and_measures_the_old_head_once(place, new, tmp_pat
 
 
 def interrupted(real, after: int):
-    def step_batch(store, config, step, block_size):
+    def step_batch(store, config, step, block_size, share):
         if step == after:
             raise KeyboardInterrupt
-        return real(store, config, step, block_size)
+        return real(store, config, step, block_size, share)
 
     return step_batch
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"generation", "grafting"},
     {"train", "measure", "engine", "formats"},
     {"server", "cli"},
+    {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 WITHIN_A_LAYER = {

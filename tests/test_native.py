@@ -9,6 +9,7 @@ import os
 import platform
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dspark.config import WINDOW_STEP
 from dspark.core.sampling import Coupled, best
 from dspark.drafters import DSparkDrafter, PromptLookup
 from dspark.drafters.dspark import Ask, draft_many
@@ -122,6 +124,35 @@ def test_a_row_without_a_best_token_is_refused(value):
         target.model.lm_head.weight[77] = value
     with pytest.raises(LogitsError, match="at token 0"):
         target.score(target.start(), ids_of(5))
+
+
+def windowed(head, window: int):
+    head.config = replace(head.config, window=window)
+    return head
+
+
+@pytest.mark.parametrize("head_dim", [16, 32])  # with 32, tiles where there are such
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_tokens", [20, 97, 150])
+def test_a_window_sees_the_last_pages_and_nothing_before(dtype, num_tokens, head_dim):
+    target = native("llama", dtype, head_dim=head_dim)
+    head = windowed(tiny_head(target, head_dim=head_dim).to(dtype), 40)
+    features = torch.randn(num_tokens, 2, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    anchor_1D = target.embed(torch.tensor([7]))
+    first = max(0, num_tokens - 40) // 32 * 32
+    assert head.config.first_seen(num_tokens) == first and PAGE_TOKENS == WINDOW_STEP
+
+    def hidden(runner, features):
+        context = runner.start()
+        runner.commit([(context, features)])
+        return runner.block([context], anchor_1D)[0][0].float()
+
+    found = hidden(make_runner(head, target), features)
+    assert error(found, hidden(EagerRunner(head), features)) < (ROUNDING if dtype == torch.float32 else 0.03)
+    elsewhere = torch.cat([torch.randn_like(features[:first]), features[first:]])
+    assert torch.equal(found, hidden(make_runner(head, target), elsewhere))
+    whole = hidden(make_runner(windowed(head, 0), target), features)
+    assert torch.equal(found, whole) == (first == 0)
 
 
 @pytest.mark.parametrize("shape", [NATIVE_SHAPE, ODD], ids=["even", "odd"])

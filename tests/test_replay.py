@@ -5,9 +5,11 @@ import random
 
 import pytest
 
+from dspark.cli.main import main
 from dspark.core.decode import Round
 from dspark.core.planner import Costs, CostTable
 from dspark.errors import SettingError, TraceError
+from dspark.measure.fleet import as_curve, fleet_table, machines
 from dspark.measure.replay import EXAMPLE_COSTS, StepCosts, between, make_step_planner, measured, read_costs, replay
 from dspark.measure.trace import Drafted, Request, Trace, as_request, read_trace, write_trace
 
@@ -157,3 +159,40 @@ def test_unknown_plans_are_refused():
     for name in ("magic", "length:-1", "threshold:2", "length:x"):
         with pytest.raises(SettingError, match="unknown plan"):
             make_step_planner(name, GAMMA, COSTS["example"], 1)
+
+
+def test_machines_for_a_load_are_what_the_steps_and_the_prompts_take():
+    trace = make_trace(0.6)  # prompts of 40 tokens, answers of 100
+    costs = StepCosts(((1, 10.0), (39, 10.0), (1000, 40.0)), ((1, 1.0),))
+    at = lambda num_tokens: costs  # noqa: E731
+    plain = replay(trace, "plain", 4, at)
+    found = machines(trace, plain, at, load=10.0)
+    # 100 tokens at 10 ms / 4 each, and 10 ms for the prompt
+    assert found.answers_per_second == pytest.approx(1e3 / 260) and found.machines == 3
+    assert found.pace == pytest.approx(100 * (1e3 / 260) / 4)
+    assert machines(trace, plain, at, 10.0, least_pace=97.0).machines is None
+    drafted = machines(trace, replay(trace, "fixed", 4, at), at, 10.0)
+    assert drafted.answers_per_second > found.answers_per_second and drafted.machines == 2
+    told = fleet_table([found, drafted], 10.0, 0.0)
+    assert "10 answers/s without drafts: 3 machines (plain, 4" in told and "10 answers/s with drafts: 2 machines (fixed, 4" in told
+    assert "no batch of these gives each request 97" in fleet_table([machines(trace, plain, at, 10.0, 97.0)], 10.0, 97.0)
+
+
+def test_costs_of_requests_together_become_points(tmp_path):
+    together = {2: Costs(1.5, (12.0, 14.0, 15.0)), 4: Costs(2.0, (13.0, 18.0, 20.0))}
+    curve = as_curve(Costs(1.0, (10.0, 11.0, 11.5)), together)
+    # two rows: of one request with a draft, or of two; six and eight follow in order
+    assert curve["rows"] == [[1, 10.0], [2, 11.5], [3, 11.5], [4, 13.5], [6, 15.0], [8, 18.0], [12, 20.0]]
+    assert curve["drafts"] == [[1, 1.0], [2, 1.5], [4, 2.0]]
+    (tmp_path / "c.json").write_text(json.dumps({"about": "here", **curve}))
+    assert read_costs(tmp_path / "c.json")[1].step(6, 2) == 16.5
+
+
+def test_a_load_that_is_none_is_refused(tmp_path, capsys):
+    write_trace(make_trace(0.6, 3), tmp_path / "t.jsonl")
+    for options, says in ((["--load", "0"], "--load is 0.0"), (["--pace", "3"], "--pace cannot take effect")):
+        assert main(["replay", str(tmp_path / "t.jsonl"), *options]) == 2 and says in capsys.readouterr().err
+    assert (
+        main(["replay", str(tmp_path / "t.jsonl"), "--costs", "example", "--requests", "1,4", "--plans", "plain,auto", "--load", "50"]) == 0
+    )
+    assert "50 answers/s with drafts:" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dspark.core.sampling import Law
 from dspark.drafters import DSparkDrafter
 from dspark.errors import HeadError, PromptError, SettingError, TargetError, UserError
 from dspark.generation import generate
+from dspark.head.context import EagerRunner
 from dspark.head.folder import load_head
 from dspark.prompts import Prompt
 from dspark.target.load import load_target
@@ -25,7 +27,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
 from dspark.train.sample import sample_batch
-from dspark.train.trainer import anchor_states, loss_after
+from dspark.train.trainer import anchor_states, loss_after, within_window
 from dspark.train.warmstart import widened
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model
@@ -75,6 +77,24 @@ def test_a_packed_block_equals_the_served_one(target, store, kind):
             head.context_kv(batch.features_NSMD[:, :position].float(), torch.arange(position)[None]),
         )
         torch.testing.assert_close(packed[0, a], served[0, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_training_sees_the_window_that_serving_does(target, tmp_path):
+    target.tap((0, 3))
+    generator = torch.Generator().manual_seed(1)
+    long = {"prompt_ids": [1, 2], "answer_ids": torch.randint(128, (120,), generator=generator).tolist(), "temperature": 1.0, "kind": "x"}
+    head = tiny_head(target)
+    head.config = replace(head.config, window=20)
+    sample = FeatureStore(target, [long], tmp_path, 8, 1.0)[0]
+    batch = make_batch([sample], len(sample.teacher_ids_nP), head.config.block_size, None)
+    anchors, features = target.embed(batch.previous_NAG[:, :, 0]), batch.features_NSMD.float()
+    kv = head.context_kv(features, torch.arange(features.shape[1])[None])
+    packed = head.hidden(anchors, batch.anchors_NA, kv, within_window(batch, head.config))
+    runner = EagerRunner(head)
+    for a in (0, 30, 60, 118):
+        context = runner.start()
+        runner.commit([(context, features[0, : batch.anchors_NA[0, a]])])
+        torch.testing.assert_close(packed[0, a], runner.block([context], anchors[0, a][None])[0][0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
@@ -152,12 +172,37 @@ def test_the_cache_is_bounded_and_does_not_change_samples(target, tmp_path):
     unbounded = FeatureStore(target, given, tmp_path / "a", 8, 1.0)
     per_token = 2 * 32 * 2 + 8 * 6
     bounded = FeatureStore(target, given, tmp_path / "b", 8, per_token * 30 / 1e9)
+    none = FeatureStore(target, given, tmp_path / "none", 8, 1e-9)
     assert None in bounded.offsets and any(o is not None for o in bounded.offsets)
-    assert sum(f.stat().st_size for f in (tmp_path / "b").glob("[ft]*.*16")) <= per_token * 30
     for i in range(6):
-        for again in (unbounded[i], bounded[i]):
+        for again in (unbounded[i], bounded[i], none[i]):
             torch.testing.assert_close(unbounded[i].features_SMD, again.features_SMD, rtol=0, atol=0)
             assert torch.equal(unbounded[i].teacher_ids_nP, again.teacher_ids_nP)
+    assert folder_bytes(tmp_path / "b") <= per_token * 30 and not (tmp_path / "none").exists()
+    FeatureStore(target, given, tmp_path / "b", 8, 0.0)
+    assert folder_bytes(tmp_path / "b") == 0
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def test_features_in_float8_take_half_the_room_and_are_near(target, tmp_path):
+    target.tap((0, 3))
+    given = records(6)
+    exact, small = (FeatureStore(target, given, tmp_path / dtype, 8, 1.0, dtype) for dtype in ("bfloat16", "float8"))
+    uncached = FeatureStore(target, given, tmp_path / "none", 8, 0.0, "float8")
+    for i in range(6):
+        error = (small[i].features_SMD - exact[i].features_SMD).float().abs()
+        assert (
+            error <= 0.07 * exact[i].features_SMD.abs() + 1e-4 * exact[i].features_SMD.abs().amax(-1, keepdim=True)
+        ).all() and error.any()
+        assert torch.equal(small[i].features_SMD, uncached[i].features_SMD)  # a head does not depend on the cache's bound
+        assert torch.equal(small[i].teacher_probs_nP, exact[i].teacher_probs_nP)
+    of = lambda name: sum(file.stat().st_size for file in (tmp_path / name).glob("[fs]*.[bf][f813]*"))  # noqa: E731
+    assert of("float8") == of("bfloat16") * (32 + 4) // (2 * 32)
+    assert FeatureStore(target, given, tmp_path / "float8", 8, 1.0, "float8").filled.all()
+    assert not FeatureStore(target, given, tmp_path / "float8", 8, 1.0).filled.any()
 
 
 def test_a_cache_of_other_answers_is_not_trusted(target, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 # Most multiplications of one token's bias that are done for the whole draft vocabulary. The demo target's head needs
 # 1.3 million; the bound itself was not measured.
 CHEAP_BIAS = 2**22
+WINDOW_STEP = 32  # tokens of a page of keys and values
 MAX_BLOCK = 64  # tokens of a block: far more than ever stand
 SEQUENTIAL_HEADS = ("vanilla", "gated", "rnn")
 RECURRENT_KINDS = ("mtp", "eagle3")
@@ -37,6 +38,14 @@ class HeadConfig:
     # 0: all of the draft vocabulary while its bias is cheap. The bias promotes tokens from far down: with the best 64 of
     # 8,192 alone the demo target's head gives 3% fewer tokens a round at T = 0 (bench/results).
     shortlist: int = 0
+    # Tokens of context that a block sees, the last ones, and up to 31 more: a window begins at a page of keys and values. 0: all.
+    # Beyond distances that it was trained at, a head goes astray: the demo target's gives 1.6 tokens a round behind 8,000 tokens, and
+    # with a window of 512 as many as behind 256 (bench/results).
+    window: int = 0
+
+    def first_seen(self, num_tokens: int) -> int:
+        """Where the context of a block after so many tokens begins."""
+        return max(0, num_tokens - self.window) // WINDOW_STEP * WINDOW_STEP if self.window else 0
 
     @property
     def num_choices(self) -> int:
@@ -96,6 +105,7 @@ class TrainConfig:
     held_out: int = 64  # answers never trained on
     checkpoint_seconds: float = 50.0
     cache_gigabytes: float = 4.0
+    feature_dtype: str = "bfloat16"  # float8: half the bytes; each state rounded to 3 bits of mantissa, beside a scale
 
 
 # `dspark adapt`: the head knows its trade already, so a fifth of the work, in smaller steps, which forget less. The loss is the one

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingError("`dspark adapt` runs in one process", "start it without torchrun")
     from dspark.train.run import check_folder, check_settings
 
     check_folder(Path(options.out), options.resume)

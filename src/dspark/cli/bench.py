@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="prompts of each set, the first ones (default: all)")
     parser.add_argument(
+        "--contexts",
+        default=None,
+        metavar="LIST",
+        help="measure nothing but the head's tau in contexts of about these lengths, as in 256,1024,4096: the --limit prompts of each set, "
+        "behind the others, which the target answers",
+    )
+    parser.add_argument(
         "--trace", default=None, metavar="FILE", help=f"write the rounds of {RECORDED}, a mode of its own, for `dspark replay`"
     )
     parser.add_argument(
@@ -52,7 +60,11 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
+    lengths, given = context_lengths(options), prompts
     prompts = first_of_each_set(prompts, options.limit)
+    if lengths:
+        asked = [prompt for prompt, _ in prompts]
+        return bench_contexts(options, lengths, asked, [prompt for prompt, _ in given if prompt not in asked])
     from dspark.generation import make_law
     from dspark.head.folder import find_head, load_head, named_head
     from dspark.head.mtp import own_mtp
@@ -166,6 +178,52 @@ def named(other: str) -> tuple[str, str]:
     if not re.fullmatch(r"[\w.-]+", name) or not head or name in MODES:
         raise SettingError(f"--other is {other!r}", f"write NAME=HEAD, the name a word other than {', '.join(MODES)}")
     return name, head
+
+
+def context_lengths(options: argparse.Namespace) -> list[int]:
+    """The lengths of --contexts, ascending; none where it is not given. Raises `SettingError`."""
+    if options.contexts is None:
+        return []
+    lengths = [part.strip() for part in options.contexts.split(",")]
+    if not all(part.isdigit() and int(part) for part in lengths):
+        raise SettingError(f"--contexts is {options.contexts!r}", "give numbers of tokens, as in 256,1024,4096")
+    if options.limit is None:
+        raise SettingError(
+            "--contexts needs --limit: which prompts are asked, and which make the turns before them", "ask a few, as in --limit 1"
+        )
+    beside = [name for name in ("trace", "report") if getattr(options, name) is not None]
+    if beside:
+        raise SettingError(f"--{beside[0]} cannot take effect beside --contexts", "leave one of them out")
+    return sorted({int(part) for part in lengths})
+
+
+def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list, earlier: list) -> int:
+    from tqdm import tqdm
+
+    from dspark.drafters import DSparkDrafter
+    from dspark.measure.bench import machine
+    from dspark.measure.contexts import answered, by_context, context_table
+
+    target = open_target(options)
+    head = open_head(options, target)
+    if head is None:
+        raise HeadError(f"--contexts needs a head, and none is known for {options.target}", "pass --head DIR")
+    random.Random(options.seed).shuffle(earlier)
+    with tqdm(total=0, mininterval=1.0) as bar:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(stage, refresh=False)
+            bar.update(done - bar.n)
+
+        turns = answered(target, head, earlier, lengths[-1], progress)
+        drafter = DSparkDrafter(head, target)
+        rows = by_context(target, drafter, asked, turns, lengths, options.max_new_tokens, options.temperature, progress)
+    print(context_table(rows))
+    if options.json:
+        arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}
+        print(json.dumps({"machine": machine(target.device), "arguments": arguments, "contexts": rows}))
+    return 0
 
 
 def check_folder(name: str, file: str) -> None:

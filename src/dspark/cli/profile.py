@@ -3,6 +3,8 @@
 import argparse
 import json
 from dataclasses import asdict
+from datetime import date
+from pathlib import Path
 
 from dspark.cli.options import add_head, add_target, open_head, open_target, say
 from dspark.errors import SettingError
@@ -12,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     add_head(parser)
     parser.add_argument("--context", type=int, default=300, metavar="N", help="tokens before the measured rows (default %(default)s)")
+    parser.add_argument(
+        "--costs",
+        default=None,
+        metavar="FILE",
+        help="also write what several requests cost together here, for `dspark replay --costs FILE`",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -24,12 +32,19 @@ def run(options: argparse.Namespace) -> int:
     if not 1 <= options.context <= target.max_context - max(ROWS) - 1:
         raise SettingError(f"--context is {options.context}", f"use 1 to {target.max_context - max(ROWS) - 1} for this target")
     head = open_head(options, target)
+    if options.costs is not None:
+        if not Path(options.costs).absolute().parent.is_dir() or Path(options.costs).is_dir():
+            raise SettingError(f"--costs is {options.costs}", "name a file in a folder that exists")
+        if head is None:
+            raise SettingError("--costs needs a head, whose drafts are measured too", "pass --head DIR")
     from tqdm import tqdm
 
     with tqdm(desc="measuring", total=REPEATS + 1, mininterval=1.0) as bar:
         found = profile(target, head, options.context, progress=lambda done: bar.update(done - bar.n))
     for most_rows in () if head is None else (1 + head.config.block_size, 1 + LOOKUP_TOKENS):
         planning_costs(target, head, most_rows, again=True)  # kept for the planner of the head alone, and of head and lookup
+    if options.costs is not None and head is not None:
+        write_costs(target, head, options)
     if options.json:
         derived = {"share_of_bandwidth": found.share_of_bandwidth, "break_even": found.break_even}
         print(
@@ -51,3 +66,23 @@ def run(options: argparse.Namespace) -> int:
         f"{found.share_of_bandwidth:.0%} of the {found.bandwidth / 1e9:.1f} GB/s this machine reads"
     )
     return 0
+
+
+MOST_REQUESTS = 32  # measured together; a replay goes on from there in proportion
+
+
+def write_costs(target, head, options: argparse.Namespace) -> None:
+    """A file of costs for `dspark replay`: what the engine measures before it plans for several requests."""
+    from dspark.drafters.arbiter import LOOKUP_TOKENS
+    from dspark.engine.load import CONTEXT, measured_load
+    from dspark.measure.bench import machine
+    from dspark.measure.fleet import as_curve
+    from dspark.profiling import device_name
+
+    load = measured_load(target, head, MOST_REQUESTS, 1 + max(head.config.block_size, LOOKUP_TOKENS), say)  # as `dspark serve` measures
+    about = (
+        f"measured by `dspark profile`, {date.today()}: {target.name}, {options.dtype}, {device_name(target.device)}, "
+        f"{machine()['threads']} threads, {CONTEXT} tokens of context, 1 to {MOST_REQUESTS} requests together"
+    )
+    Path(options.costs).write_text(json.dumps({"about": about, **as_curve(load.alone.at(CONTEXT), load.together)}) + "\n")
+    say(f"costs in {options.costs}: `dspark replay TRACE --costs {options.costs}`")

@@ -5,7 +5,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspark.cli.options import add_target, open_target, say
 from dspark.config import KINDS, RECURRENT_KINDS, SEQUENTIAL_HEADS, TrainConfig
@@ -13,20 +13,25 @@ from dspark.errors import HeadError, SettingError
 from dspark.prompts import Prompt, read_json, read_prompts
 from dspark.train.openers import OPENERS
 
+if TYPE_CHECKING:
+    from dspark.train.distributed import Ranks
+
 # option -> (the head's own name for it, what is chosen when nothing is said)
 SHAPE = {
     "layers": ("num_hidden_layers", 2), "kv_heads": ("num_key_value_heads", None), "block_size": ("block_size", 5), "rank": ("markov_rank", 96),
     "sequential": ("markov_head_type", "vanilla"), "draft_vocab": ("draft_vocab_size", 8192), "taps": ("target_layer_ids", None),
+    "window": ("window", None),
 }  # fmt: skip
 # What says nothing of heads of one recurrent layer.
-NOT_RECURRENT = ("layers", "rank", "sequential", "confidence", "warm_start")
+NOT_RECURRENT = ("layers", "rank", "sequential", "confidence", "warm_start", "window")
 CONFIG = TrainConfig()
 SERVED_TOKENS = 1024  # of an answer from a server: one that is cut is not used
 CONCURRENCY, MOST_AT_ONCE = 8, 1024
+FEATURE_DTYPES = ("bfloat16", "float8")
 # What decides what a run computes: option -> what holds where it is not given. argparse leaves None there.
 DATA: dict[str, Any] = {
     "dtype": "bfloat16", "device": "cpu", "prompts": None, "num_prompts": CONFIG.num_prompts, "kinds": "", "answers": [],
-    "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes,
+    "max_answer_tokens": CONFIG.max_answer_tokens, "held_out": CONFIG.held_out, "cache_gb": CONFIG.cache_gigabytes, "feature_dtype": CONFIG.feature_dtype,
     "answers_from": None, "answers_model": None, "api_key_env": None, "concurrency": None,
 }  # fmt: skip
 STEPS: dict[str, Any] = {
@@ -77,7 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--taps", metavar="I,J,..", help="target layers whose outputs feed the head (default: five, spread; three for eagle3)"
     )
+    shape.add_argument(
+        "--window", type=int, metavar="W",
+        help="tokens of context that a block sees, the last ones; 0: all (default: as many as the longest answer with its prompt, 512 at least)",
+    )  # fmt: skip
     add_steps(parser, DEFAULTS)
+    machines = parser.add_argument_group("several processes", "torchrun --nproc-per-node N -m dspark train TARGET ...")
+    machines.add_argument(
+        "--parallel", choices=("ddp", "fsdp"),
+        help="ddp: each process has the whole head; fsdp: each keeps a share of its weights and optimiser states (default under torchrun: ddp)",
+    )  # fmt: skip
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +116,9 @@ def add_data(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> Any:
     data.add_argument("--held-out", type=int, metavar="N", help=f"answers kept for measuring (default {defaults['held_out']})")
     data.add_argument(
         "--cache-gb", type=float, metavar="G", help=f"bound of the feature cache on disk; 0: none (default {defaults['cache_gb']})"
+    )  # fmt: skip
+    data.add_argument(
+        "--feature-dtype", choices=FEATURE_DTYPES, help="precision of features; float8 takes half the room (default bfloat16)"
     )  # fmt: skip
     server = parser.add_argument_group("answers from a server")
     server.add_argument(
@@ -141,31 +158,48 @@ LOSS_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run(options: argparse.Namespace) -> int:
-    from dspark.train.run import check_folder, check_settings, train
+    from dspark.train.distributed import processes
 
-    check_folder(Path(options.out), options.resume)
+    before = started_with(Path(options.out), add_arguments) if options.resume else {}
+    with processes(options.parallel, options.device or before.get("device") or DATA["device"]) as ranks:
+        return run_as(options, ranks)
+
+
+def run_as(options: argparse.Namespace, ranks: "Ranks") -> int:
+    """`run` in one of the processes that share it; the first one prints."""
+    from dspark.train.distributed import restarted
+    from dspark.train.run import check_folder, check_processes, check_settings, train
+
+    if restarted() and (Path(options.out) / "progress" / "settings.json").exists():
+        options.resume = True
+    ranks.once(check_folder, Path(options.out), options.resume)
     if options.resume:
         reuse_settings(options, DEFAULTS, add_arguments)
     command = command_of(options, ["train", options.target], DEFAULTS)
     for name in ("layers", "block_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"{flag(name)} is {getattr(options, name)}", "use 1 or more")
-    if min(options.rank or 0, options.draft_vocab or 0) < 0:
-        raise SettingError("--rank and --draft-vocab cannot be negative")
+    if min(options.rank or 0, options.draft_vocab or 0, options.window or 0) < 0:
+        raise SettingError("--rank, --draft-vocab and --window cannot be negative")
     if options.answers and options.only_answers:
         raise SettingError("--answers brings finished answers; --only-answers cannot take effect beside it", "leave one of them out")
     shape = head_shape(options)
     config, prompts = training(options, DEFAULTS)
     check_settings(config, shape, None if options.answers else len(prompts or ()))
+    check_processes(config, ranks)
     from dspark.head.folder import named_head
 
     start_from = None if options.start_from is None else named_head(options.start_from)
     server = open_server(options)
+    if ranks.size > 1 and options.device == "cuda":
+        options.device = f"cuda:{ranks.local_rank}"
     target = open_target(options)
     report = train(
         target, Path(options.out), config, shape, prompts, [Path(a) for a in options.answers], options.resume, options.only_answers, command,
-        start_from, server,
+        start_from, server, ranks,
     )  # fmt: skip
+    if not ranks.leads:
+        return 0
     if not (options.only_answers or report.get("finished_before")):
         report["break_even"] = break_even(target, Path(options.out))
         say(advice(options.out, report))
@@ -209,7 +243,7 @@ def training(options: argparse.Namespace, defaults: dict[str, Any]) -> tuple[Tra
     config = TrainConfig(
         seed=options.seed, num_prompts=options.num_prompts, kinds=kinds, max_answer_tokens=options.max_answer_tokens, steps=options.steps,
         sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, optimizer=options.optimizer, learning_rate=options.lr,
-        muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, **LOSS_SETTINGS[options.loss],
+        muon_learning_rate=options.muon_lr, held_out=options.held_out, cache_gigabytes=options.cache_gb, feature_dtype=options.feature_dtype, **LOSS_SETTINGS[options.loss],
         detached_confidence=options.confidence == "detached",
     )  # fmt: skip
     return config, read_prompts(options.prompts) if options.prompts else None

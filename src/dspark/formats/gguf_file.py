@@ -63,6 +63,7 @@ def write(head: Portable, path: Path, target: Target, card: str) -> None:
         writer.add_float32(f"{ARCH}.embedding_scale", scale)
     add_vocabulary(writer, target, config.mask_token_id)
     writer.add_uint32("dspark.shortlist", config.shortlist)
+    writer.add_uint32("dspark.window", config.window)
     writer.add_uint32("dspark.num_target_layers", config.num_target_layers)
     writer.add_string("dspark.target", target.name)
     writer.add_string("dspark.vocabulary_sha256", vocabulary_hash(target) or "")
@@ -175,7 +176,7 @@ def read(path: Path, target: Target) -> Portable:
                "markov_head_type": "vanilla", "mask_token_id": keys.get("tokenizer.ggml.mask_token_id"),
                "target_layer_ids": [i - 1 for i in keys.get(f"{ARCH}.target_layers") or []], "num_target_layers": target.num_layers,
                "enable_confidence_head": "conf_proj.weight" in tensors, "confidence_head_with_markov": True,
-               "shortlist": keys.get("dspark.shortlist", 0)}  # fmt: skip
+               "shortlist": keys.get("dspark.shortlist", 0), "window": keys.get("dspark.window", 0)}  # fmt: skip
     config = checked_config(values, where)
     rows = {ours: tensors.pop(theirs) for theirs, ours in NO_ROWS.items() if theirs in tensors}
     ours_of = {there: name for name, there in names(config.num_hidden_layers).items()}

@@ -39,7 +39,7 @@ def read(path: Path, target: Target) -> Portable:
     values |= {name: inner.get(name, raw.get(name, default)) for name, default in DEFAULTS.items()}
     values |= {"rope_theta": raw.get("rope_theta") or rope.get("rope_theta"), "mask_token_id": inner.get("mask_token_id"),
                "target_layer_ids": inner.get("target_layer_ids"), "draft_vocab_size": raw.get("draft_vocab_size") or raw.get("vocab_size"),
-               "shortlist": section.get("shortlist", 0)}  # fmt: skip
+               "shortlist": section.get("shortlist", 0), "window": section.get("window", 0)}  # fmt: skip
     values["head_dim"] = values["head_dim"] or 128  # Qwen3Config's default
     config = checked_config(values, where)
     tensors = {PREFIX + name.removeprefix(OLD_PREFIX) if name.startswith(OLD_PREFIX) else name: t for name, t in read_weights(path).items()}

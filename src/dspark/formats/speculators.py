@@ -53,7 +53,7 @@ def read(path: Path, target: Target) -> Portable:
         values |= {"markov_rank": 0, "enable_confidence_head": False}
     values |= {name: layers.get(name) for name in FROM_LAYERS}
     values |= {"rope_theta": rope.get("rope_theta"), "mask_token_id": raw.get("mask_token_id"), "num_target_layers": target.num_layers,
-               "target_layer_ids": [i - 1 for i in taps], "shortlist": section.get("shortlist", 0)}  # fmt: skip
+               "target_layer_ids": [i - 1 for i in taps], "shortlist": section.get("shortlist", 0), "window": section.get("window", 0)}  # fmt: skip
     config = checked_config(values, where)
     tensors = read_weights(path)
     draft_ids = draft_ids_of_offsets(tensors, config.vocab_size, config.draft_vocab_size, f"{path}/model.safetensors")

@@ -188,7 +188,7 @@ class EagerRunner:
             config = self.head.config
             empty = like.new_empty(1, config.num_key_value_heads, 0, config.head_dim)
             return [(empty, empty)] * config.num_hidden_layers
-        views = [buffer[:, :, : context.num_tokens] for buffer in context.kv]
+        views = [buffer[:, :, self.head.config.first_seen(context.num_tokens) : context.num_tokens] for buffer in context.kv]
         return list(zip(views[::2], views[1::2], strict=True))
 
 
@@ -228,7 +228,7 @@ class NativeRunner:
 
     def block(self, contexts: Sequence[Context], anchors_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         G = len(self.masks) + 1
-        rows = [Rows(context.kv, context.num_tokens, G) for context in contexts]
+        rows = [Rows(context.kv, context.num_tokens, G, self.head.config.first_seen(context.num_tokens)) for context in contexts]
         x_RGD = torch.cat([anchors_RD.float()[:, None], self.masks.expand(len(contexts), -1, -1)], dim=1)
         done = self.stack.forward(rows, x_RGD.flatten(0, 1), len(contexts) * G, causal=False)
         hidden = done.normed.to(self.head.fc.weight.dtype).view(len(contexts), G, -1)

@@ -38,7 +38,7 @@ from dspark.target.native.pages import gather_weights
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
-IN_SECTION = ("draft_vocab_size", "shortlist")  # DeepSpec has no such keys
+IN_SECTION = ("draft_vocab_size", "shortlist", "window")  # DeepSpec has no such keys
 RECURRENT_KEYS = [f.name for f in fields(RecurrentConfig)]
 ONLY_OURS = ("kind", "block_size", "target_layer_ids", "num_target_layers", "trained_steps")  # of them; the others are the layer's own
 ARCHITECTURES = {"mtp": "DSparkMtpModel", "eagle3": "LlamaForCausalLMEagle3"}
@@ -247,7 +247,7 @@ def read_any_config(folder: Path) -> tuple[HeadConfig | RecurrentConfig, dict]:
     values = {key: raw.get(key) for key in OWN_KEYS if key not in IN_SECTION}
     values["rope_theta"] = values["rope_theta"] or rope.get("rope_theta")
     values["draft_vocab_size"] = section.get("draft_vocab_size", raw.get("vocab_size"))
-    values["shortlist"] = section.get("shortlist", 0)
+    values |= {name: section.get(name, 0) for name in ("shortlist", "window")}
     return checked_config(values, f"{folder}/config.json"), section
 
 
@@ -331,7 +331,7 @@ def refuse_senseless(values: dict, where: str, shape: type[HeadConfig] | type[Re
         if field.type is bool:
             sound = isinstance(value, bool)
         elif field.type in (int, float):
-            lowest = 0 if field.name in ("markov_rank", "mask_token_id", "shortlist") else 1 if field.type is int else 1e-30
+            lowest = 0 if field.name in ("markov_rank", "mask_token_id", "shortlist", "window") else 1 if field.type is int else 1e-30
             most = 2**31 if field.type is float else MOST.get(field.name, MOST_OF_A_SIZE)
             sound = isinstance(value, (int, field.type)) and not isinstance(value, bool) and lowest <= value <= most
         else:

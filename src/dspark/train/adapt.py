@@ -123,7 +123,7 @@ def learn(
     if low_rank:
         add_low_rank(head, low_rank, config.seed)
     target.tap(head.config.target_layer_ids)
-    store = FeatureStore(target, records, work / "cache", config.teacher_tokens, config.cache_gigabytes)
+    store = FeatureStore(target, records, work / "cache", config.teacher_tokens, config.cache_gigabytes, config.feature_dtype)
     curve = run_steps(head, target, store, config, work, bar)
     merge_low_rank(head)
     return head, store, curve

@@ -1,7 +1,8 @@
 """The training text: instructions the target invents, and its own answers, on disk as it goes.
 
 Both stages append to a JSON-lines file batch by batch, so a killed run resumes at the batch it
-was in; batch i draws with seed + i, so a resumed run writes what an unbroken one would have."""
+was in; batch i draws with seed + i, so a resumed run writes what an unbroken one would have, and so do several
+processes, which take a batch each at a time."""
 
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from dspark.errors import HeadError, PromptError
 from dspark.prompts import parse_json
 from dspark.target.target import Target
+from dspark.train.distributed import ALONE, Ranks
 from dspark.train.openers import all_openers
 from dspark.train.sample import sample_batch
 
@@ -30,7 +32,9 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 Progress = Callable[[str, int, int], Any]  # stage, done, total
 
 
-def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: Progress, kinds: Sequence[str] = ()) -> list[dict]:
+def invent_prompts(
+    target: Target, count: int, seed: int, path: Path, progress: Progress, kinds: Sequence[str] = (), ranks: Ranks = ALONE
+) -> list[dict]:
     """`count` user turns the target makes up from the openers of these kinds (none named: all): records of text and kind."""
     before, after = turn_template(target)
     openers = all_openers(kinds)
@@ -46,11 +50,13 @@ def invent_prompts(target: Target, count: int, seed: int, path: Path, progress: 
         ]
         return [{"prompt": text or "Hello", "kind": kind} for (kind, _), text in zip(batch, texts, strict=True)]
 
-    size = batch_size(target, INVENT_TOKENS + OPENER_TOKENS)
-    return resumable(jobs, run, seed, path, lambda done: progress("inventing instructions", done, count), ("prompt", "kind"), size)
+    size = ranks.once(batch_size, target, INVENT_TOKENS + OPENER_TOKENS)
+    return resumable(jobs, run, seed, path, lambda done: progress("inventing instructions", done, count), ("prompt", "kind"), size, ranks)
 
 
-def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int, seed: int, path: Path, progress: Progress) -> list[dict]:
+def answer_prompts(
+    target: Target, prompts: Sequence[dict], max_new_tokens: int, seed: int, path: Path, progress: Progress, ranks: Ranks = ALONE
+) -> list[dict]:
     """The target's own answers: records of prompt_ids, answer_ids (stop token included), temperature, kind.
 
     Prompts are sorted by length within windows of eight batches: little padding, still a mix at any point."""
@@ -59,7 +65,7 @@ def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int,
         ids = target.prompt_ids(record.get("prompt") or for_template(record["messages"]))
         if len(ids) + max_new_tokens <= target.max_context:
             jobs.append((ids, TEMPERATURES[index % len(TEMPERATURES)], str(record.get("kind") or record.get("set") or "user")))
-    size = batch_size(target, max((len(ids) for ids, _, _ in jobs), default=0) + max_new_tokens)
+    size = ranks.once(batch_size, target, max((len(ids) for ids, _, _ in jobs), default=0) + max_new_tokens)
     window = 8 * size
     jobs = [job for start in range(0, len(jobs), window) for job in sorted(jobs[start : start + window], key=lambda j: len(j[0]))]
 
@@ -71,7 +77,7 @@ def answer_prompts(target: Target, prompts: Sequence[dict], max_new_tokens: int,
         ]
 
     keys = ("prompt_ids", "answer_ids", "temperature", "kind")
-    return resumable(jobs, run, seed, path, lambda done: progress("sampling answers", done, len(jobs)), keys, size)
+    return resumable(jobs, run, seed, path, lambda done: progress("sampling answers", done, len(jobs)), keys, size, ranks)
 
 
 def for_template(messages: list[dict]) -> list[dict]:
@@ -116,22 +122,41 @@ def turn_template(target: Target) -> tuple[str, str]:
 
 
 def resumable(
-    jobs: Sequence, run: Callable, seed: int, path: Path, progress: Callable[[int], None], keys: Sequence[str], size: int
+    jobs: Sequence,
+    run: Callable,
+    seed: int,
+    path: Path,
+    progress: Callable[[int], None],
+    keys: Sequence[str],
+    size: int,
+    ranks: Ranks = ALONE,
 ) -> list[dict]:
-    """Run `jobs` in batches of `size`, appending each batch's records (with these keys) to `path`; start where the file ends."""
-    records = read_records(path, keys)
-    if len(records) < len(jobs):
-        records = records[: len(records) // size * size]
-        write_records(path, records)  # drops a batch that was being written when the run was killed
-    with path.open("a", encoding="utf-8") as file:
-        for start in range(len(records), len(jobs), size):
-            progress(start)
-            new = run(jobs[start : start + size], seed + start // size)
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
-            file.flush()
-            records += new
+    """Run `jobs` in batches of `size`, appending each batch's records (with these keys) to `path`; start where the file ends.
+    Each process takes every so-manieth batch; the first one writes."""
+    records = ranks.once(whole_batches, path, keys, size, len(jobs))
+    for first in range(len(records), len(jobs), size * ranks.size):
+        progress(first)
+        start = first + size * ranks.rank
+        batch = jobs[start : start + size]
+        new = [record for part in ranks.gather(run(batch, seed + start // size) if batch else []) for record in part]
+        ranks.once(append_records, path, new)
+        records += new
     progress(len(jobs))
     return records[: len(jobs)]
+
+
+def whole_batches(path: Path, keys: Sequence[str], size: int, count: int) -> list[dict]:
+    """The records that an earlier start wrote, without the batch that was being written when it was killed."""
+    records = read_records(path, keys)
+    if len(records) < count:
+        records = records[: len(records) // size * size]
+        write_records(path, records)
+    return records
+
+
+def append_records(path: Path, records: Sequence[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_records(path: Path, keys: Sequence[str] = ()) -> list[dict]:

@@ -28,14 +28,24 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def draw_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int, block_size: int, generator: torch.Generator) -> Batch:
-    """A batch of these records on the target's device; the same anchors wherever the samples lie."""
+def draw_batch(
+    store: FeatureStore, chosen: Sequence[int], num_anchors: int, block_size: int, generator: torch.Generator, share: slice = slice(None)
+) -> Batch:
+    """A batch of these records, or of a share of them, on the target's device; the same anchors wherever the samples lie and whatever
+    the share."""
+    drawn = draw_anchors([len(store.records[i]["answer_ids"]) for i in chosen], num_anchors, generator)[share]
     if store.resident:
-        return resident_batch(store, chosen, num_anchors, block_size, generator)
-    return make_batch([store[i] for i in chosen], num_anchors, block_size, generator).to(store.target.device)
+        return resident_batch(store, chosen[share], num_anchors, block_size, drawn)
+    return make_batch([store[i] for i in chosen[share]], num_anchors, block_size, None, drawn).to(store.target.device)
 
 
-def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int, block_size: int, generator: torch.Generator) -> Batch:
+def draw_anchors(counts: Sequence[int], num_anchors: int, generator: torch.Generator | None) -> list[torch.Tensor]:
+    """Of each record some of its rows, which it has so many of; without a generator the first ones."""
+    orders = [torch.randperm(count, generator=generator) if generator else torch.arange(count) for count in counts]
+    return [order[:num_anchors] for order in orders]
+
+
+def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int, block_size: int, drawn: Sequence[torch.Tensor]) -> Batch:
     """What `make_batch` makes of these records, gathered on the GPU in a few operations instead of some for each record."""
     A, G = num_anchors, block_size
     store.fill(chosen)
@@ -43,8 +53,7 @@ def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int,
     starts = [len(store.records[i]["prompt_ids"]) - 1 for i in chosen]
     drawn_NA = torch.zeros(len(chosen), A, dtype=torch.long)
     used_NA = torch.zeros(len(chosen), A, dtype=torch.bool)
-    for n, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-        order = torch.randperm(length - start, generator=generator)[:A]
+    for n, order in enumerate(drawn):
         drawn_NA[n, : len(order)], used_NA[n, : len(order)] = order, True
     columns = torch.tensor([[store.first_rows[i] for i in chosen], lengths, starts, list(chosen)])
     device, packed = store.target.device, torch.cat([columns.T, drawn_NA, used_NA], dim=1)  # one copy to the GPU for all of it
@@ -67,13 +76,19 @@ def resident_batch(store: FeatureStore, chosen: Sequence[int], num_anchors: int,
     teacher_ids, teacher_probs = store.teacher_ids[teacher_NAG].long(), store.teacher_probs[teacher_NAG].float()
     following_NS = store.ids[context_NS + index + 1].long()  # past the end: the last token again
     return Batch(
-        store.features[context_NS], anchors_NA, tokens[..., :-1], tokens[..., 1:], valid_NAG, teacher_ids, teacher_probs, visible_NAS,
+        store.kept(context_NS), anchors_NA, tokens[..., :-1], tokens[..., 1:], valid_NAG, teacher_ids, teacher_probs, visible_NAS,
         following_NS,
     )  # fmt: skip
 
 
-def make_batch(samples: Sequence[Sample], num_anchors: int, block_size: int, generator: torch.Generator | None) -> Batch:
-    """Draw `num_anchors` anchors in each sample; None as generator takes the first ones, for measuring."""
+def make_batch(
+    samples: Sequence[Sample],
+    num_anchors: int,
+    block_size: int,
+    generator: torch.Generator | None,
+    drawn: Sequence[torch.Tensor] | None = None,
+) -> Batch:
+    """Draw `num_anchors` anchors in each sample, if they are not `drawn` yet; None as generator takes the first ones, for measuring."""
     N, A, G, device = len(samples), num_anchors, block_size, samples[0].features_SMD.device
     longest = max(len(s.ids_S) for s in samples)
     features = samples[0].features_SMD.new_zeros(N, longest - 1, *samples[0].features_SMD.shape[1:])
@@ -85,12 +100,12 @@ def make_batch(samples: Sequence[Sample], num_anchors: int, block_size: int, gen
         torch.zeros(N, A, G, dtype=torch.bool, device=device),
     )
     teacher_ids, teacher_probs = torch.zeros(N, A, G, P, dtype=torch.long, device=device), torch.zeros(N, A, G, P, device=device)
-    for n, sample in enumerate(samples):
+    drawn = draw_anchors([len(s.teacher_ids_nP) for s in samples], A, generator) if drawn is None else drawn
+    for n, (sample, order) in enumerate(zip(samples, drawn, strict=True)):
         S, rows_known = len(sample.ids_S), len(sample.teacher_ids_nP)
         features[n, : S - 1] = sample.features_SMD
         ids[n, :S] = sample.ids_S
-        order = torch.randperm(rows_known, generator=generator) if generator else torch.arange(rows_known)
-        chosen = order[:A].to(device)
+        chosen = order.to(device)
         anchors[n, : len(chosen)] = sample.start + chosen
         rows = chosen[:, None] + torch.arange(G, device=device)
         valid[n, : len(chosen)] = rows < rows_known

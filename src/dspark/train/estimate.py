@@ -17,7 +17,7 @@ from dspark.profiling import device_name
 from dspark.prompts import Prompt
 from dspark.target.target import Target
 from dspark.train.answers import INVENT_TOKENS, OPENER_TOKENS, batch_size
-from dspark.train.features import fits_gpu
+from dspark.train.features import fits_gpu, token_bytes
 from dspark.train.sample import sample_batch
 
 # What is measured while training: points of the curve and answers each; prompts and tokens of real rounds, and tokens after each
@@ -25,6 +25,7 @@ from dspark.train.sample import sample_batch
 CURVE_POINTS, CURVE_ANSWERS = 10, 48
 ROUNDS_PROMPTS, ROUNDS_TOKENS = 16, 64
 CALIBRATION_TOKENS = 128
+OTHER_DISK = 1e9  # answers, checkpoints and the head
 PROMPT_TOKENS = 80  # of an instruction with its template
 HEAD_RATE = 2.0  # of multiplications a second in steps against sampling: larger products, measured on two Zen 4 cores
 GPU_COMPILING = 50.0  # seconds that the step of the demo target's head took to compile on one NVIDIA H200
@@ -127,7 +128,11 @@ def estimate(
     memory, disk, free = space(target, config, shape, passes)
     threads = torch.get_num_threads()
     where = device_name(target.device) if target.device.type == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
-    return f"{time_needed} on {where}; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {disk / 1e9:.1f} GB of disk"
+    kept = disk - OTHER_DISK
+    return (
+        f"{time_needed} on {where}; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {disk / 1e9:.1f} GB of disk"
+        + (f", {kept / 1e9:.1f} GB of it features in {config.feature_dtype}, never more than {config.cache_gigabytes:g} GB" if kept else "")
+    )
 
 
 def sampling_all(target: Target, num_texts: int, num_tokens: int, found: Pace) -> float:
@@ -169,14 +174,19 @@ def space(target: Target, config: TrainConfig, shape: dict, passes: int) -> tupl
     weights = sum(p.numel() for p in target.model.parameters()) * target.model.dtype.itemsize
     rows = config.sequences_per_step * config.anchors_per_sequence * trained_rows(shape)
     memory = weights + rows * (shape.get("draft_vocab_size") or target.vocab_size) * 4 * 5 + 1e9
-    samples = passes * (5 * target.hidden_size * 2 + 6 * config.teacher_tokens)
+    samples = feature_bytes(target, config, passes)
     if target.device.type == "cuda":
         free = torch.cuda.mem_get_info(target.device)[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if fits_gpu(target.device, samples):
-        return memory + samples, 1e9, free
-    return memory, min(config.cache_gigabytes * 1e9, samples) + 1e9, free
+        return memory + samples, OTHER_DISK, free
+    return memory, min(config.cache_gigabytes * 1e9, samples) + OTHER_DISK, free
+
+
+def feature_bytes(target: Target, config: TrainConfig, num_tokens: int) -> int:
+    """Of so many tokens, five layers of each."""
+    return num_tokens * token_bytes(5, target.hidden_size, config.teacher_tokens, config.feature_dtype)
 
 
 def listed(stages: dict[str, float]) -> str:

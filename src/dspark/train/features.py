@@ -2,7 +2,7 @@
 
 Features are computed by the same pass that serving uses and kept in memory-mapped files up to
 a bound; what does not fit is computed again when it is needed. 38 TB are not required
-(DeepSpec#21): five layers of SmolLM2-135M take 6 kB a token. With the target on a GPU they stay in its memory
+(DeepSpec#21): five layers of SmolLM2-135M take 6 kB a token, half of it in float8. The processes of one machine map the same files. With the target on a GPU they stay in its memory
 if they fit, and are computed many sequences at once.
 
 Shapes: B sequences of one pass, S tokens of one sequence, R rows of the store, n rows with a known next token, M tapped layers,
@@ -26,6 +26,14 @@ GPU_SHARE = 0.8  # of the GPU's free memory that samples may take; the rest is f
 PASS_TOKENS = 2**15  # of one pass over many sequences
 PASS_BYTES = 4e9  # of its logits, in the target's precision
 TEACHER_ROWS = 4096  # whose laws are formed at once
+SUFFIX = {
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8",
+    torch.float32: "f32",
+    torch.int32: "i32",
+    torch.float16: "f16",
+    torch.uint8: "u8",
+}
 
 
 @dataclass(frozen=True)
@@ -42,31 +50,36 @@ class Sample:
 class FeatureStore:
     """`store[i]` is the sample of record i; bounded by `gigabytes` of disk, or `resident` in the GPU's memory."""
 
-    def __init__(self, target: Target, records: Sequence[dict], directory: Path, num_teacher: int, gigabytes: float):
+    def __init__(
+        self, target: Target, records: Sequence[dict], directory: Path, num_teacher: int, gigabytes: float, dtype: str = "bfloat16"
+    ):
         self.target, self.records, self.num_teacher = target, records, num_teacher
         M, D = len(target.layer_ids), target.hidden_size
         self.lengths = [len(r["prompt_ids"]) + len(r["answer_ids"]) - 1 for r in records]
-        per_token = M * D * 2 + num_teacher * (4 + 2)
+        self.small = dtype == "float8"
+        per_token = token_bytes(M, D, num_teacher, dtype)
         self.offsets: list[int | None] = []  # a record's first row in the cache; None where it has none
         self.resident = fits_gpu(target.device, sum(self.lengths) * per_token)
         if self.resident:
             self._make_resident(M, D)
             return
-        used = 0
+        used, bound = 0, gigabytes * 1e9 - len(records) - len(self._label())
         for length in self.lengths:
-            fits = (used + length) * per_token <= gigabytes * 1e9
+            fits = (used + length) * per_token <= bound
             self.offsets.append(used if fits else None)
             used += length if fits else 0
-        directory.mkdir(parents=True, exist_ok=True)
-        rows = max(used, 1)
         files = {
-            "features.bf16": ((rows, M, D), torch.bfloat16), "teacher_ids.i32": ((rows, num_teacher), torch.int32),
-            "teacher_probs.f16": ((rows, num_teacher), torch.float16), "filled.u8": ((len(records),), torch.uint8),
+            "features": ((used, M, D), torch.float8_e4m3fn if self.small else torch.bfloat16),
+            "scales": ((used if self.small else 0, M), torch.float32),
+            "teacher_ids": ((used, num_teacher), torch.int32),
+            "teacher_probs": ((used, num_teacher), torch.float16),
+            "filled": ((len(records) if used else 0,), torch.uint8),
         }  # fmt: skip
-        sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in files.items()}
-        self._forget_if_foreign(directory, sizes)
-        self.features, self.teacher_ids, self.teacher_probs, self.filled = (
-            mapped(directory / name, shape, dtype) for name, (shape, dtype) in files.items()
+        shapes = {f"{name}.{SUFFIX[dtype]}": (torch.Size(shape), dtype) for name, (shape, dtype) in files.items()}
+        self._forget_if_foreign(directory, {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()})
+        self.features, self.scales, self.teacher_ids, self.teacher_probs, self.filled = (
+            mapped(directory / name, shape, dtype) if shape.numel() else torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in shapes.items()
         )
 
     def _make_resident(self, M: int, D: int) -> None:
@@ -74,7 +87,8 @@ class FeatureStore:
         device, rows = self.target.device, sum(self.lengths)
         self.first_rows = [0, *itertools.accumulate(self.lengths)]
         self.offsets = list(self.first_rows[:-1])
-        self.features = torch.empty(rows, M, D, dtype=torch.bfloat16, device=device)
+        self.features = torch.empty(rows, M, D, dtype=torch.float8_e4m3fn if self.small else torch.bfloat16, device=device)
+        self.scales = torch.empty(rows if self.small else 0, M, device=device)
         self.teacher_ids = torch.zeros(rows, self.num_teacher, dtype=torch.int32, device=device)
         self.teacher_probs = torch.zeros(rows, self.num_teacher, dtype=torch.float16, device=device)
         self.filled = torch.zeros(len(self.records), dtype=torch.uint8)
@@ -111,7 +125,7 @@ class FeatureStore:
         column = torch.arange(longest, device=device)
         rows_BS = offsets + column
         real_BS = column < lengths
-        self.features[rows_BS[real_BS]] = self.target.captured()[real_BS].bfloat16()
+        self.keep(rows_BS[real_BS], self.target.captured()[real_BS].bfloat16())
         answers_BS = (real_BS & (column >= first))[:, min(starts) :]
         rows_R = rows_BS[:, min(starts) :][answers_BS]
         logits_RV = output.logits[answers_BS]
@@ -120,19 +134,35 @@ class FeatureStore:
         if bool(torch.isnan(self.teacher_probs[rows_R]).any()):
             raise LogitsError(f"{self.target.name or type(self.target.model).__name__} produced NaN logits", "the weights may be damaged")
 
-    def _forget_if_foreign(self, directory: Path, sizes: dict[str, int]) -> None:
-        """A cache of other records, layers or weights, or with a file that was cut, is deleted, not trusted."""
-        described = json.dumps([
-            self.target.layer_ids, self.num_teacher, self.target.fingerprint(),
+    def keep(self, rows: torch.Tensor | slice, features_RMD: torch.Tensor) -> None:
+        """Put features [R, M, D] into these rows."""
+        if self.small:
+            self.features[rows], self.scales[rows] = packed(features_RMD)
+        else:
+            self.features[rows] = features_RMD
+
+    def kept(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        """The features [..., M, D] of these rows in bfloat16; a view where they are kept so."""
+        return unpacked(self.features[rows], self.scales[rows]) if self.small else self.features[rows]
+
+    def _label(self) -> bytes:
+        """What the cache is of; as long with any offsets."""
+        return json.dumps([
+            self.target.layer_ids, self.num_teacher, self.target.fingerprint(), self.small,
             hashlib.sha256(json.dumps([(r["prompt_ids"], r["answer_ids"]) for r in self.records]).encode()).hexdigest(),
             hashlib.sha256(json.dumps(self.offsets).encode()).hexdigest(),
-        ])  # fmt: skip
-        label = directory / "cache.json"
+        ]).encode()  # fmt: skip
+
+    def _forget_if_foreign(self, directory: Path, sizes: dict[str, int]) -> None:
+        """A cache of other records, layers or weights, or with a file that was cut, is deleted, not trusted."""
+        label, wanted = directory / "cache.json", {name: size for name, size in sizes.items() if size}
         found = {file.name: file.stat().st_size for file in directory.glob("*.*")}
-        if not sizes.items() <= found.items() or not label.exists() or label.read_bytes() != described.encode():
+        if wanted | {label.name: len(self._label())} != found or label.read_bytes() != self._label():
             for file in directory.glob("*.*"):
                 file.unlink()
-            label.write_text(described)
+            if wanted:
+                directory.mkdir(parents=True, exist_ok=True)
+                label.write_bytes(self._label())
 
     def __len__(self) -> int:
         return len(self.records)
@@ -144,14 +174,17 @@ class FeatureStore:
         ids = torch.tensor(record["prompt_ids"] + record["answer_ids"], device=self.features.device)
         start, S = len(record["prompt_ids"]) - 1, self.lengths[index]
         if offset is None:
-            return Sample(ids, start, *(tensor.to(ids.device) for tensor in self._compute(ids[:-1], S - start)))
+            features, *law = self._compute(ids[:-1], S - start)
+            features = unpacked(*packed(features)) if self.small else features  # as it would be with room for it
+            return Sample(ids, start, *(tensor.to(ids.device) for tensor in (features, *law)))
         rows = slice(offset, offset + S)
         answer_rows = slice(offset + start, offset + S)
         if not self.filled[index]:
-            computed = self._compute(ids[:-1], S - start)  # copied from the target's device
-            self.features[rows], self.teacher_ids[answer_rows], self.teacher_probs[answer_rows] = computed
+            features, *law = self._compute(ids[:-1], S - start)  # copied from the target's device
+            self.keep(rows, features)
+            self.teacher_ids[answer_rows], self.teacher_probs[answer_rows] = law
             self.filled[index] = 1
-        return Sample(ids, start, self.features[rows], self.teacher_ids[answer_rows], self.teacher_probs[answer_rows])
+        return Sample(ids, start, self.kept(rows), self.teacher_ids[answer_rows], self.teacher_probs[answer_rows])
 
     def _compute(self, ids: torch.Tensor, num_answer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scored = self.target.score(self.target.start(), ids.tolist(), num_logits=num_answer)
@@ -162,6 +195,21 @@ def teacher(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     """The best `count` tokens of each row and their probabilities, as they are stored."""
     top = logits_RV.topk(count, dim=-1)
     return top.indices.int(), (top.values - logits_RV.logsumexp(-1, keepdim=True)).exp().half()
+
+
+def token_bytes(M: int, D: int, num_teacher: int, dtype: str) -> int:
+    """Of one token in the cache."""
+    return M * (D + 4 if dtype == "float8" else 2 * D) + num_teacher * (4 + 2)
+
+
+def packed(features_RMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features in float8 and the scale [R, M] of each state: its largest number becomes float8's."""
+    scale_RM = features_RMD.abs().amax(-1).float().clamp_min(1e-30) / torch.finfo(torch.float8_e4m3fn).max
+    return (features_RMD.float() / scale_RM[..., None]).to(torch.float8_e4m3fn), scale_RM
+
+
+def unpacked(features_RMD: torch.Tensor, scale_RM: torch.Tensor) -> torch.Tensor:
+    return (features_RMD.float() * scale_RM[..., None]).bfloat16()
 
 
 def fits_gpu(device: torch.device, num_bytes: float) -> bool:

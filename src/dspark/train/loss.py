@@ -5,6 +5,7 @@ acceptance used here is a lower bound, tight where drafts matter.
 
 Shapes: N sequences, A anchors, G block size, Vd draft vocabulary, P teacher tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,26 @@ class Losses:
     valid_NAG: torch.Tensor
 
 
-def losses(logits_NAGV, confidence_NAG, batch: Batch, draft_index_V: torch.Tensor, config: TrainConfig) -> Losses:
-    """`draft_index_V` maps target ids to rows of the draft vocabulary, -1 where the draft has none."""
+def itself(total: torch.Tensor) -> torch.Tensor:
+    return total
+
+
+def losses(
+    logits_NAGV,
+    confidence_NAG,
+    batch: Batch,
+    draft_index_V: torch.Tensor,
+    config: TrainConfig,
+    mean_total: Callable[[torch.Tensor], torch.Tensor] = itself,
+) -> Losses:
+    """`draft_index_V` maps target ids to rows of the draft vocabulary, -1 where the draft has none.
+
+    Where several processes share a batch, `mean_total` gives the mean over them of a sum of weights: the mean of their losses, and
+    of their gradients, is then that of the whole batch."""
     weight = batch.valid_NAG * torch.exp(-torch.arange(logits_NAGV.shape[2], device=logits_NAGV.device) / config.decay)
 
     def mean(loss_NAG: torch.Tensor, weight_NAG: torch.Tensor = weight) -> torch.Tensor:
-        return (loss_NAG * weight_NAG).sum() / weight_NAG.sum().clamp_min(1e-9)
+        return (loss_NAG * weight_NAG).sum() / mean_total(weight_NAG.sum()).clamp_min(1e-9)
 
     index = draft_index_V[torch.cat([batch.teacher_ids_NAGP, batch.next_NAG[..., None]], dim=-1)]
     log_q = log_softmax_at(logits_NAGV, index.clamp_min(0))

@@ -31,6 +31,7 @@ from dspark.train.answers import (
     BATCH,
     INVENT_TOKENS,
     answer_prompts,
+    append_records,
     for_template,
     invent_prompts,
     read_answers,
@@ -38,12 +39,14 @@ from dspark.train.answers import (
     write_records,
 )
 from dspark.train.card import write_card
+from dspark.train.distributed import ALONE, Ranks
 from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
 from dspark.train.features import FeatureStore
 from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
 from dspark.train.warmstart import new_head, new_recurrent_head, widened
 
+LEAST_WINDOW = 512
 MOST_BATCHES = 50_000  # of prompts; the seeds of the answers' batches begin this far behind theirs
 EAGLE3_LAYERS = 3
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
@@ -56,13 +59,15 @@ def say(text: str) -> None:
 class Bar:
     """Progress of one stage on stderr; tqdm draws it."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
         self.bar: Any = None
-        self.stage = ""
+        self.stage, self.shown = "", shown
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         from tqdm import tqdm
 
+        if not self.shown:
+            return
         if stage != self.stage:
             self.close()
             self.bar, self.stage = tqdm(total=total, initial=done, desc=stage, file=sys.stderr, mininterval=1.0), stage
@@ -89,6 +94,7 @@ def train(
     command: str = "",
     start_from: Path | None = None,
     server: Server | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict:
     """Train a head for `target` into the folder `out`; returns the measured figures. `shape` has what `RecurrentConfig` calls it for the
     kinds mtp and eagle3, which it names as `kind`; without one, what `HeadConfig` calls it.
@@ -97,10 +103,14 @@ def train(
     given, else the target. `answers` are files of earlier answers (prompt_ids, answer_ids, temperature) used as they are.
     `start_from` is the folder of a head to go on with; `shape` then holds nothing, or a larger `markov_rank`.
     `resume` continues in `out`; without it an `out` that holds work is refused, nothing is overwritten. A run that was
-    finished before is not measured again: its figures are returned with `finished_before`."""
+    finished before is not measured again: its figures are returned with `finished_before`. Several processes (`ranks`) each call
+    this with the same arguments; all of them get the figures."""
     work = out / "progress"
     refuse_beforehand(target, config, shape, prompts, answers, server)
+    check_processes(config, ranks)
     given = load_head(start_from, target, calibrated=False) if start_from else None
+    if ranks.size > 1 and (isinstance(given, RecurrentHead) or shape.get("kind") in RECURRENT_KINDS):
+        raise SettingError("heads of the kinds mtp and eagle3 are trained in one process", "start without torchrun")
     if isinstance(given, RecurrentHead) and config.detached_confidence:
         raise SettingError("--confidence detached cannot take effect: a head of this kind has no confidences", "leave it out")
     start = None if given is None else [digest(parameter) for parameter in given.parameters()]
@@ -108,26 +118,37 @@ def train(
         given = widened(dspark_only(given, str(start_from)), target, shape["markov_rank"])
     brought = brought_answers(target, config, prompts, answers)
     # The label binds the folder to these settings: all that can be refused beforehand has been.
-    begin_or_resume(out, work, settings(target, config, shape, prompts, answers, start, server), resume, command)
-    before = None if only_answers else finished(out)
+    described = settings(target, config, shape, prompts, answers, start, server)
+    ranks.once(begin_or_resume, out, work, described, resume, command)
+    check_shared(out, work, ranks)
+    before = None if only_answers else ranks.once(finished, out)
     if before is not None:
-        say(f"the run in {out} is finished: nothing is left to do")
+        ranks.once(say, f"the run in {out} is finished: nothing is left to do")
         return before | {"finished_before": True}
-    bar = Bar()
-    say(estimate(target, config, shape, prompts, answers, server is not None))
-    records = brought or make_answers(target, config, prompts, work, bar, server)
+    bar = Bar(shown=ranks.leads)
+    ranks.once(lambda: announce(ranks, config, estimate(target, config, shape, prompts, answers, server is not None)))
+    records = brought or make_answers(target, config, prompts, work, bar, server, ranks)
     if only_answers:
         return {"answers": len(records)}
     started = time.time()
     head = given.float().requires_grad_(True) if given else begin_head(target, records, shape, config.seed)
     target.tap(head.config.target_layer_ids)
-    store = FeatureStore(target, records, work / "cache", config.teacher_tokens, config.cache_gigabytes)
-    curve = run_steps(head, target, store, config, work, bar)
-    provenance = origin(target, config, records, command) | {
-        "seconds_last_start": round(time.time() - started),
-        "curve": curve,
-        "held_out_teacher_forced": measure(head, target, store, config, config.held_out),
-    }
+    cache = work / ("cache" if ranks.machine == 0 else f"cache-{ranks.machine}")  # one a machine: its processes share the pages
+    store = ranks.one_first(
+        lambda: FeatureStore(target, records, cache, config.teacher_tokens, config.cache_gigabytes, config.feature_dtype)
+    )
+    curve = run_steps(head, target, store, config, work, bar, ranks)
+    provenance = origin(target, config, records, command) | {"seconds_last_start": round(time.time() - started), "curve": curve}
+    if ranks.size > 1:
+        provenance |= {"processes": ranks.size, "parallel": ranks.parallel}
+    return ranks.once(save_measured, head, target, store, records, config, provenance, out, bar)
+
+
+def save_measured(
+    head: AnyHead, target: Target, store: FeatureStore, records: Sequence[dict], config: TrainConfig, provenance: dict, out: Path, bar: Bar
+) -> dict:
+    """Measure the trained head on held-out answers, calibrate it and write it; the provenance with its figures."""
+    provenance = provenance | {"held_out_teacher_forced": measure(head, target, store, config, config.held_out)}
     save_head(head, target, out, golden_ids(records), provenance, write_card(head, target, provenance, None))
     served = load_head(out, target)
     rounds = held_out_rounds(target, served, records[: config.held_out], bar)
@@ -137,6 +158,31 @@ def train(
         head.calibration = calibration
     save_head(head, target, out, golden_ids(records), provenance, write_card(head, target, provenance, rounds))
     return provenance
+
+
+def check_processes(config: TrainConfig, ranks: Ranks) -> None:
+    each, left = divmod(config.sequences_per_step, ranks.size)
+    if left:
+        raise SettingError(
+            f"{ranks.size} processes cannot share the {config.sequences_per_step} answers of a step evenly",
+            f"use --sequences {(each + 1) * ranks.size}, or another number of processes",
+        )
+
+
+def check_shared(out: Path, work: Path, ranks: Ranks) -> None:
+    """Raise `SettingError` unless all processes see what the first one has just written."""
+    blind = [rank for rank, sees in enumerate(ranks.gather((work / "settings.json").exists())) if not sees]
+    if blind:
+        raise SettingError(f"process {blind[0]} does not see {out}", "choose an --out on a file system that all machines share")
+
+
+def announce(ranks: Ranks, config: TrainConfig, estimated: str) -> None:
+    if ranks.size > 1:
+        say(
+            f"{ranks.size} processes ({ranks.parallel}): they sample batches of answers in turns, each takes "
+            f"{config.sequences_per_step // ranks.size} of the {config.sequences_per_step} answers of a step, and one measures; one process alone would take:"
+        )
+    say(estimated)
 
 
 def refuse_beforehand(
@@ -165,15 +211,23 @@ def brought_answers(target: Target, config: TrainConfig, prompts: Sequence[Promp
 
 
 def make_answers(
-    target: Target, config: TrainConfig, prompts: Sequence[Prompt] | None, work: Path, bar: Bar, server: Server | None = None
+    target: Target,
+    config: TrainConfig,
+    prompts: Sequence[Prompt] | None,
+    work: Path,
+    bar: Bar,
+    server: Server | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[dict]:
     """Invent instructions, mix them with the given prompts, and have all answered, by the target or a server that runs it."""
     own = [{"prompt": p.content, **p.extra} if isinstance(p.content, str) else {"messages": p.content, **p.extra} for p in prompts or ()]
-    invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar, config.kinds)
+    invented = invent_prompts(target, config.num_prompts, config.seed * 100_000, work / "prompts.jsonl", bar, config.kinds, ranks)
     everything, first_seed = interleave(own, invented), config.seed * 100_000 + MOST_BATCHES
     if server is not None:
-        return usable(ask_server(target, everything, config.max_answer_tokens, first_seed, work, server, bar, say), config)
-    return usable(answer_prompts(target, everything, config.max_answer_tokens, first_seed, work / "answers.jsonl", bar), config)
+        return usable(
+            ranks.once(lambda: ask_server(target, everything, config.max_answer_tokens, first_seed, work, server, bar, say)), config
+        )
+    return usable(answer_prompts(target, everything, config.max_answer_tokens, first_seed, work / "answers.jsonl", bar, ranks), config)
 
 
 def golden_ids(records: Sequence[dict]) -> list[int]:
@@ -428,6 +482,7 @@ def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[
         target_layer_ids=tuple(shape.get("target_layer_ids") or default_taps(target.num_layers)),
         markov_rank=shape.get("markov_rank", 96),
         markov_head_type=shape.get("markov_head_type", "vanilla"),
+        window=trained_window(records) if shape.get("window") is None else shape["window"],
     )
     return config, draft_ids
 
@@ -478,6 +533,11 @@ def layer_sizes(target: Target, shape: dict) -> dict[str, Any]:
     }
 
 
+def trained_window(records: Sequence[dict]) -> int:
+    """Blocks see as far back as they did in training, at a distance that the demo target's head was measured at or more."""
+    return max(LEAST_WINDOW, *(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in records))
+
+
 def rope_theta(text_config) -> float:
     rope = getattr(text_config, "rope_parameters", None) or {}
     if "rope_theta" not in rope:  # families with one rotary setting a layer type (Gemma 3)
@@ -517,7 +577,9 @@ def three_layers(num_layers: int) -> tuple[int, ...]:
     return usual if usual[0] < usual[1] < usual[2] else tuple(sorted({0, num_layers // 2, num_layers - 1}))
 
 
-def run_steps(head: AnyHead, target: Target, store: FeatureStore, config: TrainConfig, work: Path, bar: Bar) -> list[dict]:
+def run_steps(
+    head: AnyHead, target: Target, store: FeatureStore, config: TrainConfig, work: Path, bar: Bar, ranks: Ranks = ALONE
+) -> list[dict]:
     """Train to the end, drawing the bar and keeping a curve of held-out figures every tenth of the way."""
     curve_file = work / "curve.jsonl"
     cpu_start, steps_at_start = time.process_time(), None
@@ -528,21 +590,25 @@ def run_steps(head: AnyHead, target: Target, store: FeatureStore, config: TrainC
         nonlocal average, steps_at_start
         if steps_at_start is None:  # a killed run may have measured further than its last checkpoint
             steps_at_start = step - 1
-            write_records(curve_file, [entry for entry in read_records(curve_file, ("step",)) if entry["step"] < step])
+            ranks.once(lambda: write_records(curve_file, [e for e in read_records(curve_file, ("step",)) if e["step"] < step]))
         now = result.overlap_NAG.sum((0, 1)) / result.valid_NAG.sum((0, 1)).clamp_min(1)
         average = now if average is None else 0.9 * average + 0.1 * now
         if step % show_every == 0 or step == config.steps:
             accepted = " ".join(f"{a:.2f}" for a in average.tolist())
             bar("training", step, config.steps, f"loss {result.total.item():.3f} acceptance {accepted}")
         if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
-            entry = {"step": step, "anchors": step * config.sequences_per_step * config.anchors_per_sequence,
-                     "cpu_seconds_this_start": round(time.process_time() - cpu_start), "steps_this_start": step - steps_at_start,
-                     **measure(head, target, store, config, min(CURVE_ANSWERS, config.held_out))}  # fmt: skip
-            with curve_file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            whole = ranks.whole(head)
+            ranks.once(add_point, whole, step)
 
-    train_steps(head, target, store, config, work / "checkpoint.pt", on_step)
-    return read_records(curve_file, ("step",))
+    def add_point(whole: Head, step: int) -> None:
+        assert steps_at_start is not None
+        entry = {"step": step, "anchors": step * config.sequences_per_step * config.anchors_per_sequence,
+                 "cpu_seconds_this_start": round(time.process_time() - cpu_start), "steps_this_start": step - steps_at_start,
+                 **measure(whole, target, store, config, min(CURVE_ANSWERS, config.held_out))}  # fmt: skip
+        append_records(curve_file, [entry])
+
+    train_steps(head, target, store, config, work / "checkpoint.pt", on_step, ranks)
+    return ranks.once(read_records, curve_file, ("step",))
 
 
 def held_out_rounds(target: Target, head: AnyHead, records: Sequence[dict], bar: Bar) -> dict:

@@ -5,20 +5,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from dspark.config import TrainConfig
+from dspark.config import WINDOW_STEP, HeadConfig, TrainConfig
 from dspark.errors import HeadError, SettingError
 from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.target.target import Target
 from dspark.train.batch import Batch, draw_batch, make_batch
+from dspark.train.distributed import ALONE, Ranks, gathered, sharded_like, unsharded
 from dspark.train.features import FeatureStore
-from dspark.train.loss import Losses, greedy_agreement, losses
+from dspark.train.loss import Losses, greedy_agreement, itself, losses
 from dspark.train.optimizer import make_optimizers, set_learning_rate
 
 LOOK_EVERY = 20  # on a GPU: steps between looks at the loss, since each look waits for the GPU
+MeanTotal = Callable[[torch.Tensor], torch.Tensor]
 COMPILE = True  # on a GPU: most of an eager step are casts, norms and masks, which the compiler joins
 
 
@@ -29,21 +32,23 @@ def train_steps(
     config: TrainConfig,
     checkpoint: Path | None = None,
     on_step: Callable[[int, Losses], None] = lambda step, result: None,
+    ranks: Ranks = ALONE,
 ) -> AnyHead:
     """Train `head` in place for `config.steps` steps over every record but the first `held_out` ones.
 
     Which answers and anchors a step sees depends on (seed, step) alone, so a run resumed from
     its checkpoint continues as if it had never stopped. A kill loses at most
-    `config.checkpoint_seconds` of work. The head must be on the target's device."""
+    `config.checkpoint_seconds` of work. The head must be on the target's device. Several processes (`ranks`) share each batch."""
     look_every = 1 if target.device.type == "cpu" else LOOK_EVERY
-    optimizers = make_optimizers(head, config)
-    index, loss = draft_index(head), loss_function(target.device)
+    loss = ranks.wrap(head, partial(loss_function(target.device), mean_total=ranks.mean))
+    optimizers = make_optimizers(head, config)  # of the shards, where it is sharded now
+    index = draft_index(head)
     step = load_checkpoint(checkpoint, head, optimizers) if checkpoint else 0
     saved = time.monotonic()
     head.train()
     while step < config.steps:
         set_learning_rate(optimizers, step, config)
-        batch = told(head, step_batch(store, config, step, trained_steps(head)))
+        batch = told(head, step_batch(store, config, step, trained_steps(head), ranks.share(config.sequences_per_step)))
         result = loss(head, known_states(head, target, batch), batch, index, config)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -55,11 +60,16 @@ def train_steps(
             optimizer.step()
         step += 1
         on_step(step, result)
-        if checkpoint and (step == config.steps or time.monotonic() - saved > config.checkpoint_seconds):
-            refuse_diverged("head", step, head.parameters())  # the last good checkpoint stays
-            save_checkpoint(checkpoint, head, optimizers, step)
+        if checkpoint and (step == config.steps or ranks.once(passed, saved, config.checkpoint_seconds)):
+            state = unsharded({"step": step, "head": head.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+            refuse_diverged("head", step, state["head"].values())  # the last good checkpoint stays
+            ranks.once(save_checkpoint, checkpoint, state)
             saved = time.monotonic()
-    return head.eval()
+    return gathered(head).eval() if ranks.shards else head.eval()
+
+
+def passed(since: float, seconds: float) -> bool:
+    return time.monotonic() - since > seconds
 
 
 def refuse_diverged(what: str, step: int, tensors: Iterable[torch.Tensor]) -> None:
@@ -111,12 +121,22 @@ def logits_after(
             inside = known[:, S:].unflatten(1, (A, G - 1)) if G > 1 else known.new_empty(N, A, 0, known.shape[-1])
             return head.logits(head.unroll(batch.features_NSMD, known[:, :S], inside, batch.anchors_NA, batch.visible_NAS)), None
         context_kv = head.context_kv(batch.features_NSMD, torch.arange(S, device=device)[None])
-        h = head.hidden(known, batch.anchors_NA, context_kv, batch.visible_NAS)
+        h = head.hidden(known, batch.anchors_NA, context_kv, within_window(batch, head.config))
         return head(h, batch.previous_NAG, detached_confidence)
 
 
-def loss_after(head: AnyHead, known: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig) -> Losses:
-    return losses(*logits_after(head, known, batch, config.detached_confidence), batch, index, config)
+def within_window(batch: Batch, config: HeadConfig) -> torch.Tensor:
+    """[N, A, S] the context that each block sees, as `HeadConfig.first_seen` cuts it."""
+    if not config.window:
+        return batch.visible_NAS
+    first_NA = (batch.anchors_NA - config.window).clamp_min(0) // WINDOW_STEP * WINDOW_STEP
+    return batch.visible_NAS & (torch.arange(batch.visible_NAS.shape[-1], device=first_NA.device) >= first_NA[..., None])
+
+
+def loss_after(
+    head: AnyHead, known: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig, mean_total: MeanTotal = itself
+) -> Losses:
+    return losses(*logits_after(head, known, batch, config.detached_confidence), batch, index, config, mean_total)
 
 
 def loss_function(device: torch.device) -> Callable[..., Losses]:
@@ -126,7 +146,9 @@ def loss_function(device: torch.device) -> Callable[..., Losses]:
     compiled = torch.compile(loss_after)
     working = True
 
-    def loss(head: AnyHead, known: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig) -> Losses:
+    def loss(
+        head: AnyHead, known: torch.Tensor, batch: Batch, index: torch.Tensor, config: TrainConfig, mean_total: MeanTotal = itself
+    ) -> Losses:
         nonlocal working
         if working:
             head.rotary.move(known.device)  # not within what is compiled
@@ -135,17 +157,17 @@ def loss_function(device: torch.device) -> Callable[..., Losses]:
             if isinstance(head, RecurrentHead):
                 torch._dynamo.maybe_mark_dynamic(known, 1)
             try:
-                return compiled(head, known, batch, index, config)
+                return compiled(head, known, batch, index, config, mean_total)
             except Exception as error:  # a compiler raises anything: no C compiler, no Triton, a graph it cannot take
                 working = False
                 warnings.warn(f"training without torch.compile: {(str(error).splitlines() or [type(error).__name__])[0]}", stacklevel=2)
-        return loss_after(head, known, batch, index, config)
+        return loss_after(head, known, batch, index, config, mean_total)
 
     return loss
 
 
-def step_batch(store: FeatureStore, config: TrainConfig, step: int, block_size: int) -> Batch:
-    """The batch of one step: sequences in a new order each epoch, anchors drawn anew each step."""
+def step_batch(store: FeatureStore, config: TrainConfig, step: int, block_size: int, share: slice = slice(None)) -> Batch:
+    """The batch of one step, or a share of it: sequences in a new order each epoch, anchors drawn anew each step."""
     train = len(store) - config.held_out
     first = step * config.sequences_per_step
     orders: dict[int, torch.Tensor] = {}
@@ -156,7 +178,7 @@ def step_batch(store: FeatureStore, config: TrainConfig, step: int, block_size: 
             orders[epoch] = torch.randperm(train, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
         chosen.append(config.held_out + int(orders[epoch][position % train]))
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_000 + step)
-    return draw_batch(store, chosen, config.anchors_per_sequence, block_size, generator)
+    return draw_batch(store, chosen, config.anchors_per_sequence, block_size, generator, share)
 
 
 @torch.no_grad()
@@ -200,15 +222,14 @@ def draft_index(head: AnyHead) -> torch.Tensor:
     return index
 
 
-def save_checkpoint(path: Path, head: AnyHead, optimizers: list, step: int) -> None:
+def save_checkpoint(path: Path, state: dict) -> None:
     """Written beside and renamed: a kill or a full disk leaves the previous checkpoint whole."""
-    partial = path.with_suffix(".partial")
-    state = {"step": step, "head": head.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    beside = path.with_suffix(".partial")
     try:
-        torch.save(state, partial)
-        os.replace(partial, path)
+        torch.save(state, beside)
+        os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        partial.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise HeadError(f"cannot write checkpoint {path}: {error}", "free some space, then continue with --resume") from error
 
 
@@ -218,8 +239,12 @@ def load_checkpoint(path: Path, head: AnyHead, optimizers: list) -> int:
         return 0
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")  # each is copied to where its parameter is
-        head.load_state_dict(state["head"])
+        parameters = dict(head.named_parameters())
+        head.load_state_dict({name: sharded_like(value, parameters.get(name)) for name, value in state["head"].items()})
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for i, kept in saved["state"].items():
+                saved["state"][i] = {name: sharded_like(value, ordered[i]) for name, value in kept.items()}
             optimizer.load_state_dict(saved)
         return state["step"]
     except Exception as error:  # torch raises a dozen kinds for a file that is cut or changed

@@ -506,7 +506,8 @@ struct Stack {
 // The keys and values of one request lie in pages of 32 positions: [layer][key or value][kv head], then 32 * E numbers, laid
 // out so that sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
 // values [position / N][E][N]. What no token has filled is finite. A page starts at a line.
-struct Segment { void* const* pages; int32_t num_rows, past; };  // rows of one request, after `past` cached ones
+// Rows of one request, after `past` cached ones; they see positions from `first` on, the first of a page.
+struct Segment { void* const* pages; int32_t num_rows, past, first; };
 struct Segments { const Segment* all; int32_t count; };
 struct Pass {
     Segments segments;  // their rows one after the other are the T rows of the pass
@@ -766,6 +767,7 @@ template <class Dot, class Lanes> struct Runner {
     struct Column {
         void* const* pages;
         int64_t offset;
+        Column from(int position) const { return {pages + position / 32, offset}; }
         KV* operator[](int64_t i) const { return (KV*)pages[i] + offset; }
     };
     Column cached(const Segment& segment, int layer, int value, int head) const {
@@ -943,11 +945,11 @@ template <class Dot, class Lanes> struct Runner {
     };
 
     // Up to eight rows (with tiles sixteen) of the queries of one key head over a request's cache; `unit` counts the request's query heads, its R
-    // rows each, of which the pass has the first as row `base`. A row sees the positions up to its own, or all of
+    // rows each, of which the pass has the first as row `base`. A row sees the segment's positions up to its own, or all of
     // the request's. Its arithmetic is the same whatever rows are beside it.
     void attend(int layer, const Segment& segment, int base, int unit, int count, bool causal, const KV* q, float* out, Scratch& scratch) const {
         const int E = s.head_dim, HE = s.heads * E, R = segment.num_rows, kv = unit / R / (s.heads / s.kv_heads);
-        const int total = segment.past + R, padded = (total + 31) / 32 * 32;
+        const int past = segment.past - segment.first, total = past + R, padded = (total + 31) / 32 * 32;
         scratch.scores.resize(size_t(16) * padded);
         scratch.weights.resize(size_t(16) * padded);
         const KV *queries[16], *weights[16];
@@ -959,9 +961,9 @@ template <class Dot, class Lanes> struct Runner {
             to[m] = out + int64_t(base + t) * HE + head * E;
             scores[m] = &scratch.scores[size_t(m) * padded];
             weights[m] = &scratch.weights[size_t(m < count ? m : 0) * padded];
-            seen[m] = causal ? segment.past + t + 1 : total;
+            seen[m] = causal ? past + t + 1 : total;
         }
-        const Column keys = cached(segment, layer, 0, kv), values = cached(segment, layer, 1, kv);
+        const Column keys = cached(segment, layer, 0, kv).from(segment.first), values = cached(segment, layer, 1, kv).from(segment.first);
 #if TILES
         if constexpr (TileLayout<X>::PARTS > 0)
             if (tiles_fit()) return attend_tiled(keys, values, queries, count, seen, padded, to, scratch.scores.data(), scratch.weights.data());
@@ -982,7 +984,7 @@ template <class Dot, class Lanes> struct Runner {
     // This thread's part of a layer's attention: an equal part of all keys that are to be read.
     void attend_to_all(int layer, bool causal, const KV* q, float* out, Scratch& scratch) const {
         const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-        auto cost = [&](const Segment& segment) { return int64_t(segment.past + segment.num_rows + 32); };  // of one unit
+        auto cost = [&](const Segment& segment) { return int64_t(segment.past - segment.first + segment.num_rows + 32); };  // of one unit
         const int at_once = tiles_fit() ? 16 : 8;
         int64_t total = 0, before = 0;
         for (int i = 0; i < segments.count; i++) total += cost(segments.all[i]) * segments.all[i].num_rows * s.heads;
@@ -1227,12 +1229,12 @@ void stack_context(const Stack* stack, const Segments* segments, const Linear* f
 }
 
 void stack_bias(const Stack* stack, const Linear* w2, int num_rows, const float* z, float* const* logits, int32_t* best, int threads) {
-    const Segment rows{nullptr, num_rows, 0};
+    const Segment rows{nullptr, num_rows, 0, 0};
     with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.bias(*w2, z, logits, best, threads); });
 }
 
 void stack_chain(const Stack* stack, const Chain* chain) {
-    const Segment rows{nullptr, chain->num_requests, 0};
+    const Segment rows{nullptr, chain->num_requests, 0, 0};
     with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.chain(*chain); });
 }
 

@@ -45,7 +45,7 @@ class Stack(ctypes.Structure):
 
 
 class Segment(ctypes.Structure):
-    _fields_ = [("pages", ctypes.c_void_p), ("num_rows", ctypes.c_int32), ("past", ctypes.c_int32)]
+    _fields_ = [("pages", ctypes.c_void_p), *[(name, ctypes.c_int32) for name in ("num_rows", "past", "first")]]
 
 
 class Segments(ctypes.Structure):
@@ -102,18 +102,20 @@ class Drawn(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """So many rows of a pass belong to the request of this cache, after `past` cached tokens. The caller counts those."""
+    """So many rows of a pass belong to the request of this cache, after `past` cached tokens. The caller counts those. They see
+    tokens from `first` on, the first of a page."""
 
     cache: Cache
     past: int
     num_rows: int
+    first: int = 0
 
 
 def segments(parts: Sequence[Rows]) -> Segments:
     """As stack.cpp reads them. Makes room in the caches, so it comes right before the pass."""
     for part in parts:
         part.cache.reserve(part.past, part.past + part.num_rows)
-    described = [Segment(p.cache.addresses.buffer_info()[0], p.num_rows, p.past) for p in parts]
+    described = [Segment(p.cache.addresses.buffer_info()[0], p.num_rows, p.past, p.first) for p in parts]
     return Segments((Segment * len(parts))(*described), len(parts))
 
 
@@ -232,7 +234,7 @@ def passes(parts: Sequence[Rows]) -> Iterator[tuple[list[Rows], int, int]]:
         done = 0
         while done < part.num_rows:
             count = min(part.num_rows - done, MAX_ROWS - size)
-            piece.append(Rows(part.cache, part.past + done, count))
+            piece.append(Rows(part.cache, part.past + done, count, part.first))
             done, size = done + count, size + count
             if size == MAX_ROWS:
                 yield piece, first, first + size
