@@ -23,7 +23,7 @@ SHAPE = {
     "window": ("window", None),
 }  # fmt: skip
 # What says nothing of heads of one recurrent layer.
-NOT_RECURRENT = ("layers", "rank", "sequential", "confidence", "warm_start")
+NOT_RECURRENT = ("layers", "rank", "sequential", "confidence", "warm_start", "window")
 CONFIG = TrainConfig()
 SERVED_TOKENS = 1024  # of an answer from a server: one that is cut is not used
 CONCURRENCY, MOST_AT_ONCE = 8, 1024

@@ -109,6 +109,8 @@ def train(
     refuse_beforehand(target, config, shape, prompts, answers, server)
     check_processes(config, ranks)
     given = load_head(start_from, target, calibrated=False) if start_from else None
+    if ranks.size > 1 and (isinstance(given, RecurrentHead) or shape.get("kind") in RECURRENT_KINDS):
+        raise SettingError("heads of the kinds mtp and eagle3 are trained in one process", "start without torchrun")
     if isinstance(given, RecurrentHead) and config.detached_confidence:
         raise SettingError("--confidence detached cannot take effect: a head of this kind has no confidences", "leave it out")
     start = None if given is None else [digest(parameter) for parameter in given.parameters()]
@@ -485,11 +487,6 @@ def choose_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[
     return config, draft_ids
 
 
-def trained_window(records: Sequence[dict]) -> int:
-    """Blocks see as far back as they did in training, at a distance that the demo target's head was measured at or more."""
-    return max(LEAST_WINDOW, *(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in records))
-
-
 def choose_recurrent_shape(target: Target, records: Sequence[dict], shape: dict) -> tuple[RecurrentConfig, torch.Tensor]:
     """The same for a head of one recurrent layer. MTP trains one step of its chain where nothing is said, EAGLE-3 all of a draft."""
     kind, block_size = shape["kind"], shape.get("block_size", 5)
@@ -534,6 +531,11 @@ def layer_sizes(target: Target, shape: dict) -> dict[str, Any]:
         "vocab_size": target.vocab_size,
         "num_target_layers": target.num_layers,
     }
+
+
+def trained_window(records: Sequence[dict]) -> int:
+    """Blocks see as far back as they did in training, at a distance that the demo target's head was measured at or more."""
+    return max(LEAST_WINDOW, *(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in records))
 
 
 def rope_theta(text_config) -> float:
@@ -598,7 +600,7 @@ def run_steps(
             whole = ranks.whole(head)
             ranks.once(add_point, whole, step)
 
-    def add_point(whole: AnyHead, step: int) -> None:
+    def add_point(whole: Head, step: int) -> None:
         assert steps_at_start is not None
         entry = {"step": step, "anchors": step * config.sequences_per_step * config.anchors_per_sequence,
                  "cpu_seconds_this_start": round(time.process_time() - cpu_start), "steps_this_start": step - steps_at_start,
