@@ -38,6 +38,8 @@ LAWS = {
 }
 # A round that costs about what it brings, so that the adaptive planner parks and starts again many times.
 TABLE = CostTable((0, 8), (Costs(0.1, (1.0, 1.3, 1.5, 1.9, 2.0)), Costs(0.2, (1.1, 1.4, 1.5, 1.9, 2.0))))
+# So dear that drafters in turns are parked in some rounds and draft in others.
+IN_TURNS = CostTable((0,), (Costs(0.1, tuple(1 + 0.25 * k for k in range(17))),))
 PLANNERS = {
     "T=1": Always,
     # With the vanilla head's confidences this cuts x_2 or keeps it, by what x_1 is.
@@ -232,7 +234,7 @@ def sample(drafter: str, law: str, num_samples: int, seed: int = 0) -> tuple[Cou
     chosen = make_drafter(drafter, target)
     said, accepted, planner = Counter(), Counter(), PLANNERS[law]()
     if isinstance(chosen, Arbiter):
-        planner = chosen.plan_with(TABLE)
+        planner = chosen.plan_with(IN_TURNS)
     for _ in range(num_samples):
         rounds = list(decode(target, chosen, PROMPT, LAWS[law], streams, NUM_NEW, planner=planner))
         said[tuple(token for done in rounds for token in done.tokens)] += 1
