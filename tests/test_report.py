@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from dspark.errors import SettingError
+from dspark.measure.bench import Mode, turns
 from dspark.measure.plots import PLOTS, need_matplotlib
 from dspark.measure.report import figures, reliability, reliability_of, write_report
 from test_replay import make_trace
@@ -110,3 +111,12 @@ def test_without_matplotlib_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SettingError, match="pip install 'dspark\\[report\\]'"):
         need_matplotlib()
+
+
+def test_every_mode_of_a_bench_follows_every_other_one():
+    """The mode behind one that leaves a cold memory would be slower, if it always were the same one."""
+    modes = [Mode(name) for name in ("plain", "dspark", "auto", "lookup")]
+    orders = [turns(modes, index, 0) for index in range(48)]
+    assert all(sorted(order, key=modes.index) == modes for order in orders) and orders == [turns(modes, index, 0) for index in range(48)]
+    followed = [(before.name, after.name) for order in orders for before, after in pairwise(order)]
+    assert {(a.name, b.name) for a in modes for b in modes if a != b} == set(followed)

@@ -1,9 +1,10 @@
 """Speed and tau by drafter, interleaved prompt by prompt in one run, as ratios to plain decoding.
 
-Only decoding is compared: modes take turns on each prompt in an order that rotates, so that a
-machine that slows down slows them all."""
+Only decoding is compared: modes take turns on each prompt, so that a machine that slows down slows them all, in an order
+that changes from prompt to prompt: what ran before leaves its traces in caches and memory."""
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -96,14 +97,18 @@ def bench(
     for index, (ids, name) in enumerate(prompts):
         results: dict[str, list[Result]] = {mode.name: [] for mode in modes}
         for repeat in range(repeats):
-            shift = (index + repeat) % len(modes)
-            for mode in [*modes[shift:], *modes[:shift]]:
+            for mode in turns(modes, index, repeat):
                 results[mode.name].append(ways[mode.name].decode(ids, max_new_tokens, seed + index))
         for mode in modes:
             watch(mode.name, index, results[mode.name][0])
         runs += [as_run(mode.name, index, name, results[mode.name]) for mode in modes]
         progress(index + 1, len(prompts))
     return runs
+
+
+def turns(modes: Sequence[Mode], index: int, repeat: int) -> list[Mode]:
+    """The order of a prompt's modes, shuffled, the same in every run."""
+    return random.Random(f"{index} {repeat}").sample(modes, len(modes))
 
 
 def check_modes(names: Sequence[str], heads: Sequence[str] = ()) -> None:
