@@ -136,6 +136,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["train", "{target}", "--out", "{new}", "--cache-gb", "inf"], "--cache-gb is inf"),
         (["train", "{target}", "--out", "{new}", "--max-answer-tokens", "600"], "--max-answer-tokens is 600"),
         (["train", "{target}", "--out", "{new}", "--block-size", "65"], "a block of 65 tokens"),
+        (["train", "{target}", "--out", "{new}", "--window", "1000000000000"], "--window is 1000000000000"),
     ],
 )
 def test_a_mistake_gives_one_message_and_exit_2(place, capsys, tmp_path, arguments, says):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dspark.cli.main import main
-from dspark.drafters import DSparkDrafter
+from dspark.drafters import DSparkDrafter, MtpDrafter
 from dspark.errors import SettingError
 from dspark.generation import generate
 from dspark.measure.contexts import answered, by_context, conversations
@@ -14,7 +14,7 @@ from dspark.prompts import Prompt
 from dspark.target.load import load_target
 from dspark.target.target import Target
 from saved import save_tiny_target
-from tiny import tiny_head, tiny_model
+from tiny import tiny_head, tiny_model, tiny_recurrent
 
 PROMPTS = [Prompt(text) for text in ("tell me", "and why", "what else", "good", "then what", "go on")]
 
@@ -60,8 +60,34 @@ def test_the_command_prints_a_line_for_each_length(pair, tmp_path, capsys, monke
         ([], "needs --limit"),
         (["--limit", "1", "--contexts", "x"], "numbers of tokens"),
         (["--limit", "1", "--trace", "t"], "--trace"),
+        (["--limit", "1", "--contexts", "\u00b2"], "numbers of tokens"),
     ):
         assert main([*command, *more]) == 2 and says in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_said_before_any_answer(pair, tmp_path, capsys, monkeypatch):
+    target, head = pair
+    monkeypatch.setattr("dspark.cli.bench.open_head", lambda options, target: head)
+    monkeypatch.setattr("dspark.cli.bench.open_target", lambda options: target)
+    monkeypatch.setattr("dspark.measure.contexts.answered", lambda *arguments: pytest.fail("answers were sampled"))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt.content}) + "\n" for prompt in PROMPTS))
+    command = ["bench", "x", "--prompts", str(tmp_path / "p.jsonl"), "--limit", "1", "--max-new-tokens", "8", "--contexts"]
+    for more, says in (
+        (["40,900"], "longest that does is 248"),
+        (["10,40"], "a context of 10"),
+        (["40", "--temperature", "nan"], "is nan"),
+    ):
+        assert main([*command, *more]) == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mtp", "eagle3"])
+def test_heads_of_the_other_kinds_are_measured_too(kind, pair):
+    target, _ = pair
+    head = tiny_recurrent(target, kind)
+    turns = answered(target, head, PROMPTS[2:], 80, lambda *told: None)
+    (row,) = by_context(target, MtpDrafter(head, target), PROMPTS[:2], turns, [80], 16)
+    anew = [generate(target, head, conversations(target, prompt, turns, [80])[0], 16, drafter=kind, plan="fixed") for prompt in PROMPTS[:2]]
+    assert row["rounds"] == sum(result.rounds for result in anew)
 
 
 def test_a_draft_does_not_depend_on_where_its_context_begins():

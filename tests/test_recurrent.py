@@ -272,7 +272,15 @@ def test_damaged_tensors_are_refused(says, folder, target):
         load_head(folder, target)
 
 
-@pytest.mark.parametrize("change", [lambda t: t.pop("t2d"), lambda t: t["d2t"].add_(1), lambda t: t["t2d"].logical_not_()])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("t2d"),
+        lambda t: t["d2t"].add_(1),
+        lambda t: t["t2d"].logical_not_(),
+        lambda t: t.update(d2t=(t["d2t"] + 1).to(torch.uint64)),
+    ],
+)
 def test_damaged_vocabulary_maps_are_refused(change, folder, target):
     if folder.name == "eagle3":
         damage(folder, change)
@@ -296,6 +304,7 @@ def test_damaged_vocabulary_maps_are_refused(change, folder, target):
         (False, {"hidden_size": "64"}, "hidden_size is '64'"),
         (False, {"attention_bias": True}, "attention_bias"),
         (False, {"num_key_value_heads": 3}, "do not divide"),
+        (False, {"layer_types": 5}, "draft layers with 5"),
     ],
 )
 def test_damaged_configs_are_refused(section, change, says, folder, target):
@@ -305,6 +314,14 @@ def test_damaged_configs_are_refused(section, change, says, folder, target):
     file.write_text(json.dumps(config))
     with pytest.raises(HeadError, match=says):
         load_head(folder, target)
+
+
+def test_a_token_named_twice_is_refused(saved, folder, target):
+    """Its law would be that of one of its rows."""
+    if folder.name == "mtp":
+        damage(folder, lambda t: t["draft_ids"][-1].copy_(t["draft_ids"][-2]))
+        with pytest.raises(HeadError, match="draft_ids do not fit"):
+            load_head(folder, target)
 
 
 def test_another_target_is_refused(saved, tmp_path, capsys):
@@ -321,6 +338,11 @@ def test_what_takes_dspark_heads_only_says_so(saved, tmp_path, capsys):
         ["convert", str(saved), str(tmp_path / "c"), "--to", "gguf", "--target", folder],
     ):
         assert main(command) == 2
+    own = load_target(folder)
+    save_head(tiny_recurrent(own, saved.name), own, tmp_path / "own", PROMPT, {"command": "test"}, "# card\n")
+    capsys.readouterr()
+    assert main(["profile", folder, "--head", str(tmp_path / "own"), "--context", "9", "--costs", str(tmp_path / "costs.json")]) == 2
+    assert f"own is a head of the kind {saved.name}" in capsys.readouterr().err and not (tmp_path / "costs.json").exists()
     target = Target(tiny_model("llama"), name="tiny")
     head = load_head(saved, target)
     with pytest.raises(SettingError, match="needs a head of another kind"):

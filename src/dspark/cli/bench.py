@@ -185,7 +185,7 @@ def context_lengths(options: argparse.Namespace) -> list[int]:
     if options.contexts is None:
         return []
     lengths = [part.strip() for part in options.contexts.split(",")]
-    if not all(part.isdigit() and int(part) for part in lengths):
+    if not all(part.isdecimal() and int(part) for part in lengths):
         raise SettingError(f"--contexts is {options.contexts!r}", "give numbers of tokens, as in 256,1024,4096")
     if options.limit is None:
         raise SettingError(
@@ -200,11 +200,15 @@ def context_lengths(options: argparse.Namespace) -> list[int]:
 def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list, earlier: list) -> int:
     from tqdm import tqdm
 
-    from dspark.drafters import DSparkDrafter
+    from dspark.drafters import DSparkDrafter, MtpDrafter
+    from dspark.generation import make_law
+    from dspark.head.head import Head
     from dspark.measure.bench import machine
-    from dspark.measure.contexts import answered, by_context, context_table
+    from dspark.measure.contexts import answered, by_context, check_lengths, context_table
 
+    make_law(options.temperature)
     target = open_target(options)
+    check_lengths(target, asked, lengths, options.max_new_tokens)
     head = open_head(options, target)
     if head is None:
         raise HeadError(f"--contexts needs a head, and none is known for {options.target}", "pass --head DIR")
@@ -217,7 +221,7 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
             bar.update(done - bar.n)
 
         turns = answered(target, head, earlier, lengths[-1], progress)
-        drafter = DSparkDrafter(head, target)
+        drafter = DSparkDrafter(head, target) if isinstance(head, Head) else MtpDrafter(head, target)
         rows = by_context(target, drafter, asked, turns, lengths, options.max_new_tokens, options.temperature, progress)
     print(context_table(rows))
     if options.json:

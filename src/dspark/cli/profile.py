@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     from dspark.drafters.arbiter import LOOKUP_TOKENS
+    from dspark.head.folder import dspark_only
     from dspark.measure.bench import machine
     from dspark.profiling import REPEATS, ROWS, device_name, planning_costs, profile
 
@@ -37,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
             raise SettingError(f"--costs is {options.costs}", "name a file in a folder that exists")
         if head is None:
             raise SettingError("--costs needs a head, whose drafts are measured too", "pass --head DIR")
+        dspark_only(head, options.head or options.target)
     from tqdm import tqdm
 
     with tqdm(desc="measuring", total=REPEATS + 1, mininterval=1.0) as bar:

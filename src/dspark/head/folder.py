@@ -310,7 +310,8 @@ def refuse_other_networks(layers: dict, where: str) -> None:
     """Raise `HeadError` for draft layers that dspark does not compute, by the config of another project."""
     rope = layers.get("rope_parameters") or layers.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    other = [t for t in layers.get("layer_types") or [] if t != "full_attention"]
+    types = layers.get("layer_types") or []
+    other = [t for t in (types if isinstance(types, list) else [types]) if t != "full_attention"]
     reasons = [f"{len(other)} draft layers with {other[0]}"] if other else []
     if kind != "default":
         reasons.append(f"positions scaled by {kind!r} (rope)")
@@ -390,14 +391,15 @@ def read_vocabulary_map(config: HeadConfig | RecurrentConfig, weights: dict[str,
             raise HeadError(f"{where} lacks {' and '.join(missing)}", "restore the file, or train the head again")
         d2t, t2d = weights.pop("d2t"), weights.pop("t2d")
         fits = d2t.shape == ids.shape and t2d.shape == (config.vocab_size,) and not d2t.is_floating_point()
-        if not fits or not torch.equal(t2d.nonzero().flatten(), ids + d2t):
+        if not fits or not torch.equal(t2d.nonzero().flatten(), ids + d2t.long()):
             raise HeadError(
                 f"{where}: d2t and t2d do not name {config.draft_vocab_size} of {config.vocab_size} tokens alike",
                 "d2t holds offsets, the target's id minus the draft's: restore the file",
             )
-        return ids + d2t
+        return ids + d2t.long()
     draft_ids = weights.pop("draft_ids", ids).long()
-    if draft_ids.shape != (config.draft_vocab_size,) or not bool(((draft_ids >= 0) & (draft_ids < config.vocab_size)).all()):
+    within = draft_ids.shape == (config.draft_vocab_size,) and bool(((draft_ids >= 0) & (draft_ids < config.vocab_size)).all())
+    if not within or len(draft_ids.unique()) < len(draft_ids):  # a token named twice would have two laws
         raise HeadError(
             f"{where}: draft_ids do not fit a draft vocabulary of {config.draft_vocab_size} out of {config.vocab_size}",
             "restore the file, or train the head again",

@@ -14,10 +14,10 @@ import torch
 
 from dspark.core.decode import Round, decode
 from dspark.core.sampling import Streams
-from dspark.drafters import DSparkDrafter
+from dspark.drafters import DSparkDrafter, MtpDrafter
 from dspark.errors import SettingError
 from dspark.generation import generate, make_law
-from dspark.head.head import Head
+from dspark.head.recurrent import AnyHead
 from dspark.measure.bench import by_position
 from dspark.prompts import Prompt
 from dspark.target.target import State, Target
@@ -56,7 +56,7 @@ class Reading:
 
 def by_context(
     target: Target,
-    drafter: DSparkDrafter,
+    drafter: DSparkDrafter | MtpDrafter,
     asked: Sequence[Prompt],
     turns: Sequence[list[dict]],
     lengths: Sequence[int],
@@ -69,11 +69,7 @@ def by_context(
     Every prompt in `asked` is asked behind as many of the `turns` (`answered`) as keep it within each length, ascending. Raises
     `SettingError` for a length that the target's context does not hold, and for one that the turns do not fill or a question alone
     exceeds."""
-    if lengths[-1] + max_new_tokens > target.max_context:
-        raise SettingError(
-            f"{lengths[-1]} tokens and {max_new_tokens} new ones do not fit the target's context of {target.max_context}",
-            f"the longest that does is {target.max_context - max_new_tokens}",
-        )
+    check_lengths(target, asked, lengths, max_new_tokens)
     law = make_law(temperature)
     drafter.tap()
     found: dict[int, list[tuple[int, list[Round]]]] = {length: [] for length in lengths}
@@ -88,6 +84,20 @@ def by_context(
     return [figures(length, each) for length, each in found.items()]
 
 
+def check_lengths(target: Target, asked: Sequence[Prompt], lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Raise `SettingError` for a longest length that the target's context does not hold, or a shortest that a question alone exceeds."""
+    if lengths[-1] + max_new_tokens > target.max_context:
+        raise SettingError(
+            f"{lengths[-1]} tokens and {max_new_tokens} new ones do not fit the target's context of {target.max_context}",
+            f"the longest that does is {target.max_context - max_new_tokens}",
+        )
+    longest = max(len(target.prompt_ids(question(prompt))) for prompt in asked)
+    if longest > lengths[0]:
+        raise SettingError(
+            f"a question of {longest} tokens is longer than a context of {lengths[0]}", "ask for longer contexts, or leave it out"
+        )
+
+
 def reading(target: Target, ids: list[int]) -> Reading:
     state = target.start()
     return Reading(target, ids[:-1], state, target.prefill(state, ids[:-1]))
@@ -95,8 +105,11 @@ def reading(target: Target, ids: list[int]) -> Reading:
 
 def conversations(target: Target, prompt: Prompt, turns: Sequence[list[dict]], lengths: Sequence[int]) -> list[list[int]]:
     """The prompt's ids in a context of each length."""
-    chat = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
-    return [behind(target, chat, turns, length) for length in lengths]
+    return [behind(target, question(prompt), turns, length) for length in lengths]
+
+
+def question(prompt: Prompt) -> list[dict]:
+    return [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
 
 
 def figures(length: int, each: Sequence[tuple[int, list[Round]]]) -> dict:
@@ -116,10 +129,6 @@ def behind(target: Target, chat: list[dict], turns: Sequence[list[dict]], length
     """The chat behind the first of those turns that fit, at most `length` tokens."""
     before: list[dict] = []
     ids = target.prompt_ids(chat)
-    if len(ids) > length:
-        raise SettingError(
-            f"a question of {len(ids)} tokens is longer than a context of {length}", "ask for longer contexts, or leave it out"
-        )
     for turn in turns:
         longer = target.prompt_ids([*before, *turn, *chat])
         if len(longer) > length:
@@ -130,7 +139,7 @@ def behind(target: Target, chat: list[dict], turns: Sequence[list[dict]], length
     return ids
 
 
-def answered(target: Target, head: Head, prompts: Sequence[Prompt], num_tokens: int, progress: Progress) -> list[list[dict]]:
+def answered(target: Target, head: AnyHead, prompts: Sequence[Prompt], num_tokens: int, progress: Progress) -> list[list[dict]]:
     """Turns of these prompts with the target's own greedy answers, until they have so many tokens."""
     turns, total = [], 0
     for prompt in prompts:

@@ -19,7 +19,7 @@ from dspark.config import MAX_BLOCK, RECURRENT_KINDS, HeadConfig, RecurrentConfi
 from dspark.core.calibration import Calibration
 from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
-from dspark.head.folder import dspark_only, load_head, save_head
+from dspark.head.folder import MOST_OF_A_SIZE, dspark_only, load_head, save_head
 from dspark.head.head import Head
 from dspark.head.mtp import load_mtp
 from dspark.head.recurrent import AnyHead, RecurrentHead
@@ -398,6 +398,8 @@ def check_settings(config: TrainConfig, shape: dict, num_given: int | None) -> N
         )
     if not 1 <= shape.get("block_size", 5) <= MAX_BLOCK:
         raise SettingError(f"a block of {shape['block_size']} tokens", f"use 1 to {MAX_BLOCK}")
+    if (shape.get("window") or 0) > MOST_OF_A_SIZE:  # no folder that says so is loaded
+        raise SettingError(f"--window is {shape['window']}", f"use at most {MOST_OF_A_SIZE}, or 0 for all of the context")
     if shape.get("kind") == "eagle3" and taps and len(taps) != EAGLE3_LAYERS:
         raise SettingError(f"--taps is {listed(taps)}; an eagle3 head reads {EAGLE3_LAYERS} layers", "name a low, a middle and a high one")
     chain = shape.get("trained_steps")
