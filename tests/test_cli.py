@@ -318,6 +318,14 @@ def test_profile_tells_rows_draft_and_bandwidth(place, capsys, monkeypatch):
     code, out, _ = run(capsys, "profile", place / "target", "--head", "none", "--context", 40)
     assert code == 0 and "draft of" not in out and "GB/s" in out
     assert run(capsys, "profile", place / "target", "--context", 600)[0] == 2
+    monkeypatch.setattr("dspark.cli.profile.DISTURBED", 0.0)
+    assert "measure again" in run(capsys, "profile", place / "target", "--head", "none", "--context", 40)[2]
+
+
+def test_costs_that_cannot_be_written_say_so(place, capsys, monkeypatch):
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
+    code, _, err = run(capsys, "profile", place / "target", "--head", place / "head", "--context", 40, "--costs", "/dev/full")
+    assert code == 2 and "cannot write costs /dev/full" in err and "Traceback" not in err
 
 
 def test_train_resumes_by_itself_names_what_differs_and_says_when_it_is_finished(place, capsys, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from dspark.prompts import read_prompts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(target="smollm2-135m", head=None, device="cpu", runtime="auto", rollback="auto")
-    parser.add_argument("--dtype", default="bfloat16", help="precision of the target: float32 or bfloat16 (default bfloat16)")
+    parser.add_argument("--dtype", default="bfloat16", help="precision of the target: float32, bfloat16 or int8 weights (default bfloat16)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help=threads_help())
 
 

@@ -67,7 +67,12 @@ def run(options: argparse.Namespace) -> int:
         f"one row reads {found.weight_bytes / 1e6:.0f} MB of weights at {found.weight_bytes / found.rows[1] / 1e6:.1f} GB/s, "
         f"{found.share_of_bandwidth:.0%} of the {found.bandwidth / 1e9:.1f} GB/s this machine reads"
     )
+    if found.share_of_bandwidth > DISTURBED:
+        say("more than the memory gave when it was measured: something else was running, measure again")
     return 0
+
+
+DISTURBED = 1.2  # of the memory's rate: past what two measurements of a quiet machine differ by
 
 
 MOST_REQUESTS = 32  # measured together; a replay goes on from there in proportion
@@ -86,5 +91,10 @@ def write_costs(target, head, options: argparse.Namespace) -> None:
         f"measured by `dspark profile`, {date.today()}: {target.name}, {options.dtype}, {device_name(target.device)}, "
         f"{machine()['threads']} threads, {CONTEXT} tokens of context, 1 to {MOST_REQUESTS} requests together"
     )
-    Path(options.costs).write_text(json.dumps({"about": about, **as_curve(load.alone.at(CONTEXT), load.together)}) + "\n")
+    try:
+        Path(options.costs).write_text(json.dumps({"about": about, **as_curve(load.alone.at(CONTEXT), load.together)}) + "\n")
+    except OSError as error:
+        raise SettingError(
+            f"cannot write costs {options.costs}: {error.strerror}", "name another file; what was measured is kept"
+        ) from error
     say(f"costs in {options.costs}: `dspark replay TRACE --costs {options.costs}`")
