@@ -212,7 +212,7 @@ def test_log_softmax_at_on_a_gpu_has_the_gradient_of_the_cpu():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_run_from_nothing_resumes_and_serves(tmp_path, device, dtype):
     """Everything `dspark train` does, on the device: prompts, answers, features, steps, rounds, the saved head."""
     folder = save_tiny_target(tmp_path / "target")

@@ -353,7 +353,7 @@ def calling_law(target: Target, temperature: float, *more):
     return make_law(temperature, logits_processors=[liking, *more])
 
 
-@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize("with_head", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_requests_of_the_engine_call_by_their_schemas(monkeypatch, tmp_path, with_head):
     """Several at once, greedy and drawn: each gets the plain loop's answer, whose calls all fit."""
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))

@@ -396,7 +396,13 @@ def test_training_ends_with_a_calibration_on_held_out_prompts(tmp_path, monkeypa
     assert "not calibrated" in capsys.readouterr().err and load_head(tmp_path / "more", target).calibration is None
 
 
-@pytest.mark.parametrize("name", ["settings.json", "checkpoint.pt", "curve.jsonl", "prompts.jsonl", "answers.jsonl"])
+SLOW = pytest.mark.slow  # the same path as for the others
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["settings.json", "checkpoint.pt", "answers.jsonl", pytest.param("curve.jsonl", marks=SLOW), pytest.param("prompts.jsonl", marks=SLOW)],
+)
 def test_a_damaged_progress_file_is_named_and_made_again_once_deleted(tmp_path, name):
     target = load_target(save_tiny_target(tmp_path / "target"))
     out, config = tmp_path / "head", replace(CONFIG, num_prompts=6, steps=2)
