@@ -233,9 +233,9 @@ def sample(drafter: str, law: str, num_samples: int, seed: int = 0) -> tuple[Cou
     target, streams = tiny_target(), Streams(seed)
     chosen = make_drafter(drafter, target)
     said, accepted, planner = Counter(), Counter(), PLANNERS[law]()
-    if isinstance(chosen, Arbiter):
-        planner = chosen.plan_with(IN_TURNS)
-    for _ in range(num_samples):
+    for done_before in range(num_samples):
+        if isinstance(chosen, Arbiter) and done_before % 500 == 0:  # before it is parked nearly all of the time
+            planner = chosen.plan_with(IN_TURNS)
         rounds = list(decode(target, chosen, PROMPT, LAWS[law], streams, NUM_NEW, planner=planner))
         said[tuple(token for done in rounds for token in done.tokens)] += 1
         accepted[rounds[0].num_accepted if rounds[0].num_planned else "parked"] += 1
