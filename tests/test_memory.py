@@ -1,7 +1,9 @@
 """Memory of keys, values and features: an engine's bound holds at every moment, and what is shared between requests stays what it was."""
 
+import ctypes
 import gc
 import random
+import resource
 import weakref
 
 import pytest
@@ -16,6 +18,7 @@ from dspark.engine.request import Request
 from dspark.errors import SettingError
 from dspark.head.context import Context
 from dspark.target.native.cache import PAGE_TOKENS, SLAB_BYTES, Cache, Pool
+from dspark.target.native.pages import freed_memory_kept
 from test_engine import Ear, make_engine, make_target, own_cache, reference, serve  # noqa: F401  own_cache is a fixture
 from tiny import tiny_head
 
@@ -223,3 +226,18 @@ def test_what_a_cache_says_it_will_take_is_what_it_takes():
         caches = [(c, until if c is cache else n) for c, n in caches][-6:]
         caches.append((cache.fork(rng.randrange(until + 1)), 0))
         caches[-1] = (caches[-1][0], len(caches[-1][0].pages) * PAGE_TOKENS)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another malloc than glibc's")
+def test_freed_memory_is_kept_for_as_long_as_it_is_asked_for():
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(2**24)  # 64 MB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    given_back = faults()
+    with freed_memory_kept():
+        faults()
+        assert faults() < given_back / 50
+    assert faults() > given_back / 2

@@ -13,6 +13,7 @@ import torch
 from dspark.config import WINDOW_STEP, HeadConfig, TrainConfig
 from dspark.errors import HeadError, SettingError
 from dspark.head.recurrent import AnyHead, RecurrentHead
+from dspark.target.native.pages import freed_memory_kept
 from dspark.target.target import Target
 from dspark.train.batch import Batch, draw_batch, make_batch
 from dspark.train.distributed import ALONE, Ranks, gathered, sharded_like, unsharded
@@ -25,6 +26,7 @@ MeanTotal = Callable[[torch.Tensor], torch.Tensor]
 COMPILE = True  # on a GPU: most of an eager step are casts, norms and masks, which the compiler joins
 
 
+@freed_memory_kept()
 def train_steps(
     head: AnyHead,
     target: Target,
