@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dspark.target.quantize import linear_layers, quantized
+
 HUGE = 2**21
 ALIGNMENT = 64
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -29,15 +31,21 @@ def huge_block(size: int) -> torch.Tensor | None:
     return memory[start : start + size]
 
 
-def gather_weights(model: Any, dtype: torch.dtype | None = None) -> bool:
+def gather_weights(model: Any, dtype: torch.dtype | None = None, int8: bool = False) -> bool:
     """Move the model's parameters and buffers into one such block, each after the other; they stay the model's and in its layout.
-    Parameters are rounded to `dtype`, if one is named.
+    Parameters are rounded to `dtype`, if one is named; `int8`: the weights of linear layers then become 8-bit ones (quantize.py).
 
     Memory grows by one tensor at most, while it is copied: what was mapped from a checkpoint is let go tensor by tensor. False where
     the system has no huge pages to ask for; then each parameter has memory of its own, and that precision."""
+    linear = {}
+    for module in linear_layers(model) if int8 else ():
+        module.weight = nn.Parameter(module.weight.data, requires_grad=False)  # one of its own: a tied embedding is not quantised
+        linear[module.weight] = module
     owners = [*model.parameters(), *model.buffers()]
     kinds: list[torch.dtype] = [
-        dtype
+        torch.int8
+        if owner in linear
+        else dtype
         if dtype is not None and isinstance(owner, nn.Parameter) and owner.is_floating_point()
         else getattr(owner, "qdata", owner).dtype
         for owner in owners
@@ -46,13 +54,15 @@ def gather_weights(model: Any, dtype: torch.dtype | None = None) -> bool:
     memory = huge_block(sum(sizes))
     mapped, start = mapped_checkpoints(), 0
     for owner, kind, size in zip(owners, kinds, sizes, strict=True):
-        tensor = getattr(owner, "qdata", owner.data)
+        tensor, place = getattr(owner, "qdata", owner.data), None
         if memory is not None:
             place = memory[start : start + tensor.numel() * kind.itemsize].view(kind).view(tensor.shape)
-            place.copy_(tensor)
             start += size
+        if owner in linear:
+            weight = quantized(tensor, dtype, place)
+            linear[owner].weight, place = nn.Parameter(weight, requires_grad=False), weight.qdata
         else:
-            place = tensor.to(kind)
+            place = tensor.to(kind) if place is None else place.copy_(tensor)
         if hasattr(owner, "qdata"):
             owner.qdata = place  # torchao's 8-bit tensor
         else:
