@@ -3,6 +3,7 @@
 What the target then says is what these weights say; speculation is lossless against that."""
 
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from dspark.errors import SettingError
 
-PIECE = 2**20  # numbers quantised at once: torchao's steps have them in float32, three times over
+PIECE = 2**16  # numbers at once: quantising has them in float32 several times over, and that fits a processor's cache
 
 
 def torchao_quantization() -> Any:
@@ -35,20 +36,33 @@ def linear_layers(model: Any) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear) and not isinstance(module, others)]
 
 
-def quantized(weight: torch.Tensor, dtype: torch.dtype | None = None, place: torch.Tensor | None = None) -> Any:
+def quantized(
+    weight: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    place: torch.Tensor | None = None,
+    done: Callable[[torch.Tensor], None] = lambda rows: None,
+) -> Any:
     """torchao's 8-bit tensor of a matrix, made of some rows at a time; each row has a scale of its own, so the numbers are those of the
-    whole at once. `dtype`: what the matrix is rounded to before. The 8-bit numbers lie in `place`, if one is given.
+    whole at once. `dtype`: what the matrix is rounded to before. The 8-bit numbers lie in `place`, if one is given. `done` hears which rows
+    have been read so far.
 
     Raises `SettingError` when torchao is not installed."""
     torchao = torchao_quantization()
     qdata = torch.empty(weight.shape, dtype=torch.int8, device=weight.device) if place is None else place
-    dtype, num_rows = dtype or weight.dtype, max(1, PIECE // weight.shape[1])
-    scales = []
-    for first in range(0, len(weight), num_rows):
-        piece = torchao.Int8Tensor.from_hp(weight[first : first + num_rows].to(dtype), torchao.PerRow())
-        qdata[first : first + num_rows] = piece.qdata
+    dtype, scales = dtype or weight.dtype, []
+    for rows in pieces(weight, PIECE):
+        piece = torchao.Int8Tensor.from_hp(weight[rows].to(dtype), torchao.PerRow())
+        qdata[rows] = piece.qdata
         scales.append(piece.scale)
+        done(weight[: rows.stop])
     return torchao.Int8Tensor(qdata, torch.cat(scales), [1, weight.shape[1]], dtype)
+
+
+def pieces(tensor: torch.Tensor, most: int) -> Iterator[slice]:
+    """All its rows, `most` numbers at a time, or one row where that has more."""
+    num_rows = max(1, most * len(tensor) // max(1, tensor.numel()))
+    for first in range(0, len(tensor), num_rows):
+        yield slice(first, min(first + num_rows, len(tensor)))
 
 
 def is_int8(weight: torch.Tensor) -> bool:
