@@ -34,7 +34,7 @@ from dspark.head.head import Head
 from dspark.head.recurrent import NETWORKS, AnyHead, RecurrentHead
 from dspark.prompts import read_json
 from dspark.target import demo, hub
-from dspark.target.native.pages import gather_weights
+from dspark.target.native.pages import gather_weights, let_go_of_all
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
@@ -368,6 +368,7 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
     refuse_other_tensors(config, weights, f"{folder}/model.safetensors")
     head = empty_head(config, draft_ids, target)
     head.load_state_dict(weights)
+    let_go_of_all(weights.values())
     target.tap(config.target_layer_ids)
     golden = golden_file(folder)
     if section or golden.exists():  # heads of other projects come without

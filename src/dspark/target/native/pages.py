@@ -5,7 +5,7 @@ import contextlib
 import ctypes
 import functools
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ def gather_weights(model: Any, dtype: torch.dtype | None = None, int8: bool = Fa
         for owner in owners
     ]
     sizes = [-(-owner.numel() * kind.itemsize // ALIGNMENT) * ALIGNMENT for owner, kind in zip(owners, kinds, strict=True)]
+    give_back_freed_memory()
     memory = huge_block(sum(sizes))
     release, start = functools.partial(let_go, mapped=mapped_checkpoints()), 0
     for owner, kind, size in zip(owners, kinds, sizes, strict=True):
@@ -110,6 +111,12 @@ def let_go(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
         first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
         if last > first:
             libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def let_go_of_all(tensors: Iterable[torch.Tensor]) -> None:
+    mapped = mapped_checkpoints()
+    for tensor in tensors:
+        let_go(tensor, mapped)
 
 
 def give_back_freed_memory() -> None:
