@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dspark import collector_waits
+from dspark.config import RECURRENT_KINDS
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
 
@@ -30,6 +31,15 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="auto, dspark, dflash, mtp (a head of this kind, or the target's own multi-token-prediction modules), eagle3, mtp+dspark (the modules' "
         "first token, and the head from there on), lookup or none (default auto: by round the head, those modules or lookup)",
+    )
+
+
+def add_modules(parser: Any) -> None:
+    parser.add_argument(
+        "--mtp",
+        default=None,
+        metavar="HEAD",
+        help="a trained head of the kind mtp or eagle3 in the place of the target's own multi-token-prediction modules",
     )
 
 
@@ -121,10 +131,18 @@ def set_threads(options: argparse.Namespace) -> None:
 @starting()
 def open_target(options: argparse.Namespace):
     set_threads(options)
+    drafter = getattr(options, "drafter", None)
+    if getattr(options, "mtp", None) is not None and drafter not in (None, "auto", "mtp", "mtp+dspark"):
+        raise SettingError(f"--mtp cannot take effect with --drafter {drafter}", "leave one of them out")
     from dspark.target.load import load_target
 
     target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
     options.dtype = target.precision  # what auto came to
+    if getattr(options, "mtp", None) is not None:
+        from dspark.head.folder import load_head, named_head
+        from dspark.head.mtp import stand_for_modules
+
+        stand_for_modules(target, load_head(named_head(options.mtp), target))
     return target
 
 
@@ -139,7 +157,10 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
     if folder is None:
         say(f"no head is known for {target.name}: {otherwise} (train one: `dspark train {target.name} --out DIR`)")
         return None
-    return load_head(folder, target)
+    head = load_head(folder, target)
+    if getattr(options, "mtp", None) is not None and head.kind in RECURRENT_KINDS:
+        raise SettingError(f"--head is of the kind {head.kind}, and --mtp stands for the same", "leave one of them out")
+    return head
 
 
 def say_calibration(head, temperature: float) -> None:
