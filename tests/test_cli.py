@@ -187,9 +187,8 @@ def test_threads_are_those_of_this_machine(capsys):
 
 @pytest.mark.parametrize(("typed", "near"), [("genrate", "generate"), ("tain", "train"), ("verfy", "verify")])
 def test_a_mistyped_verb_is_told_the_nearest(capsys, typed, near):
-    with pytest.raises(SystemExit) as ended:
-        main([typed, "target"])
-    assert ended.value.code == 2 and f"there is no verb {typed!r}; the nearest is {near!r}" in capsys.readouterr().err
+    told = f"error: there is no verb {typed!r}\nhint: the nearest is {near}; see `dspark --help`\n"
+    assert run(capsys, typed, "target") == (2, "", told)
 
 
 @pytest.mark.parametrize(
@@ -493,12 +492,50 @@ def test_prompts_may_stand_behind_options(place, capsys):
     assert code == 0 and [json.loads(line)["index"] for line in out.splitlines()] == [0, 1, 2]
 
 
-def test_an_unknown_option_is_told_with_the_usage_of_its_verb(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", "target", "hi", "--max-tokens", "5"])
-    assert ended.value.code == 2
-    err = capsys.readouterr().err
-    assert "usage: dspark generate" in err and "unrecognized arguments: --max-tokens 5" in err
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unknown_option_is_told_the_nearest_whatever_else_is_missing(capsys, verb):
+    told = f"error: there is no option --hepl\nhint: the nearest is --help; see `dspark {verb} --help`\n"
+    assert run(capsys, verb, "--hepl=5") == (2, "", told)
+    told = f"error: there is no option --zzz\nhint: see `dspark {verb} --help`\n"
+    assert run(capsys, verb, "--zzz", "hi") == (2, "", told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "target"], "the following arguments are required: --prompts"),
+        (["bench", "target", "--promts", "p.jsonl"], "there is no option --promts\nhint: the nearest is --prompts;"),
+        (["generate", "target", "hi", "--max-tokens", "5"], "there is no option --max-tokens\nhint: the nearest is --max-new-tokens;"),
+        (["generate", "target", "hi", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["generate", "target", "hi", "--stop"], "argument --stop: expected one argument"),
+        (["generate", "target", "hi", "--stop", "---"], "--stop needs a value, and --- reads as an option\nhint: if it is the value, write --stop=---"),
+        (["generate", "target", "-x"], "there is no option -x"),
+        (["profile", "target", "more"], "'more' is one argument too many"),
+        (["train", "target", "--out", "new", "--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
+        (["calibrate", "head", "--target", "target", "--bias", "--margin"], "argument --margin: not allowed with argument --bias"),
+        (["--json", "generate"], "there is no option --json\nhint: see `dspark --help`"),
+        (["nothing"], "there is no verb 'nothing'\nhint: see `dspark --help`"),
+        (["--", "generate"], "the following arguments are required: VERB"),
+    ],
+)  # fmt: skip
+def test_arguments_that_cannot_be_read_give_one_message_and_no_usage(capsys, arguments, says):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and err.startswith(f"error: {says}")
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["error", "hint"]
+
+
+def test_texts_and_values_may_begin_with_a_dash(capsys):
+    code, _, err = run(capsys, "generate", "/nowhere", "--stop=--end", "--repetition-penalty", "-1", "-5 degrees", "--", "--hepl", "-x")
+    assert code == 2 and "repetition_penalty is -1.0" in err
+
+
+def test_a_command_that_no_longer_exists_is_told_at_resuming(place, capsys, tmp_path):
+    label = tmp_path / "new" / "progress" / "settings.json"
+    label.parent.mkdir(parents=True)
+    for command, says in (("dspark train t --out x --gone 3", "there is no option --gone"), ("dspark train 't", "No closing quotation")):
+        label.write_text(json.dumps({"command": command}))
+        code, _, err = run(capsys, "train", place / "target", "--out", tmp_path / "new", "--resume")
+        assert code == 2 and f"the command in {label} cannot be read: {says}" in err and "hint: " in err
 
 
 def test_no_verb_shows_the_verbs(capsys):
