@@ -19,31 +19,19 @@ from dspark.cli.main import VERBS, main
 from dspark.cli.options import cores, starting
 from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
-from dspark.head.folder import save_head
 from dspark.measure.lossless import roll_back
 from dspark.prompts import ROLES, read_prompts
 from dspark.server.schemas import Message
 from dspark.target.load import load_target
 from dspark.target.native.build import built
 from dspark.target.target import Target
-from saved import save_tiny_target
-from tiny import tiny_head
+from saved import run, save_tiny_pair
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a tiny target and a head for it."""
-    root = tmp_path_factory.mktemp("cli")
-    save_tiny_target(root / "target", max_position_embeddings=512)
-    target = load_target(root / "target")
-    save_head(tiny_head(target), target, root / "head", list(range(1, 30)), {"train": {}}, "# a card\n")
-    return root
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return save_tiny_pair(tmp_path_factory.mktemp("cli"))
 
 
 def test_generate_json_keeps_its_contract(place, capsys, tmp_path):
