@@ -16,7 +16,7 @@ import pytest
 
 import dspark.generation
 from dspark.cli.main import VERBS, main
-from dspark.cli.options import cores, starting
+from dspark.cli.options import check_file, cores, starting
 from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
 from dspark.measure.lossless import roll_back
@@ -240,6 +240,40 @@ def test_bench_checks_its_modes_before_it_loads_anything(capsys, tmp_path):
     for more in (["--compare", "plain,warp"], ["--compare", "dspark", "--head", "none"], ["--compare", "dflash"]):
         code, _, err = run(capsys, "bench", "/nowhere", "--prompts", tmp_path / "p.jsonl", *more)
         assert code == 2 and "mode" in err and "no folder" not in err
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_loaded(capsys, tmp_path):
+    """A name too long for any file system, a folder that is a file, one without leave; nothing is left behind."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "index.html").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    bench = ["bench", "/nowhere", "--prompts", tmp_path / "p.jsonl", "--compare", "plain,dspark", "--head", "/nowhere"]
+    for option, name, says in (
+        ("--trace", "n" * 300, "File name too long"),
+        ("--trace", "none/t", "No such file or directory"),
+        ("--trace", "p.jsonl/t", "Not a directory"),
+        ("--trace", "there", "a folder"),
+        ("--report", "new/" + "n" * 300, "File name too long"),
+        ("--report", "p.jsonl", "File exists"),
+        ("--report", "p.jsonl/page", "Not a directory"),
+        ("--report", "there", "index.html, a folder"),
+    ):
+        code, out, err = run(capsys, *bench, option, tmp_path / name)
+        assert code == 2 and out == "" and f"{option} is {tmp_path / name.partition('/')[0]}" in err and says in err and "hint: " in err
+    assert sorted(tmp_path.rglob("*")) == before
+    code, _, err = run(capsys, *bench, "--trace", tmp_path / "t", "--report", tmp_path / "new" / "page")  # can be, so the target is next
+    assert code == 2 and "--trace" not in err and "--report" not in err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_is_there_stays_as_it_is_until_it_is_written(tmp_path):
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "away")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("there", "link", "pipe"):
+        check_file("--trace", tmp_path / name)
+    assert (tmp_path / "there").read_text() == "old" and not (tmp_path / "away").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"there", "link", "pipe"}
 
 
 def test_a_recorded_bench_run_is_reported_and_replayed(place, capsys, tmp_path, monkeypatch):

@@ -5,9 +5,10 @@ import json
 import random
 import re
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say, say_calibration
+from dspark.cli.options import add_head, add_target, check_file, check_folder, open_head, open_prompts, open_target, say, say_calibration
 from dspark.errors import HeadError, SettingError
 
 RECORDED = "dspark@fixed"  # the mode whose rounds a trace holds
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     check_modes(names, list(others))
     recorded = options.trace is not None or options.report is not None
     if options.trace is not None:
-        check_folder("--trace", options.trace)
+        check_file("--trace", options.trace)
     if options.report is not None:
         check_report(options.report, names)
     if recorded:
@@ -230,22 +231,14 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
     return 0
 
 
-def check_folder(name: str, file: str) -> None:
-    """That a file can be written there is seen before hours of decoding."""
-    path = Path(file)
-    if path.is_dir() or not path.parent.is_dir():
-        raise SettingError(f"{name} is {file}", "name a file in a folder that exists")
-
-
 def check_report(folder: str, names: list[str]) -> None:
     from dspark.measure.plots import need_matplotlib
+    from dspark.measure.report import REPORT_FILES
 
     need_matplotlib()
     if "plain" not in names:
         raise SettingError(f"--report compares with plain, and --compare is {','.join(names)}", "add plain to --compare")
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise SettingError(f"--report is {folder}, a file", "name a folder")
+    check_folder("--report", folder, REPORT_FILES)
 
 
 def reading(tokens_per_second: float, weight_bytes: int, bandwidth: float) -> str:
