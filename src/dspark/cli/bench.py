@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "behind the others, which the target answers",
     )
     parser.add_argument(
+        "--card", action="store_true", help="with --contexts: also write the table into the head's card and provenance.json"
+    )
+    parser.add_argument(
         "--trace", default=None, metavar="FILE", help=f"write the rounds of {RECORDED}, a mode of its own, for `dspark replay`"
     )
     parser.add_argument(
@@ -184,6 +187,8 @@ def named(other: str) -> tuple[str, str]:
 def context_lengths(options: argparse.Namespace) -> list[int]:
     """The lengths of --contexts, ascending; none where it is not given. Raises `SettingError`."""
     if options.contexts is None:
+        if options.card:
+            raise SettingError("--card cannot take effect without --contexts", "name lengths, as in --contexts 256,1024,4096")
         return []
     lengths = [part.strip() for part in options.contexts.split(",")]
     if not all(part.isdecimal() and int(part) for part in lengths):
@@ -203,11 +208,16 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
 
     from dspark.drafters import DSparkDrafter, MtpDrafter
     from dspark.generation import make_law
+    from dspark.head.folder import find_head
     from dspark.head.head import Head
     from dspark.measure.bench import machine
     from dspark.measure.contexts import answered, by_context, check_lengths, context_table
+    from dspark.train.card import add_contexts, check_card
 
     make_law(options.temperature)
+    folder = None if options.head == "none" else find_head(options.head, options.target)
+    if options.card and folder is not None:
+        check_card(folder)
     target = open_target(options)
     check_lengths(target, asked, lengths, options.max_new_tokens)
     head = open_head(options, target)
@@ -225,6 +235,11 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
         drafter = DSparkDrafter(head, target) if isinstance(head, Head) else MtpDrafter(head, target)
         rows = by_context(target, drafter, asked, turns, lengths, options.max_new_tokens, options.temperature, progress)
     print(context_table(rows))
+    if options.card and folder is not None:
+        settings = {name: getattr(options, name) for name in ("temperature", "max_new_tokens", "seed", "dtype")}
+        measured = {**settings, "date": str(date.today()), "prompts": len(asked), "machine": machine(target.device), "rows": rows}
+        add_contexts(folder, measured)
+        say(f"written to {folder / 'README.md'} and provenance.json")
     if options.json:
         arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}
         print(json.dumps({"machine": machine(target.device), "arguments": arguments, "contexts": rows}))
