@@ -126,7 +126,8 @@ def train(
         ranks.once(say, f"the run in {out} is finished: nothing is left to do")
         return before | {"finished_before": True}
     bar = Bar(shown=ranks.leads)
-    ranks.once(lambda: announce(ranks, config, estimate(target, config, shape, prompts, answers, server is not None)))
+    planned = shape if given is None else vars(given.config)
+    ranks.once(lambda: announce(ranks, config, estimate(target, config, planned, prompts, answers, server is not None)))
     records = brought or make_answers(target, config, prompts, work, bar, server, ranks)
     if only_answers:
         return {"answers": len(records)}
