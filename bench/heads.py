@@ -1,41 +1,54 @@
-"""Tokens a round by head and set of prompts, from what `dspark bench --json` wrote (`runs/heads.sh`).
+"""Tokens a round and speed beside plain decoding, by head and set of prompts, from what `dspark bench --json` wrote (`runs/heads.sh`).
 
 python bench/heads.py FILE.json ..."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+Figures = dict[str, dict[str, Any]]  # by column: by mode, what was measured of it
 
 
-def taus(file: Path) -> dict[str, dict[str, float]]:
-    """By column, a set and its temperature: tokens a round of each mode that drafts."""
+def read(file: Path) -> Figures:
+    """A column for each set and for all of them, with the temperature in its name. `@fixed`, what a head is asked for by default, is left out."""
     document = json.loads(file.read_text().strip().splitlines()[-1])
     law = f"T={document['arguments']['temperature']:g}"
-    columns: dict[str, dict[str, float]] = {}
+    columns: Figures = {}
     for mode, figures in document["modes"].items():
-        for name, found in figures["sets"].items():
+        sets = figures["sets"] | ({"all": figures} if len(figures["sets"]) > 1 else {})
+        for name, found in sets.items():
             if mode != "plain":
-                columns.setdefault(f"{name}, {law}", {})[mode.removesuffix("@fixed")] = found["tau"]
+                columns.setdefault(f"{name}, {law}", {})[mode.removesuffix("@fixed")] = found
     return columns
 
 
-def table(columns: dict[str, dict[str, float]]) -> str:
+def tau(found: dict) -> float | None:
+    return found["tau"]
+
+
+def speed(found: dict) -> float | None:
+    """Over plain decoding's, the median over prompts."""
+    return found.get("ratio_to_plain", {}).get("median")
+
+
+def table(columns: Figures, figure: Callable[[dict], float | None]) -> str:
     """In Markdown, a line a head, the best of each column in bold."""
     heads = list(dict.fromkeys(head for column in columns.values() for head in column))
-    lines = [f"| head | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    best = {name: max((figure(found) or 0.0 for found in column.values()), default=0.0) for name, column in columns.items()}
     for head in heads:
-        cells = []
-        for column in columns.values():
-            tau = column.get(head)
-            cells.append("" if tau is None else f"**{tau:.2f}**" if tau == max(column.values()) else f"{tau:.2f}")
+        values = [(name, figure(column[head]) if head in column else None) for name, column in columns.items()]
+        cells = ["" if value is None else f"**{value:.2f}**" if value == best[name] else f"{value:.2f}" for name, value in values]
         lines.append(f"| {head} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    columns: dict[str, dict[str, float]] = {}
+    columns: Figures = {}
     for name in sys.argv[1:]:
-        columns |= taus(Path(name))
+        columns |= read(Path(name))
     if not columns:
         sys.exit("error: no file given\nhint: python bench/heads.py FILE.json ...")
-    print(table(columns))
+    print(f"Tokens a round:\n\n{table(columns, tau)}\n\nSpeed, plain decoding of the same run is 1:\n\n{table(columns, speed)}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.errors import HeadError
+from dspark.errors import HeadError, SettingError
 from dspark.formats import gguf_file
 from dspark.formats.convert import FORMATS, convert, detect, read_own
 from dspark.head import golden
@@ -208,6 +208,25 @@ def test_a_tap_that_llama_cpp_does_not_give_is_told(heads, target, tmp_path):
     said: list[str] = []
     convert(heads["vanilla"], "dspark", "gguf", tmp_path / "there", target, "", said.append)
     assert len(said) == 1 and "last layer, 3" in said[0]
+
+
+def test_a_converted_head_may_read_other_layers(heads, target, tmp_path):
+    source, said = heads["vanilla"], []
+    before = load_head(source, target)
+    count = len(before.config.target_layer_ids)
+    taps = tuple(range(count)) if before.config.target_layer_ids != tuple(range(count)) else tuple(range(1, count + 1))
+    convert(source, "dspark", "gguf", tmp_path / "there", target, "", said.append, taps)
+    convert(tmp_path / "there", "gguf", "dspark", tmp_path / "back", target, "", said.append)
+    convert(source, "dspark", "dspark", tmp_path / "own", target, "", said.append, taps)
+    assert not any("last layer" in word for word in said) or taps[-1] == target.num_layers - 1
+    for name in ("back", "own"):
+        after = load_head(tmp_path / name, target)
+        assert after.config.target_layer_ids == taps and after.self_test is not None
+        assert all(torch.equal(tensor, after.state_dict()[key]) for key, tensor in before.state_dict().items())
+    for wrong in (taps[1:], taps[::-1], (*taps[:-1], target.num_layers)):
+        with pytest.raises(SettingError, match=f"the head reads {count} layers"):
+            convert(source, "dspark", "gguf", tmp_path / "wrong", target, "", said.append, wrong)
+    assert not (tmp_path / "wrong").exists()
 
 
 FOREIGN_LAYERS = {

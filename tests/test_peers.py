@@ -172,6 +172,7 @@ def test_the_table_has_medians_and_ratios_prompt_by_prompt():
         ({"--peers": "dspark,dspark:bf16+head"}, "peer dspark:bf16 is named twice"),
         ({"--threads": "999"}, "--threads is 999, and this process may use"),
         ({"--limit": "0"}, "--limit is 0"),
+        ({"--head": "nowhere"}, "--head is nowhere, and there is no head"),
     ],
 )
 def test_bad_requests_end_with_one_error(changes, reason, capsys):
@@ -184,6 +185,19 @@ def test_a_peer_that_is_not_installed_says_how(tmp_path):
     (peer,) = parse_peers("vllm")
     with pytest.raises(PeerError, match=r"vllm:bf16 is not installed: no .*/vllm/bin/python\nhint: run bench/peers/setup.sh vllm"):
         compare.command(peer, tmp_path, tmp_path, 1, 99, 2)
+
+
+def test_an_exported_head_is_handed_on(tmp_path):
+    alone, exported = parse_peers("dspark+head-alone,llama.cpp+draft-dspark-3")
+    for file in ("gguf/BF16.gguf", "llama.cpp/build/bin/llama-server", "head.gguf"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "config.json").write_text('{"block_size": 7}')
+    with pytest.raises(PeerError, match="needs a head and the GGUF file made of it"):
+        compare.command(exported, tmp_path, tmp_path, 1, 99, 2)
+    for peer, handed in ((alone, {"--head": str(tmp_path)}), (exported, {"--draft": str(tmp_path / "head.gguf"), "--block": "7"})):
+        line = compare.command(peer, tmp_path, tmp_path, 1, 99, 2, tmp_path, tmp_path / "head.gguf")
+        assert handed.items() <= dict(zip(line[2::2], line[3::2], strict=True)).items()
 
 
 def test_other_weights_than_those_of_the_gguf_files_are_refused(tmp_path):

@@ -26,6 +26,7 @@ from dspark.engine.load import Load
 from dspark.errors import HeadError, SettingError
 from dspark.generation import generate, make_drafter, make_law
 from dspark.head.folder import load_head, save_head
+from dspark.head.mtp import stand_for_modules
 from dspark.measure.lossless import verify_pair
 from dspark.target.load import load_target
 from dspark.target.native.runtime import NativeRuntime
@@ -35,7 +36,7 @@ from dspark.train.batch import make_batch
 from dspark.train.features import FeatureStore
 from dspark.train.run import three_layers, train
 from dspark.train.sample import sample_batch
-from dspark.train.warmstart import new_recurrent_head
+from dspark.train.warmstart import new_head, new_recurrent_head
 from oracle import Oracle, plain_greedy
 from saved import save_tiny_target
 from test_engine import mixed_requests, reference, serve
@@ -569,3 +570,71 @@ def test_planners_ask_for_any_length(target):
     head = tiny_recurrent(target, "eagle3", 5)
     result = generate(target, head, PROMPT, NUM_NEW, plan=Changing())
     assert result.token_ids == plain_greedy(target, PROMPT, NUM_NEW)
+
+
+# In the place of the target's own modules
+
+
+@pytest.mark.parametrize("runtime", ["eager", "native"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_a_dspark_head_they_stand_for_the_targets_modules(kind, runtime):
+    model = tiny_model("llama", **NATIVE_SHAPE)
+    target = Target(model, runtime=NativeRuntime(model) if runtime == "native" else None)
+    head, chain = tiny_head(target), tiny_recurrent(target, kind, draft_vocab=64)
+    stand_for_modules(target, chain)
+    truth = plain_greedy(target, PROMPT * 3, 40)
+    turns = make_drafter("auto", target, head)
+    assert turns.mtp.head is chain and turns.head.head is head
+    seeded = make_drafter("mtp+dspark", target, head)
+    assert seeded.mtp.head is chain
+    each = {"turns": AtRandom(head=turns.head, lookup=turns.lookup, expected=[0.5] * 4, trust=8.0, mtp=turns.mtp), "seeded": seeded}
+    for drafter in (*each.values(), make_drafter("mtp", target, None)):
+        result = generate(target, head, PROMPT * 3, 40, drafter=drafter, plan=drafter if isinstance(drafter, Arbiter) else Always())
+        assert result.token_ids == truth and sum(done.num_planned for done in result.rounds_log)
+    sampled = [generate(target, head, PROMPT, NUM_NEW, temperature=1.0, seed=3, drafter=seeded, plan=Always()).token_ids for _ in range(2)]
+    assert sampled[0] == sampled[1]
+
+
+def test_only_recurrent_heads_stand_for_modules(target):
+    with pytest.raises(HeadError, match="kind dspark cannot stand"):
+        stand_for_modules(target, tiny_head(target))
+
+
+def test_a_head_may_begin_as_a_trained_module():
+    target = Target(tiny_model("llama"))
+    chain = tiny_recurrent(target, "mtp")
+    stand_for_modules(target, chain)
+    head = new_head(target, tiny_head(target).config, torch.arange(128), 0, "mtp")
+    state = torch.randn(1, 3, target.hidden_size, generator=torch.Generator().manual_seed(0))
+    read = chain.layer.hnorm(state)
+    expected = chain.layer.eh_proj(torch.cat([torch.zeros_like(read), read], dim=-1))
+    taps = len(head.config.target_layer_ids)
+    found = head.context(torch.stack([*[torch.zeros_like(state)] * (taps - 1), state], dim=2))
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.99
+    assert torch.equal(head.layers[0].mlp.up_proj.weight, chain.layer.mlp.up_proj.weight)
+    stand_for_modules(target, tiny_recurrent(target, "eagle3"))
+    with pytest.raises(HeadError, match="eagle3 is no multi-token-prediction module"):
+        new_head(target, tiny_head(target).config, torch.arange(128), 0, "mtp")
+
+
+def test_commands_take_a_trained_module(tmp_path, capsys, monkeypatch):
+    for slow in ("train.run.estimate", "profiling.read_bandwidth"):
+        monkeypatch.setattr(f"dspark.{slow}", lambda *arguments, **settings: 1e10)
+    folder, module, out = str(save_tiny_target(tmp_path / "target")), str(tmp_path / "module"), str(tmp_path / "head")
+    target = load_target(folder)
+    save_head(tiny_recurrent(target, "mtp", draft_vocab=64), target, Path(module), PROMPT, {"command": "test"}, "# card\n")
+    small = ["--num-prompts", "8", "--max-answer-tokens", "12", "--held-out", "2", "--sequences", "2", "--anchors", "4", "--steps", "2"]
+    command = ["train", folder, "--out", out, "--mtp", module, "--block-size", "3", "--draft-vocab", "260", *small]
+    assert main(command) == 2
+    assert "--mtp cannot take effect without --warm-start mtp" in capsys.readouterr().err
+    assert main([*command, "--warm-start", "mtp", "--json"]) == 0
+    assert f"--mtp={module}" in json.loads(capsys.readouterr().out)["command"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "abc"}\n')
+    modes = "plain,auto,mtp@fixed,mtp+dspark@fixed"
+    asked = ["bench", folder, "--prompts", str(prompts), "--compare", modes, "--head", out, "--max-new-tokens", "8", "--json"]
+    assert main([*asked, "--mtp", module]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])["modes"]
+    assert {name: report[name]["identical_to_plain"] for name in report if name != "plain"} == dict.fromkeys(modes.split(",")[1:], 1)
+    assert main([*asked, "--mtp", out]) == 2
+    assert "cannot stand for multi-token-prediction modules" in capsys.readouterr().err

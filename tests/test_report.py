@@ -10,7 +10,7 @@ import pytest
 
 from dspark.errors import SettingError
 from dspark.measure.bench import Mode, turns
-from dspark.measure.plots import PLOTS, need_matplotlib
+from dspark.measure.plots import PLOTS, draw, need_matplotlib, speed
 from dspark.measure.report import figures, reliability, reliability_of, write_report
 from test_replay import make_trace
 
@@ -120,3 +120,9 @@ def test_every_mode_of_a_bench_follows_every_other_one():
     assert all(sorted(order, key=modes.index) == modes for order in orders) and orders == [turns(modes, index, 0) for index in range(48)]
     followed = [(before.name, after.name) for order in orders for before, after in pairwise(order)]
     assert {(a.name, b.name) for a in modes for b in modes if a != b} == set(followed)
+
+
+def test_an_eighth_mode_looks_like_no_other(data):
+    speeds = next(iter(data["speed"].values()))
+    seven, eight = (draw(speed, data | {"speed": {f"mode {n}": speeds for n in range(count)}}, "bars") for count in (7, 8))
+    assert "<pattern" not in seven and "<pattern" in eight and not re.search(r"(?:fill|stroke): #\w+", eight)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dspark.target.load import load_target
+from dspark.target.native.pages import freed_memory_kept
 from dspark.target.target import Target
 from dspark.train.lowrank import add_low_rank, merge_low_rank
 
@@ -56,6 +57,7 @@ def batch(target: Target, rng: random.Random, size: int) -> tuple[torch.Tensor, 
     return tuple(tensor.to(target.device) for tensor in (ids, mask, learned))
 
 
+@freed_memory_kept()
 def fine_tune(target: Target, steps: int, size: int, rank: int, rate: float, seed: int) -> list[float]:
     """LoRA on every matrix of the decoder layers, the embedding left alone; merged. The losses, a step each."""
     for parameter in target.model.parameters():
@@ -67,9 +69,11 @@ def fine_tune(target: Target, steps: int, size: int, rank: int, rate: float, see
     rng, losses = random.Random(seed), []
     for step in range(steps):
         ids, mask, learned = batch(target, rng, size)
-        logits = target.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        chosen = learned[:, 1:].bool()
-        loss = F.cross_entropy(logits[:, :-1][chosen].float(), ids[:, 1:][chosen])
+        with torch.autocast(target.device.type, torch.bfloat16):
+            hidden = target.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            chosen = learned[:, 1:].bool()
+            logits = target.model.get_output_embeddings()(hidden[:, :-1][chosen])
+        loss = F.cross_entropy(logits.float(), ids[:, 1:][chosen])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

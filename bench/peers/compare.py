@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for a start or a reply (default %(default)s)")
     parser.add_argument("--home", type=Path, default=default_home(), help="where setup.sh installed the peers (default %(default)s)")
+    parser.add_argument("--head", type=Path, metavar="FOLDER", help="a dspark head (default: the shipped one)")
+    parser.add_argument(
+        "--draft", type=Path, metavar="FILE.gguf", help="the same head for llama.cpp+draft-dspark, by `dspark convert --to gguf`"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="every run, versions and the machine")
     options = parser.parse_args(arguments)
     try:
@@ -70,7 +74,9 @@ def compare(options: argparse.Namespace) -> None:
     prompts = [(prompt_ids(tokenizer, content), name) for content, name in first_of_each_set(texts, options.limit)]
     longest = max(len(ids) for ids, _ in prompts) + options.max_new_tokens + DRAFT_ROOM
     context = -(-longest // CONTEXT_STEP) * CONTEXT_STEP
-    commands = [command(peer, options.home.absolute(), target, options.threads, context, eos) for peer in peers]
+    commands = [
+        command(peer, options.home.absolute(), target, options.threads, context, eos, options.head, options.draft) for peer in peers
+    ]
     settings = {
         "target": NAME, "prompts": len(prompts), "max_new_tokens": options.max_new_tokens, "repeats": options.repeats,
         "threads": options.threads, "cores": sorted(os.sched_getaffinity(0)), "processor": processor(),
@@ -112,6 +118,8 @@ def check(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     if options.threads > cores:
         raise SettingError(f"--threads is {options.threads}, and this process may use {cores} cores", f"use at most {cores}")
+    if options.head is not None and not (options.head / "config.json").is_file():
+        raise SettingError(f"--head is {options.head}, and there is no head", "give the folder that `dspark train` wrote")
     if options.json and not options.json.absolute().parent.is_dir():
         raise SettingError(f"--json is {options.json}, in no folder", "make the folder first")
 

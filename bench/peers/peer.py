@@ -1,5 +1,6 @@
 """Which peers there are, and how each one's worker is started."""
 
+import json
 import os
 import re
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 from dspark.errors import UserError
 
 HERE = Path(__file__).parent
-LLAMA_METHODS = ("none", "ngram-simple", "ngram-mod", "ngram-map-k", "ngram-map-k4v", "ngram-cache")
+LLAMA_METHODS = ("none", "ngram-simple", "ngram-mod", "ngram-map-k", "ngram-map-k4v", "ngram-cache", "draft-dspark", "draft-dspark-3")
+EXPORTED = "draft-dspark"  # methods that take a head
 
 
 class PeerError(UserError):
@@ -31,7 +33,7 @@ class Kind:
 
 
 KINDS = {
-    "dspark": Kind("run_dspark.py", ("bf16", "f32", "int8"), ("head", "lookup")),
+    "dspark": Kind("run_dspark.py", ("bf16", "f32", "int8"), ("head", "head-alone", "lookup")),
     "dspark-plain": Kind("run_dspark.py", ("bf16", "f32", "int8"), ("none",)),
     "transformers": Kind("run_transformers.py", ("bf16", "f32"), ("none", "lookup")),
     "llama.cpp": Kind(
@@ -97,8 +99,11 @@ def default_home() -> Path:
     return Path(os.environ.get("DSPARK_PEERS", cache / "dspark/peers"))
 
 
-def command(peer: Peer, home: Path, target: Path, threads: int, context: int, eos: int) -> list[str]:
-    """What starts the worker. Raises `PeerError` for a peer that is not installed in `home`."""
+def command(
+    peer: Peer, home: Path, target: Path, threads: int, context: int, eos: int, head: Path | None = None, draft: Path | None = None
+) -> list[str]:
+    """What starts the worker; `head` is a dspark head, by default the shipped one, and `draft` the same as a GGUF file. Raises `PeerError`
+    for a peer that is not installed in `home`, or has no head."""
     kind = KINDS[peer.kind]
     model = home / f"gguf/{peer.precision.upper()}.gguf" if kind.gguf else target
     needed = [(home / kind.needs, peer.kind)] if kind.needs else []
@@ -109,4 +114,13 @@ def command(peer: Peer, home: Path, target: Path, threads: int, context: int, eo
         model=model, precision=peer.precision, method=peer.method, threads=threads, context=context, eos=eos, home=home
     )  # fmt: skip
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    if peer.method.startswith(EXPORTED):
+        if head is None or draft is None or not draft.is_file():
+            raise PeerError(
+                f"{peer} needs a head and the GGUF file made of it", "`dspark convert HEAD FILE --to gguf`, then --head HEAD --draft FILE"
+            )
+        block = json.loads((head / "config.json").read_text())["block_size"]
+        arguments += ["--draft", str(draft.absolute()), "--block", str(block)]
+    if head is not None:
+        arguments += ["--head", str(head.absolute())]
     return [str(home / kind.python), str(HERE / "workers" / kind.worker), *arguments]

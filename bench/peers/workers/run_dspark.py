@@ -1,4 +1,4 @@
-"""dspark: plainly (`none`), with the shipped head (`head`), or with prompt lookup (`lookup`)."""
+"""dspark: plainly (`none`), with a head and prompt lookup in turns (`head`), the head alone (`head-alone`), or prompt lookup (`lookup`)."""
 
 import argparse
 
@@ -16,8 +16,8 @@ DTYPE = {"bf16": "bfloat16", "f32": "float32", "int8": "int8"}
 def load(options: argparse.Namespace) -> tuple[Answer, dict]:
     torch.set_num_threads(options.threads)
     target = dspark.load_target(NAME, dtype=DTYPE[options.precision])
-    head = load_head(find_head(None, NAME), target) if options.method == "head" else None
-    drafter = make_drafter("lookup" if options.method == "lookup" else None, target, head)
+    head = load_head(find_head(options.head or None, NAME), target) if options.method.startswith("head") else None
+    drafter = make_drafter({"lookup": "lookup", "head-alone": "dspark"}.get(options.method), target, head)
     plan = make_planner(None, target, drafter)  # learns from prompt to prompt, as in `dspark generate`
 
     def answer(ids: list[int], n: int) -> dict:

@@ -1,4 +1,4 @@
-"""llama.cpp: `llama-server` on loopback, plainly or with one of its `--spec-type`s at their default settings."""
+"""llama.cpp: `llama-server` on loopback, plainly or with one of its `--spec-type`s at their default settings; draft-dspark-N drafts N tokens."""
 
 import argparse
 import atexit
@@ -21,7 +21,10 @@ LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no pr
 def load(options: argparse.Namespace) -> tuple[Answer, dict]:
     binary = Path(options.home, "llama.cpp/build/bin/llama-server")
     threads, port = str(options.threads), free_port()
-    more = [] if options.method == "none" else ["--spec-type", options.method]
+    method, _, num = options.method.partition("dspark-")
+    more = [] if method == "none" else ["--spec-type", method + "dspark" * bool(num)]
+    if more[1:] == ["draft-dspark"]:
+        more += ["-md", options.draft, "--spec-draft-n-max", num or options.block]
     settings = ["-t", threads, "-tb", threads, "--threads-http", "1", "-np", "1", "-c", str(options.context), "--cache-ram", "0", *more]
     server = subprocess.Popen([binary, "-m", options.model, "--host", "127.0.0.1", "--port", str(port), "--no-ui", *settings], stdout=2)
     atexit.register(end, server)

@@ -26,6 +26,9 @@ def serve(load: Callable[[argparse.Namespace], tuple[Answer, dict]]) -> None:
     parser.add_argument("--context", type=int, required=True, help="tokens of the longest request, answer included")
     parser.add_argument("--eos", type=int, required=True)
     parser.add_argument("--home", required=True, help="folder of the installed peers")
+    parser.add_argument("--head", default="", help="folder of a dspark head; the shipped one by default")
+    parser.add_argument("--draft", default="", help="the same as a GGUF file")
+    parser.add_argument("--block", default="", help="tokens that it drafts")
     # Libraries print on stdout too; the driver reads nothing but replies.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -8,7 +8,18 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_target, check_file, check_folder, open_head, open_prompts, open_target, say, say_calibration
+from dspark.cli.options import (
+    add_head,
+    add_modules,
+    add_target,
+    check_file,
+    check_folder,
+    open_head,
+    open_prompts,
+    open_target,
+    say,
+    say_calibration,
+)
 from dspark.errors import HeadError, SettingError
 
 RECORDED = "dspark@fixed"  # the mode whose rounds a trace holds
@@ -20,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", action="append", required=True, metavar="FILE.jsonl", help="may be given again; a line's `set` key groups the figures"
     )
     add_head(parser)
+    add_modules(parser)
     parser.add_argument("--dflash-head", default=None, metavar="HEAD", help="a head of rank 0 for the mode dflash")
     parser.add_argument(
         "--other", action="append", default=[], metavar="NAME=HEAD", help="another head, a mode of this name; may be given again"

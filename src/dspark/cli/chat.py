@@ -7,6 +7,7 @@ from dspark.cli.generate import write
 from dspark.cli.options import (
     add_drafter,
     add_head,
+    add_modules,
     add_plan,
     add_sampling,
     add_target,
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     add_head(parser)
     add_drafter(parser)
+    add_modules(parser)
     parser.add_argument("--system", default=None, metavar="TEXT", help="a system message to start with")
     add_plan(parser)
     add_sampling(parser)

@@ -17,9 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", dest="out_option", metavar="DST", type=Path, help="the same")
     parser.add_argument("--to", choices=FORMATS, default="dspark", help="format to write (default dspark)")
     parser.add_argument("--from", dest="kind", choices=FORMATS, default=None, help="format of SRC (default: what its files say)")
+    parser.add_argument(
+        "--taps", type=layers, default=None, metavar="I,J,..",
+        help="target layers that the converted head reads in the place of its own, one for each, like 1,8,15,22,28 where the last one is not to be had; costs acceptance",
+    )  # fmt: skip
     parser.add_argument("--target", default=None, metavar="TARGET", help="target of the head (default: the one that it names)")
     parser.add_argument("--dtype", default="bfloat16", help="precision of the target (default bfloat16)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)")
+
+
+def layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers: give numbers with commas, like 1,8,15,22,28") from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,14 +46,14 @@ def run(options: argparse.Namespace) -> int:
     if not source.is_file():
         source = named_head(options.source)
     kind = options.kind or detect(source)
-    if kind == options.to:
+    if kind == options.to and options.taps is None:
         raise SettingError(f"{source} is in the format {kind} already", "choose another with --to")
     name = options.target or named_target(source, kind)
     if name is None:
         raise SettingError(f"{source} does not name its target", "give it: `--target TARGET`")
     target = load_target(name, dtype=options.dtype)
     command = shlex.join(["dspark", *sys.argv[1:]])
-    test = convert(source, kind, options.to, path, target, command, say)
+    test = convert(source, kind, options.to, path, target, command, say, options.taps)
     if test is not None:
         say(str(test))
         if test.accepted == 0:

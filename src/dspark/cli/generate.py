@@ -7,6 +7,7 @@ import sys
 from dspark.cli.options import (
     add_drafter,
     add_head,
+    add_modules,
     add_plan,
     add_sampling,
     add_target,
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='one object a line: {"prompt": ...} or {"messages": [...]}')
     add_head(parser)
     add_drafter(parser)
+    add_modules(parser)
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt")
     add_plan(parser)

@@ -34,6 +34,15 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_modules(parser: Any) -> None:
+    parser.add_argument(
+        "--mtp",
+        default=None,
+        metavar="HEAD",
+        help="a trained head of the kind mtp or eagle3 in the place of the target's own multi-token-prediction modules",
+    )
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -126,6 +135,11 @@ def open_target(options: argparse.Namespace):
 
     target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
     options.dtype = target.precision  # what auto came to
+    if getattr(options, "mtp", None) is not None:
+        from dspark.head.folder import load_head, named_head
+        from dspark.head.mtp import stand_for_modules
+
+        stand_for_modules(target, load_head(named_head(options.mtp), target))
     return target
 
 

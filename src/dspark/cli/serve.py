@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_target, open_head, open_target, say, starting
+from dspark.cli.options import add_head, add_modules, add_target, open_head, open_target, say, starting
 from dspark.errors import SettingError
 
 KEY = "DSPARK_API_KEY"
@@ -14,6 +14,7 @@ DRAFTERS = ("auto", "dspark", "mtp", "lookup")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser, dtype="bfloat16", default="smollm2-135m")
     add_head(parser)
+    add_modules(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network (default 127.0.0.1: this machine)"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.options import add_target, open_target, say
+from dspark.cli.options import add_modules, add_target, open_target, say
 from dspark.cli.parser import Parser
 from dspark.config import KINDS, RECURRENT_KINDS, SEQUENTIAL_HEADS, TrainConfig
 from dspark.errors import HeadError, SettingError
@@ -45,11 +45,12 @@ DEFAULTS: dict[str, Any] = {
     "kind": "dspark",
     "chain": None,
     "warm_start": "last",
+    "mtp": None,
     **{option: default for option, (_, default) in SHAPE.items()},
     **STEPS,
 }
 # What they hold is compared, or they change nothing in an answer: files may have moved, and the server too.
-MAY_DIFFER = ("prompts", "answers", "start_from", "answers_from", "api_key_env", "concurrency")
+MAY_DIFFER = ("prompts", "answers", "start_from", "mtp", "answers_from", "api_key_env", "concurrency")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("last", "mtp"),
         help="what the first draft layer starts as: the target's own layer, or its first multi-token-prediction module (default last)",
     )
+    add_modules(shape)
     shape.add_argument("--start-from", metavar="HEAD", help="go on training this head, which brings its own shape; only --rank may grow it")
     shape.add_argument("--layers", type=int, metavar="L", help="draft layers (default 2)")
     shape.add_argument("--kv-heads", type=int, metavar="K", help="key heads of the draft layers (default: as many as query heads)")
@@ -337,6 +339,8 @@ def flag(name: str) -> str:
 
 def head_shape(options: argparse.Namespace) -> dict:
     """The shape asked for; beside --start-from, whose head has one, at most a larger rank. Raises `SettingError` for what cannot take effect."""
+    if options.mtp is not None and options.warm_start != "mtp":
+        raise SettingError("--mtp cannot take effect without --warm-start mtp", "add it, or leave --mtp out")
     given = [name for name in ("kind", "chain", "warm_start", *SHAPE, "confidence") if getattr(options, name) is not None]
     if options.start_from is not None:
         other = [name for name in given if name not in ("rank", "confidence")]

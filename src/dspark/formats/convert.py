@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dspark.errors import HeadError
+from dspark.errors import HeadError, SettingError
 from dspark.formats import deepspec, gguf_file, specforge, speculators
 from dspark.formats.portable import Portable, refuse_other_rows
 from dspark.head import calibration
@@ -69,8 +69,11 @@ def named_target(path: Path, kind: str) -> str | None:
     return verifier.get("name_or_path") if isinstance(verifier, dict) else None
 
 
-def convert(source: Path, kind: str, to: str, path: Path, target: Target, command: str, say: Say) -> SelfTest | None:
+def convert(
+    source: Path, kind: str, to: str, path: Path, target: Target, command: str, say: Say, taps: tuple[int, ...] | None = None
+) -> SelfTest | None:
     """Write the head in `source`, of format `kind`, to `path` in the format `to`; says what its draft is worth on this target.
+    With `taps` it reads these layers from then on in the place of its own, one for each: its tensors stay.
 
     Raises `HeadError` for what a format cannot hold, for a head of another target, for files that are not whole or
     follow another convention, and for golden vectors that do not come out again."""
@@ -85,6 +88,9 @@ def convert(source: Path, kind: str, to: str, path: Path, target: Target, comman
     refuse_other_rows(head, target)
     network = build(head, target)
     test = replay_kept(head, network, target)
+    if taps is not None:
+        head = retapped(head, taps, target)
+        network, test = build(head, target), None
     if to == OWN:
         import_head(head, network, path, target, kind, command)
         return load_head(path, target).self_test
@@ -94,6 +100,17 @@ def convert(source: Path, kind: str, to: str, path: Path, target: Target, comman
     if to == "gguf" and (word := gguf_file.note(head)):
         say(word)
     return test
+
+
+def retapped(head: Portable, taps: tuple[int, ...], target: Target) -> Portable:
+    """The same tensors behind other layers. Golden vectors, calibration and card were of the head as it was, and stay behind."""
+    count = len(head.config.target_layer_ids)
+    if len(taps) != count or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < target.num_layers:
+        raise SettingError(
+            f"--taps is {','.join(map(str, taps))}, and the head reads {count} layers",
+            f"give {count} layers in ascending order, from 0 to {target.num_layers - 1}; it reads {','.join(map(str, head.config.target_layer_ids))} now",
+        )
+    return replace(head, config=replace(head.config, target_layer_ids=taps), section={}, kept=None)
 
 
 def read_own(path: Path) -> Portable:

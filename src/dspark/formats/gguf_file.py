@@ -107,7 +107,8 @@ def note(head: Portable) -> str | None:
         return None
     return (
         f"note: this head taps the output of the target's last layer, {last}. llama.cpp (looked at: build 11434) does not give it for Llama and Qwen3 "
-        "targets and stops with `layer input tensor is null`; a head trained with other `--taps` runs there"
+        "targets and stops with `layer input tensor is null`; a head trained with other `--taps` runs there, "
+        "and `dspark convert --taps` writes this one as if it had been"
     )
 
 

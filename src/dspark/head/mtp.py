@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from dspark.errors import HeadError
+from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.target.target import PREFILL_ROWS, Target, final_norm
 
 # Families whose modules hand on, and take from the target, the hidden state before its norm; the others take it after.
@@ -139,8 +140,18 @@ class MtpHead:
         cast(Any, cache.layers[k]).crop(-num_slots)
 
 
-def load_mtp(target: Target) -> MtpHead:
-    """The modules in the target's own checkpoint, loaded once.
+def stand_for_modules(target: Target, head: AnyHead) -> None:
+    """From now on a trained head of the kind mtp or eagle3 is what the target has for modules: `load_mtp` and `own_mtp` give it, and so it
+    drafts wherever modules would, beside a DSpark head too. Raises `HeadError` for a head of another kind."""
+    if not isinstance(head, RecurrentHead):
+        raise HeadError(
+            f"a head of the kind {head.kind} cannot stand for multi-token-prediction modules", "take one of the kind mtp or eagle3"
+        )
+    target.mtp = head
+
+
+def load_mtp(target: Target) -> MtpHead | RecurrentHead:
+    """The modules in the target's own checkpoint, loaded once, or what stands for them.
 
     Raises `HeadError` where there are none, or where they are of a kind that is not known."""
     if not target.mtp:
@@ -148,7 +159,7 @@ def load_mtp(target: Target) -> MtpHead:
     return target.mtp
 
 
-def own_mtp(target: Target, say: Callable[[str], None] = lambda text: None) -> MtpHead | None:
+def own_mtp(target: Target, say: Callable[[str], None] = lambda text: None) -> MtpHead | RecurrentHead | None:
     """The modules, if the target's checkpoint is here and has some that can be read, else None; a word where they cannot be. Looked for
     once."""
     if target.mtp is None:

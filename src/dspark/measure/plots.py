@@ -20,7 +20,7 @@ COLOURS = {
 }
 STAND_IN = {name: f"#01020{n:x}" for n, name in enumerate(COLOURS)}
 SERIES = [STAND_IN[f"s{n}"] for n in range(7)]
-DASHES = ["-", "--", ":"]
+DASHES, HATCHES = ["-", "--", ":"], ["", "////", "...."]  # of the second and third series of a colour
 INK, FAINT = STAND_IN["ink"], STAND_IN["faint"]
 RC: dict = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
@@ -96,7 +96,10 @@ def bars(axes, data: dict, value: Callable[[dict], float], quartiles: Callable[[
         width = 0.8 / len(modes)
         places = [place - 0.4 + width * (n + 0.5) for place in range(len(found))]
         values = [value(f) for f in found.values()]
-        axes.bar(places, values, 0.9 * width, color=SERIES[n % len(SERIES)], label=mode)
+        hatch = HATCHES[n // len(SERIES) % len(HATCHES)]
+        axes.bar(
+            places, values, 0.9 * width, color=SERIES[n % len(SERIES)], label=mode, hatch=hatch, edgecolor=STAND_IN["paper"], linewidth=0
+        )
         if quartiles is not None:
             low, high = zip(*(quartiles(f) for f in found.values()), strict=True)
             if len(modes) < 4:  # so that it shows on any bar that is wide enough

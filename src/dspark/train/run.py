@@ -113,7 +113,8 @@ def train(
         raise SettingError("heads of the kinds mtp and eagle3 are trained in one process", "start without torchrun")
     if isinstance(given, RecurrentHead) and config.detached_confidence:
         raise SettingError("--confidence detached cannot take effect: a head of this kind has no confidences", "leave it out")
-    start = None if given is None else [digest(parameter) for parameter in given.parameters()]
+    begun_from = given if given is not None else target.mtp if shape.get("warm_start") == "mtp" else None
+    start = [digest(parameter) for parameter in begun_from.parameters()] if isinstance(begun_from, torch.nn.Module) else None
     if given is not None and shape.get("markov_rank") is not None:
         given = widened(dspark_only(given, str(start_from)), target, shape["markov_rank"])
     brought = brought_answers(target, config, prompts, answers)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dspark.config import HeadConfig, RecurrentConfig
-from dspark.errors import SettingError
+from dspark.errors import HeadError, SettingError
 from dspark.head.backbone import Shape
 from dspark.head.head import Head
 from dspark.head.mtp import MtpHead, load_mtp
@@ -86,11 +86,20 @@ def final_scale(target: Target) -> torch.Tensor | None:
     return None if moved.any() or not torch.isfinite(scale).all() else scale
 
 
-def begin_as_module(head: Head, mtp: MtpHead) -> None:
+def begin_as_module(head: Head, mtp: MtpHead | RecurrentHead) -> None:
     """Let the first draft layer start as the block of the first module, where the shapes allow, and the context projection as what that
     module does to the target's last state: the half of its `eh_proj` that reads it, on the deepest tapped layer, with the scales of the
     norms before it. So the copied keys and values meet the states that they were trained on, but for the embeddings beside them."""
-    module, D = mtp.model.layers[0], head.config.hidden_size
+    D = head.config.hidden_size
+    if isinstance(mtp, RecurrentHead):
+        if not isinstance(mtp, Mtp):
+            raise HeadError(
+                f"a head of the kind {mtp.kind} is no multi-token-prediction module to start from", "give --mtp one of the kind mtp"
+            )
+        copy_layer(head.layers[0], mtp.layer, head.config)
+        head.fc.weight.data[:, -D:] = (mtp.layer.eh_proj.weight[:, D:] * mtp.layer.hnorm.weight).detach().float().cpu()
+        return
+    module: Any = mtp.model.layers[0]
     block: Any = module.mtp_block
     copy_layer(head.layers[0], block, head.config)
     for name in ("input_layernorm", "post_attention_layernorm"):
