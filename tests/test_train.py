@@ -348,7 +348,8 @@ def test_an_estimate_takes_no_longer_than_three_seconds_and_says_what_it_does_no
 def test_the_disk_that_is_estimated_is_what_a_run_fills(kind, tmp_path, monkeypatch):
     """At its fullest, when a checkpoint stands beside the one before, and with a head whose weights are more than all else."""
     target, out = load_target(save_tiny_target(tmp_path / "target")), tmp_path / "head"
-    config = replace(CONFIG, num_prompts=6, steps=2, checkpoint_seconds=0.0)
+    config, given = replace(CONFIG, steps=2, checkpoint_seconds=0.0), records(10)
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, given)))
     shape = {"markov_rank": 256, "draft_vocab_size": 260} if kind is None else {"kind": kind, "draft_vocab_size": 260}
     stored, replaced = [], os.replace
     size_of = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # noqa: E731
@@ -358,10 +359,9 @@ def test_the_disk_that_is_estimated_is_what_a_run_fills(kind, tmp_path, monkeypa
         replaced(old, new)
 
     monkeypatch.setattr("os.replace", replace_and_count)
-    train(target, out, config, shape)
+    train(target, out, config, shape, answers=[tmp_path / "answers.jsonl"])
     cache, whole = max(stored, key=lambda each: each[1])
-    answers = read_records(out / "progress" / "answers.jsonl")
-    num_tokens = sum(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in answers)
+    num_tokens = sum(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in given)
     _, features, other, _ = space(target, config, shape, num_tokens)
     assert 0.85 * features < cache <= features
     assert 0.6 * other < whole - cache < 1.2 * other

@@ -17,7 +17,7 @@ from dspark.profiling import device_name
 from dspark.prompts import Prompt
 from dspark.target.target import Target
 from dspark.train.answers import INVENT_TOKENS, OPENER_TOKENS, batch_size
-from dspark.train.features import fits_gpu, token_bytes
+from dspark.train.features import default_taps, fits_gpu, token_bytes
 from dspark.train.sample import sample_batch
 
 # What is measured while training: points of the curve and answers each; prompts and tokens of real rounds, and tokens after each
@@ -197,9 +197,9 @@ def space(target: Target, config: TrainConfig, shape: dict, num_tokens: int) -> 
 
 
 def num_taps(target: Target, shape: dict) -> int:
-    """Layers that the head reads, where nothing is said as many as it is given."""
-    usual = {"mtp": 1, "eagle3": 3}.get(shape.get("kind", ""), 5)
-    return len(shape.get("target_layer_ids") or ()) or min(usual, target.num_layers)
+    """Layers that the head reads."""
+    usual = {"mtp": 1, "eagle3": 3}.get(shape.get("kind", ""), len(default_taps(target.num_layers)))
+    return len(shape.get("target_layer_ids") or ()) or usual
 
 
 def head_weights(target: Target, shape: dict) -> int:
@@ -211,7 +211,9 @@ def head_weights(target: Target, shape: dict) -> int:
 
 
 def size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
+    if num_bytes >= 1e8:
+        return f"{num_bytes / 1e9:.1f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def listed(stages: dict[str, float]) -> str:
