@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark import collector_waits
+from dspark.config import RECURRENT_KINDS
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
 
@@ -131,6 +132,9 @@ def set_threads(options: argparse.Namespace) -> None:
 @starting()
 def open_target(options: argparse.Namespace):
     set_threads(options)
+    drafter = getattr(options, "drafter", None)
+    if getattr(options, "mtp", None) is not None and drafter not in (None, "auto", "mtp", "mtp+dspark"):
+        raise SettingError(f"--mtp cannot take effect with --drafter {drafter}", "leave one of them out")
     from dspark.target.load import load_target
 
     target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
@@ -154,7 +158,10 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
     if folder is None:
         say(f"no head is known for {target.name}: {otherwise} (train one: `dspark train {target.name} --out DIR`)")
         return None
-    return load_head(folder, target)
+    head = load_head(folder, target)
+    if getattr(options, "mtp", None) is not None and head.kind in RECURRENT_KINDS:
+        raise SettingError(f"--head is of the kind {head.kind}, and --mtp stands for the same", "leave one of them out")
+    return head
 
 
 def say_calibration(head, temperature: float) -> None:
