@@ -39,6 +39,8 @@ from dspark.target.native.pages import copy, gather_weights, give_back_freed_mem
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
+for key, before in (("num_hidden_layers", "num_attention_heads"), ("mask_token_id", "target_layer_ids")):  # DeepSpec's order, in files
+    OWN_KEYS.insert(OWN_KEYS.index(before), OWN_KEYS.pop(OWN_KEYS.index(key)))
 IN_SECTION = ("draft_vocab_size", "shortlist", "window")  # DeepSpec has no such keys
 RECURRENT_KEYS = [f.name for f in fields(RecurrentConfig)]
 ONLY_OURS = ("kind", "block_size", "target_layer_ids", "num_target_layers", "trained_steps")  # of them; the others are the layer's own
