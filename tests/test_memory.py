@@ -251,4 +251,4 @@ def test_freed_memory_is_kept_for_as_long_as_it_is_asked_for():
     """In a process of its own: what tests before have freed is there to be had again."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=120)
     given_back, kept, after = map(int, done.stdout.split())
-    assert kept < given_back / 50 and after > given_back / 2
+    assert kept < given_back / 50 and after > given_back / 6  # the first of five is asked for anew
