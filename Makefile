@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: `make demo`, `make test`.
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Test files are shared out to as many processes, each of one thread: thread pools would fight over the cores.
+# Processes that share out the test files, each of one thread: thread pools would fight over the cores.
 WORKERS ?= 2
 
 .PHONY: demo test test-slow check lint types clean

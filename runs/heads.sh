@@ -7,7 +7,7 @@
 # as a draft has (mtp-1, mtp-chain), EAGLE-3, DSpark begun as the module (warm-2). ANSWERS is what `dspark train --only-answers` writes. To go on
 # after a kill, say the same again: runs resume, and what was measured is kept. In the environment: TARGET, DEVICE, THREADS; HEADS, names of those
 # to train; TRAIN and BENCH, more options for `dspark train` and `dspark bench`; RUNS, of fixed-t0, fixed-t1 (every head alone, whole blocks) and
-# planned-t0 (each with its planner, and compositions of vanilla-2, mtp-chain and lookup). OUT/table.md is the end.
+# planned-t0 (each with its planner, and compositions; needs vanilla-2, mtp-chain, dflash-2 and eagle3). OUT/table.md is the end.
 set -euo pipefail
 here=$(dirname "$0")/..
 out=$1 answers=$2 steps=$3

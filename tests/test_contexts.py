@@ -9,14 +9,14 @@ import torch
 
 from dspark.cli.main import main
 from dspark.drafters import DSparkDrafter, MtpDrafter
-from dspark.errors import SettingError
+from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
 from dspark.head.folder import save_head
 from dspark.measure.contexts import answered, by_context, conversations
 from dspark.prompts import Prompt
 from dspark.target.load import load_target
 from dspark.target.target import Target
-from dspark.train.card import CONTEXTS_SECTION, with_contexts, write_card
+from dspark.train.card import CONTEXTS_SECTION, check_card, with_contexts, write_card
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model, tiny_recurrent
 
@@ -175,3 +175,11 @@ def test_a_draft_does_not_depend_on_where_its_context_begins():
         torch.testing.assert_close(
             head.hidden(anchor, torch.tensor([[60]]), head.context_kv(features, torch.arange(20)[None])), hidden(0), rtol=2e-3, atol=2e-3
         )
+
+
+@pytest.mark.parametrize("tables", [[1], {"a": 1}, [{"temperature": 1, "rows": 3}], [{"rows": []}]])
+def test_damaged_tables_are_told_before_anything_is_measured(tables, tmp_path):
+    (tmp_path / "README.md").write_text("# card\n")
+    (tmp_path / "provenance.json").write_text(json.dumps({"contexts": tables}))
+    with pytest.raises(HeadError, match="`contexts` does not hold tables"):
+        check_card(tmp_path)

@@ -224,7 +224,7 @@ def test_a_converted_head_may_read_other_layers(heads, target, tmp_path):
         assert after.config.target_layer_ids == taps and after.self_test is not None
         assert all(torch.equal(tensor, after.state_dict()[key]) for key, tensor in before.state_dict().items())
     for wrong in (taps[1:], taps[::-1], (*taps[:-1], target.num_layers)):
-        with pytest.raises(SettingError, match=f"the head reads {count} layers"):
+        with pytest.raises(SettingError, match=f"the head reads {count} layers of"):
             convert(source, "dspark", "gguf", tmp_path / "wrong", target, "", said.append, wrong)
     assert not (tmp_path / "wrong").exists()
 

@@ -34,7 +34,7 @@ from dspark.target.target import Target
 from dspark.train import trainer
 from dspark.train.batch import make_batch
 from dspark.train.features import FeatureStore
-from dspark.train.run import three_layers, train
+from dspark.train.run import check_shape, three_layers, train
 from dspark.train.sample import sample_batch
 from dspark.train.warmstart import new_head, new_recurrent_head
 from oracle import Oracle, plain_greedy
@@ -614,7 +614,7 @@ def test_a_head_may_begin_as_a_trained_module():
     assert torch.equal(head.layers[0].mlp.up_proj.weight, chain.layer.mlp.up_proj.weight)
     stand_for_modules(target, tiny_recurrent(target, "eagle3"))
     with pytest.raises(HeadError, match="eagle3 is no multi-token-prediction module"):
-        new_head(target, tiny_head(target).config, torch.arange(128), 0, "mtp")
+        check_shape(target, {"warm_start": "mtp"})  # before prompts are answered
 
 
 def test_commands_take_a_trained_module(tmp_path, capsys, monkeypatch):
@@ -636,6 +636,14 @@ def test_commands_take_a_trained_module(tmp_path, capsys, monkeypatch):
     assert main([*asked, "--mtp", module]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["modes"]
     assert {name: report[name]["identical_to_plain"] for name in report if name != "plain"} == dict.fromkeys(modes.split(",")[1:], 1)
+    assert main(["generate", folder, "a", "--head", "none", "--max-new-tokens", "8", "--mtp", module, "--plan", "fixed"]) == 0
+    assert "decoding plainly" not in capsys.readouterr().err
+    for more, said in (
+        (["--contexts", "40"], "cannot take effect with --contexts"),
+        (["--compare", "plain,lookup"], "no mode drafts with it"),
+    ):
+        assert main([*asked, "--mtp", module, *more]) == 2
+        assert said in capsys.readouterr().err
     for more, said in ((["--drafter", "dspark"], "--mtp cannot take effect with"), (["--head", module], "--mtp stands for the same")):
         assert main(["generate", folder, "a", "--mtp", module, *more]) == 2
         assert said in capsys.readouterr().err

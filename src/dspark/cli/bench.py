@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     lengths, given = context_lengths(options), prompts
     prompts = first_of_each_set(prompts, options.limit)
+    if lengths and options.mtp is not None:
+        raise SettingError("--mtp cannot take effect with --contexts", "to measure that head, give it as --head")
     if lengths:
         asked = [prompt for prompt, _ in prompts]
         return bench_contexts(options, lengths, asked, [prompt for prompt, _ in given if prompt not in asked])
@@ -101,6 +103,8 @@ def run(options: argparse.Namespace) -> int:
         names += [RECORDED] if RECORDED not in names else []
     make_law(options.temperature)
     kinds = {name.partition("@")[0] for name in names}
+    if options.mtp is not None and not kinds & {"auto", "mtp", "mtp+dspark"}:
+        raise SettingError("--mtp cannot take effect: no mode drafts with it", "name auto, mtp or mtp+dspark in --compare, or leave it out")
     wants_head = bool(kinds & {"dspark", "auto", "mtp+dspark"})
     no_head = options.head == "none" or find_head(options.head, options.target) is None
     if no_head and kinds & {"dspark", "mtp+dspark"}:

@@ -135,6 +135,8 @@ def open_target(options: argparse.Namespace):
     drafter = getattr(options, "drafter", None)
     if getattr(options, "mtp", None) is not None and drafter not in (None, "auto", "mtp", "mtp+dspark"):
         raise SettingError(f"--mtp cannot take effect with --drafter {drafter}", "leave one of them out")
+    if getattr(options, "mtp", None) is not None and drafter is None:
+        options.drafter = "auto"  # without a head too
     from dspark.target.load import load_target
 
     target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
@@ -155,8 +157,9 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
     if options.head == "none" or (options.head is None and getattr(options, "drafter", None) in NEED_NO_HEAD):
         return None
     folder = find_head(options.head, target.name)
-    if folder is None:
+    if folder is None and getattr(options, "mtp", None) is None:
         say(f"no head is known for {target.name}: {otherwise} (train one: `dspark train {target.name} --out DIR`)")
+    if folder is None:
         return None
     head = load_head(folder, target)
     if getattr(options, "mtp", None) is not None and head.kind in RECURRENT_KINDS:
@@ -200,9 +203,10 @@ def check_file(name: str, file: str | Path) -> None:
         real.open("ab").close()
         if not there:
             real.unlink()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise SettingError(
-            f"{name} is {file}, which cannot be written: {error.strerror}", "name a file in a folder that exists and is yours"
+            f"{name} is {file}, which cannot be written: {getattr(error, 'strerror', None) or error}",
+            "name a file in a folder that exists and is yours",
         ) from error
 
 

@@ -27,6 +27,8 @@ class Parser(argparse.ArgumentParser):
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
         """An option that does not exist is told before one that is missing: it may be the same, mistyped."""
         known = self._option_string_actions
+        if {"-h", "--help"} & {*arguments}:
+            return
         for before, argument in zip(["", *arguments], arguments, strict=False):
             if argument == "--":  # texts from here on
                 return

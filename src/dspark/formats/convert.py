@@ -107,7 +107,7 @@ def retapped(head: Portable, taps: tuple[int, ...], target: Target) -> Portable:
     count = len(head.config.target_layer_ids)
     if len(taps) != count or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < target.num_layers:
         raise SettingError(
-            f"--taps is {','.join(map(str, taps))}, and the head reads {count} layers",
+            f"--taps is {','.join(map(str, taps))}; the head reads {count} layers of {target.num_layers}, in ascending order",
             f"give {count} layers in ascending order, from 0 to {target.num_layers - 1}; it reads {','.join(map(str, head.config.target_layer_ids))} now",
         )
     return replace(head, config=replace(head.config, target_layer_ids=taps), section={}, kept=None)

@@ -93,8 +93,14 @@ def read_card(folder: Path) -> tuple[str, dict]:
     """The card and the provenance of a head. Raises `HeadError` where one of them is missing or damaged."""
     hint = "only heads that came with a card and its record have a place for the table: leave --card out"
     provenance = read_json(folder / RECORD, HeadError, hint)
-    if not isinstance(provenance, dict) or not isinstance(provenance.get(CONTEXTS, []), list):
+    if not isinstance(provenance, dict):
         raise HeadError(f"{folder / RECORD} is damaged: an object was expected", "restore the file")
+    try:
+        contexts_section(provenance.get(CONTEXTS, []))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise HeadError(
+            f"{folder / RECORD} is damaged: `{CONTEXTS}` does not hold tables", "restore the file, or delete that entry"
+        ) from error
     try:
         return (folder / CARD).read_text(encoding="utf-8"), provenance
     except (OSError, UnicodeDecodeError) as error:

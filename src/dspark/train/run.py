@@ -21,7 +21,6 @@ from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
 from dspark.head.folder import MOST_OF_A_SIZE, dspark_only, load_head, save_head
 from dspark.head.head import Head
-from dspark.head.mtp import load_mtp
 from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.measure.calibrate import LAWS, calibrate
 from dspark.profiling import device_name
@@ -44,7 +43,7 @@ from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, CURVE_POINT
 from dspark.train.features import FeatureStore, default_taps
 from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
-from dspark.train.warmstart import new_head, new_recurrent_head, widened
+from dspark.train.warmstart import module_to_begin_as, new_head, new_recurrent_head, widened
 
 LEAST_WINDOW = 512
 MOST_BATCHES = 50_000  # of prompts; the seeds of the answers' batches begin this far behind theirs
@@ -434,7 +433,7 @@ def check_shape(target: Target, shape: dict) -> None:
     if shape.get("kind") == "eagle3" and target.num_layers < EAGLE3_LAYERS:
         raise SettingError(f"an eagle3 head reads {EAGLE3_LAYERS} layers, and the target has {target.num_layers}", "train another --kind")
     if shape.get("warm_start") == "mtp":
-        load_mtp(target)  # which raises where there is none
+        module_to_begin_as(target)
     taps = shape.get("target_layer_ids") or []
     if any(tap >= target.num_layers for tap in taps):
         raise SettingError(

@@ -40,7 +40,7 @@ def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: 
         for layer, source in zip(head.layers, sources, strict=True):
             copy_layer(layer, source, config)
         if warm_start == "mtp":
-            begin_as_module(head, load_mtp(target))
+            begin_as_module(head, module_to_begin_as(target))
         if head.markov_head is not None:
             leading = leading_components(target, config.markov_rank)
             head.markov_head.markov_w1.weight.data[:, : leading.shape[1]] = leading
@@ -85,16 +85,20 @@ def final_scale(target: Target) -> torch.Tensor | None:
     return None if moved.any() or not torch.isfinite(scale).all() else scale
 
 
-def begin_as_module(head: Head, mtp: MtpHead | RecurrentHead) -> None:
+def module_to_begin_as(target: Target) -> MtpHead | Mtp:
+    """The target's modules. Raises `HeadError` where it has none, or a trained head of another kind in their place."""
+    mtp = load_mtp(target)
+    if not isinstance(mtp, RecurrentHead) or isinstance(mtp, Mtp):
+        return mtp
+    raise HeadError(f"a head of the kind {mtp.kind} is no multi-token-prediction module to start from", "give --mtp one of the kind mtp")
+
+
+def begin_as_module(head: Head, mtp: MtpHead | Mtp) -> None:
     """Let the first draft layer start as the block of the first module, where the shapes allow, and the context projection as what that
     module does to the target's last state: the half of its `eh_proj` that reads it, on the deepest tapped layer, with the scales of the
     norms before it. So the copied keys and values meet the states that they were trained on, but for the embeddings beside them."""
     D = head.config.hidden_size
-    if isinstance(mtp, RecurrentHead):
-        if not isinstance(mtp, Mtp):
-            raise HeadError(
-                f"a head of the kind {mtp.kind} is no multi-token-prediction module to start from", "give --mtp one of the kind mtp"
-            )
+    if isinstance(mtp, Mtp):
         copy_layer(head.layers[0], mtp.layer, head.config)
         head.fc.weight.data[:, -D:] = (mtp.layer.eh_proj.weight[:, D:] * mtp.layer.hnorm.weight).detach().float().cpu()
         return
