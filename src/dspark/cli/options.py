@@ -146,6 +146,7 @@ def open_target(options: argparse.Namespace):
 def open_head(options: argparse.Namespace, target, otherwise: str = "decoding plainly"):
     """The head asked for, or the shipped one; None without, with a word of what is done `otherwise` when none is known."""
     from dspark.head.folder import find_head, load_head
+    from dspark.head.head import Head
 
     if options.head == "none" or (options.head is None and getattr(options, "drafter", None) in NEED_NO_HEAD):
         return None
@@ -153,7 +154,10 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
     if folder is None:
         say(f"no head is known for {target.name}: {otherwise} (train one: `dspark train {target.name} --out DIR`)")
         return None
-    return load_head(folder, target)
+    head = load_head(folder, target)
+    if isinstance(head, Head) and head.bundled:
+        say(f"drafting with the head in the checkpoint {folder}")
+    return head
 
 
 def say_calibration(head, temperature: float) -> None:
