@@ -1,6 +1,8 @@
 """Tiny DeepSeek-V4 targets on disk that bring a DSpark head of random weights, in the names of the released checkpoints."""
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,12 +16,15 @@ SIZES = {"hc_mult": 3, "n_routed_experts": 5, "partial_rotary_factor": 0.5, "sli
 LAYERS = 3
 
 
-def save_with_bundle(folder: Path, seed: int = 0, shards: bool = False, **overrides) -> Path:
-    """A tiny target with a head of this seed; `shards` puts the head in a file of its own."""
+def save_with_bundle(folder: Path, seed: int = 0, shards: bool = False, prompt: Sequence[int] = (), **overrides) -> Path:
+    """A tiny target with a head of this seed; `shards` puts the head in a file of its own. With a `prompt`, and a rank as large as the
+    vocabulary, the head knows much of what the target says after it."""
     model = tiny_model("deepseek_v4", seed, **(SIZES | BUNDLED | overrides))
     model.save_pretrained(folder)
     tensors, head = load_file(folder / "model.safetensors"), bundle_of(model.config, seed)
-    head = follow_bigrams(head, model) if overrides.get("dspark_markov_rank", 0) >= model.config.vocab_size else head
+    if prompt:
+        said = model.generate(torch.tensor([list(prompt)]), do_sample=False, max_new_tokens=12)[0].tolist()
+        head = knowing(head, said, model.config.vocab_size)
     return write(folder, tensors, head, shards)
 
 
@@ -64,18 +69,16 @@ def bundle_of(config, seed: int) -> dict[str, torch.Tensor]:
     last = {
         "norm.weight": 1 + matrix(D), "hc_head_fn": matrix(C, C * D), "hc_head_base": matrix(C), "hc_head_scale": 1 + matrix(1),
         "markov_head.markov_w1.weight": 2 * matrix(V, r), "markov_head.markov_w2.weight": 2 * matrix(V, r),
-        "confidence_head.proj.weight": matrix(1, D + r),
+        "confidence_head.proj.weight": 0.1 * matrix(1, D + r),
     }  # fmt: skip
     return head | {f"mtp.{LAYERS - 1}.{name}": tensor for name, tensor in last.items()}
 
 
-def follow_bigrams(head: dict[str, torch.Tensor], model) -> dict[str, torch.Tensor]:
-    """The same head, whose sequential part says what the target says after each single token: it is right now and then."""
-    V = model.config.vocab_size
-    with torch.inference_mode():
-        logits_VV = model(torch.arange(V)[:, None]).logits[:, -1]
+def knowing(head: dict[str, torch.Tensor], text: Sequence[int], vocab_size: int) -> dict[str, torch.Tensor]:
+    """The same head, whose sequential part says after each token what followed it last in `text`: it is right now and then."""
     last = f"mtp.{LAYERS - 1}.markov_head.markov_"
-    w1 = torch.zeros_like(head[f"{last}w1.weight"])
-    w2 = torch.zeros_like(w1)
-    w1[:, :V], w2[:, :V] = torch.eye(V), 4 * logits_VV.T
-    return head | {f"{last}w1.weight": w1, f"{last}w2.weight": w2}
+    w2 = torch.zeros_like(head[f"{last}w2.weight"])
+    for token, following in pairwise(text):
+        w2[:, token] = 0.0
+        w2[following, token] = 40.0
+    return head | {f"{last}w1.weight": torch.eye(vocab_size), f"{last}w2.weight": w2}

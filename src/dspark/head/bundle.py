@@ -144,7 +144,7 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, where: str) -> torch.
 def bundled_config(raw: dict[str, Any], config: Any, num_layers: int, target: Target, folder: Path) -> BundledConfig:
     """Of the checkpoint's config.json, and of the target what is the target's. Raises `HeadError` for a senseless value."""
     values = {name: raw.get(f"dspark_{name}") for name in ("block_size", "noise_token_id", "markov_rank", "target_layer_ids")}
-    bounds = {"block_size": (1, MAX_BLOCK), "noise_token_id": (0, target.vocab_size - 1), "markov_rank": (1, target.hidden_size)}
+    bounds = {"block_size": (1, MAX_BLOCK), "noise_token_id": (0, target.vocab_size - 1), "markov_rank": (1, target.vocab_size)}
     for name, (least, most) in bounds.items():
         if type(values[name]) is not int or not least <= values[name] <= most:
             raise HeadError(f"{folder}/config.json: dspark_{name} is {values[name]!r}, {least} to {most} was expected", "restore the file")
