@@ -48,12 +48,12 @@ def bundle_of(config, seed: int) -> dict[str, torch.Tensor]:
         return SPREAD * torch.randn(shape, generator=random)
 
     D, E, H, C, W = config.hidden_size, config.head_dim, config.num_attention_heads, config.hc_mult, config.moe_intermediate_size
-    Q, G, O, V, r = config.q_lora_rank, config.o_groups, config.o_lora_rank, config.vocab_size, config.dspark_markov_rank
+    Q, G, L, V, r = config.q_lora_rank, config.o_groups, config.o_lora_rank, config.vocab_size, config.dspark_markov_rank
     head = {}
     for k in range(LAYERS):
         layer = {
             "attn.wq_a.weight": matrix(Q, D), "attn.wq_b.weight": matrix(H * E, Q), "attn.wkv.weight": matrix(E, D),
-            "attn.wo_a.weight": matrix(G * O, H * E // G), "attn.wo_b.weight": matrix(D, G * O), "attn.attn_sink": 2 * matrix(H),
+            "attn.wo_a.weight": matrix(G * L, H * E // G), "attn.wo_b.weight": matrix(D, G * L), "attn.attn_sink": 2 * matrix(H),
             "attn.q_norm.weight": 1 + matrix(Q), "attn.kv_norm.weight": 1 + matrix(E),
             "attn_norm.weight": 1 + matrix(D), "ffn_norm.weight": 1 + matrix(D),
             "ffn.gate.weight": matrix(config.n_routed_experts, D), "ffn.gate.bias": matrix(config.n_routed_experts),

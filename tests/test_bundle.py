@@ -22,7 +22,7 @@ from dspark.errors import HeadError
 from dspark.generation import generate, make_law
 from dspark.head.folder import find_head
 from dspark.head.head import Head
-from dspark.measure.lossless import verify_pair
+from dspark.measure.lossless import round_law
 from dspark.target.load import load_target
 from dspark.target.target import Target
 from oracle import plain_greedy
@@ -250,7 +250,7 @@ def test_each_mistake_shows(wrong, folder, pair):
 
 
 def test_greedy_tokens_are_those_of_transformers(pair, lucky):
-    for (target, head), lengths in ((pair, (1, len(PROMPT))), (lucky, (2, len(PROMPT)))):
+    for (target, head), lengths in ((pair, (1,)), (lucky, (2, len(PROMPT)))):
         for length in lengths:
             result = generate(target, head, PROMPT[:length], NUM_NEW)
             assert result.token_ids == plain_greedy(target, PROMPT[:length], NUM_NEW)
@@ -260,17 +260,17 @@ def test_greedy_tokens_are_those_of_transformers(pair, lucky):
 
 def test_a_seed_replays_and_the_law_of_a_round_is_the_targets(lucky):
     target, head = lucky
-    answers = [generate(target, head, PROMPT, 8, temperature=1.0, seed=seed).token_ids for seed in (1, 1, 2)]
+    answers = [generate(target, head, PROMPT, 5, temperature=1.0, seed=seed).token_ids for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
-    checks = {check.name: check for check in verify_pair(target, head, [PROMPT], 4, ["dspark"])}
-    assert len(checks) > 3 and all(check.passed for check in checks.values()), checks
+    check = round_law(target, head, [PROMPT], "dspark")
+    assert check.passed, check.detail
 
 
 def test_the_engine_gives_the_reference_loops_answers(lucky, monkeypatch):
     monkeypatch.setattr("dspark.engine.engine.measured_load", lambda *measured: Load(NOMINAL, {}))
     target, head = lucky
     engine = Engine(target, head, max_running=4, plan="fixed")
-    requests = [Request(r.prompt_ids, min(r.max_new_tokens, 10), r.law, r.seed, eos_ids=r.eos_ids) for r in mixed_requests(6)]
+    requests = [Request(r.prompt_ids, min(r.max_new_tokens, 8), r.law, r.seed, eos_ids=r.eos_ids) for r in mixed_requests(5)]
     ears = serve(engine, requests, all_at_once=False)
     assert [ear.ids for ear in ears] == [reference(target, request) for request in requests]
     assert any("accepted" in ear.sources for ear in ears)
@@ -293,7 +293,13 @@ def test_bfloat16_keeps_what_the_releases_keep_in_float32(folder):
     target = load_target(folder, dtype="bfloat16")
     head = dspark.load_head(folder, target)
     kept = {name for name, parameter in head.named_parameters() if parameter.dtype == torch.float32}
-    for name in ("markov_head.markov_w2.weight", "confidence_head.proj.weight", "layers.0.attn_hc.fn", "hc_head.hc_fn", "hidden_norm.weight"):
+    for name in (
+        "markov_head.markov_w2.weight",
+        "confidence_head.proj.weight",
+        "layers.0.attn_hc.fn",
+        "hc_head.hc_fn",
+        "hidden_norm.weight",
+    ):
         assert name in kept
     assert head.fc.weight.dtype == head.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
     assert len(drafted(target, head, PROMPT, 0.0).tokens) == BLOCK
@@ -395,14 +401,16 @@ def test_the_command_line_takes_it_by_itself_and_only_reads_it(tmp_path, capsys)
     byte_tokenizer().save_pretrained(folder)
     texts = []
     for more in ([], ["--head", "none"]):
-        assert main(["generate", str(folder), "hello", "--max-new-tokens", "12", "--plan", "fixed", "--json", *more]) == 0
+        assert main(["generate", str(folder), "hello", "--max-new-tokens", "6", "--plan", "fixed", "--json", *more]) == 0
         captured = capsys.readouterr()
         texts.append(json.loads(captured.out)["token_ids"])
         assert (f"drafting with the head in the checkpoint {folder}" in captured.err) == (not more)
     assert texts[0] == texts[1]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "abc"}\n')
-    assert main(["bench", str(folder), "--prompts", str(prompts), "--compare", "plain,dspark@fixed", "--max-new-tokens", "8", "--json"]) == 0
+    assert (
+        main(["bench", str(folder), "--prompts", str(prompts), "--compare", "plain,dspark@fixed", "--max-new-tokens", "4", "--json"]) == 0
+    )
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["modes"]
     assert report["dspark@fixed"]["identical_to_plain"] == 1
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
@@ -427,4 +435,6 @@ def test_it_is_not_saved(pair, tmp_path):
 def test_nothing_is_drafted_where_none_is_asked(pair):
     target, head = pair
     assert DSparkDrafter(head, target).draft(PROMPT, 0, GREEDY, Streams(0).draft).tokens == []
-    assert bundle_of(target.model.config, 0).keys() == {n for n in load_file(Path(target.name) / "model.safetensors") if n.startswith("mtp.")}
+    assert bundle_of(target.model.config, 0).keys() == {
+        n for n in load_file(Path(target.name) / "model.safetensors") if n.startswith("mtp.")
+    }

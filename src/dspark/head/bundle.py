@@ -80,7 +80,9 @@ def load_bundle(folder: Path, target: Target) -> "BundledHead":
     if hasattr(layers, "quantization_config"):
         del layers.quantization_config
     named = {as_decoder(official, num_layers): tensor for official, tensor in tensors.items()}
-    modules: Any = Modules.from_pretrained(None, head, config=layers, state_dict=named, dtype=target.model.get_input_embeddings().weight.dtype)
+    modules: Any = Modules.from_pretrained(
+        None, head, config=layers, state_dict=named, dtype=target.model.get_input_embeddings().weight.dtype
+    )
     loaded = BundledHead(head, modules.requires_grad_(False), target).to(target.device).eval()
     target.tap(head.target_layer_ids)
     return loaded
@@ -179,13 +181,13 @@ def bundled_config(raw: dict[str, Any], config: Any, num_layers: int, target: Ta
 def shapes(config: Any, head: HeadConfig) -> dict[str, tuple[int, ...]]:
     """Of every tensor of the head, in the released names."""
     D, H, E, C, X = config.hidden_size, config.num_attention_heads, config.head_dim, config.hc_mult, config.n_routed_experts
-    Q, O, W, r = config.q_lora_rank, config.o_groups * config.o_lora_rank, config.moe_intermediate_size, head.markov_rank
+    Q, L, W, r = config.q_lora_rank, config.o_groups * config.o_lora_rank, config.moe_intermediate_size, head.markov_rank
     mixing = {"fn": ((2 + C) * C, C * D), "base": ((2 + C) * C,), "scale": (3,)}
     expert = {"w1": (W, D), "w2": (D, W), "w3": (W, D)}
     layer: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (D,), "ffn_norm.weight": (D,), "attn.attn_sink": (H,), "attn.wq_a.weight": (Q, D), "attn.q_norm.weight": (Q,),
         "attn.wq_b.weight": (H * E, Q), "attn.wkv.weight": (E, D), "attn.kv_norm.weight": (E,),
-        "attn.wo_a.weight": (O, H * E // config.o_groups), "attn.wo_b.weight": (D, O), "ffn.gate.weight": (X, D), "ffn.gate.bias": (X,),
+        "attn.wo_a.weight": (L, H * E // config.o_groups), "attn.wo_b.weight": (D, L), "ffn.gate.weight": (X, D), "ffn.gate.bias": (X,),
     }  # fmt: skip
     layer |= {f"hc_{part}_{name}": shape for part in ("attn", "ffn") for name, shape in mixing.items()}
     places = ["shared_experts", *(f"experts.{x}" for x in range(X))]
