@@ -636,5 +636,8 @@ def test_commands_take_a_trained_module(tmp_path, capsys, monkeypatch):
     assert main([*asked, "--mtp", module]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["modes"]
     assert {name: report[name]["identical_to_plain"] for name in report if name != "plain"} == dict.fromkeys(modes.split(",")[1:], 1)
+    for more, said in ((["--drafter", "dspark"], "--mtp cannot take effect with"), (["--head", module], "--mtp stands for the same")):
+        assert main(["generate", folder, "a", "--mtp", module, *more]) == 2
+        assert said in capsys.readouterr().err
     assert main([*asked, "--mtp", out]) == 2
     assert "cannot stand for multi-token-prediction modules" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dspark import collector_waits
+from dspark.config import RECURRENT_KINDS
 from dspark.errors import PromptError, SettingError
 from dspark.prompts import Prompt, read_prompts
 
@@ -68,7 +69,12 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str =
 
 
 def add_head(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", default=None, metavar="HEAD", help="folder or hub id; `none` decodes plainly (default: the shipped head)")
+    parser.add_argument(
+        "--head",
+        default=None,
+        metavar="HEAD",
+        help="folder or hub id; `none` decodes plainly (default: the shipped head, or one in the target's own checkpoint)",
+    )
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +136,9 @@ def set_threads(options: argparse.Namespace) -> None:
 @starting()
 def open_target(options: argparse.Namespace):
     set_threads(options)
+    drafter = getattr(options, "drafter", None)
+    if getattr(options, "mtp", None) is not None and drafter not in (None, "auto", "mtp", "mtp+dspark"):
+        raise SettingError(f"--mtp cannot take effect with --drafter {drafter}", "leave one of them out")
     from dspark.target.load import load_target
 
     target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
@@ -157,6 +166,8 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
     head = load_head(folder, target)
     if isinstance(head, Head) and head.bundled:
         say(f"drafting with the head in the checkpoint {folder}")
+    if getattr(options, "mtp", None) is not None and head.kind in RECURRENT_KINDS:
+        raise SettingError(f"--head is of the kind {head.kind}, and --mtp stands for the same", "leave one of them out")
     return head
 
 
