@@ -20,6 +20,8 @@ from dspark.engine.load import Load
 from dspark.engine.request import Request
 from dspark.errors import HeadError
 from dspark.generation import generate, make_law
+from dspark.head import bundle
+from dspark.head.bundle import as_decoder
 from dspark.head.folder import find_head
 from dspark.head.head import Head
 from dspark.measure.lossless import round_law
@@ -422,6 +424,12 @@ def test_the_command_line_takes_it_by_itself_and_only_reads_it(tmp_path, capsys)
         assert main(command) == 2
         assert "the DSpark head that it brings is only read" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_a_tensor_that_transformers_renames_in_another_way_is_not_lost(folder, pair, monkeypatch):
+    monkeypatch.setattr(bundle, "as_decoder", lambda name, num: as_decoder(name, num).replace("main_norm", "main_standard"))
+    with pytest.raises(HeadError, match=r"does not take in the head in .*: main_norm\.weight"):
+        dspark.load_head(folder, pair[0])
 
 
 def test_it_is_not_saved(pair, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 
 from dspark.config import MAX_BLOCK, HeadConfig
@@ -48,9 +49,10 @@ class BundledConfig(HeadConfig):
 
 def describes_head(folder: Path) -> bool:
     """Does its config.json say that a head is in this checkpoint?"""
-    if not (folder / "config.json").is_file():
+    try:
+        raw = read_json(folder / "config.json", HeadError, "restore the file")
+    except HeadError:  # none, or damaged: whoever needs it says so
         return False
-    raw = read_json(folder / "config.json", HeadError, "restore the file")
     return isinstance(raw, dict) and raw.get("model_type") == FAMILY and bool(raw.get("dspark_block_size"))
 
 
@@ -80,9 +82,11 @@ def load_bundle(folder: Path, target: Target) -> "BundledHead":
     if hasattr(layers, "quantization_config"):
         del layers.quantization_config
     named = {as_decoder(official, num_layers): tensor for official, tensor in tensors.items()}
-    modules: Any = Modules.from_pretrained(
-        None, head, config=layers, state_dict=named, dtype=target.model.get_input_embeddings().weight.dtype
-    )
+    dtype = target.model.get_input_embeddings().weight.dtype
+    modules, info = Modules.from_pretrained(None, head, config=layers, state_dict=named, dtype=dtype, output_loading_info=True)
+    lost = [str(name) for keys in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs") for name in info.get(keys) or ()]
+    if lost:  # names and shapes are the released ones: this version renames them in another way
+        raise HeadError(f"transformers {transformers.__version__} does not take in the head in {folder}: {lost[0]}", "try version 5.23")
     loaded = BundledHead(head, modules.requires_grad_(False), target).to(target.device).eval()
     target.tap(head.target_layer_ids)
     return loaded
@@ -145,12 +149,14 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, where: str) -> torch.
 
 def bundled_config(raw: dict[str, Any], config: Any, num_layers: int, target: Target, folder: Path) -> BundledConfig:
     """Of the checkpoint's config.json, and of the target what is the target's. Raises `HeadError` for a senseless value."""
-    values = {name: raw.get(f"dspark_{name}") for name in ("block_size", "noise_token_id", "markov_rank", "target_layer_ids")}
+    values: dict[str, Any] = {
+        name: raw.get(f"dspark_{name}") for name in ("block_size", "noise_token_id", "markov_rank", "target_layer_ids")
+    }
     bounds = {"block_size": (1, MAX_BLOCK), "noise_token_id": (0, target.vocab_size - 1), "markov_rank": (1, target.vocab_size)}
     for name, (least, most) in bounds.items():
         if type(values[name]) is not int or not least <= values[name] <= most:
             raise HeadError(f"{folder}/config.json: dspark_{name} is {values[name]!r}, {least} to {most} was expected", "restore the file")
-    taps: Any = values["target_layer_ids"]
+    taps = values["target_layer_ids"]
     sound = isinstance(taps, list) and taps and all(type(i) is int and 0 <= i < target.num_layers for i in taps)
     if not sound or taps != sorted(set(taps)):
         raise HeadError(

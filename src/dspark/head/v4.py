@@ -6,7 +6,7 @@ context, and itself both ways. The confidence head reads the states before the f
 
 Shapes: N sequences, S context tokens, M tapped layers, G block size, D hidden, C residual streams, E head dim, V vocabulary, r Markov rank."""
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,8 @@ class Modules(DeepseekV4PreTrainedModel):
 
     base_model_prefix = ""
     # As in the released code; transformers' own list says the same of norms, sinks and hyper-connections.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
-        *cast(list[str], DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict), "main_norm", "markov_head", "confidence_head",
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012  the name and form transformers reads
+        *(DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict or []), "main_norm", "markov_head", "confidence_head",
     ]  # fmt: skip
 
     @classmethod
@@ -86,13 +86,13 @@ class BundledHead(Head):
 
     bundled = True
 
-    def __init__(self, config: HeadConfig, modules: Modules, target: Target):
+    def __init__(self, config: HeadConfig, modules: Any, target: Target):
         nn.Module.__init__(self)
         self.config, self.num_streams = config, modules.config.hc_mult
         self.fc, self.hidden_norm, self.layers = modules.main_proj, modules.main_norm, modules.layers
         self.hc_head, self.norm, self.rotary_emb = modules.hc_head, modules.norm, modules.rotary_emb
-        self.markov_head, self.confidence_head = modules.markov_head, cast(Any, modules.confidence_head)
-        self.output = target.model.get_output_embeddings().forward  # the target's own rows, not a copy
+        self.markov_head, self.confidence_head = modules.markov_head, modules.confidence_head
+        self.output = target.model.get_output_embeddings().__call__  # the target's own rows, not a copy
         mask = target.embed(torch.tensor(config.mask_token_id, device=target.device)).detach()
         self.register_buffer("mask_embedding", mask, persistent=False)
         self.register_buffer("draft_ids", torch.arange(config.vocab_size, device=target.device), persistent=False)
