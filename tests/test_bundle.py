@@ -365,6 +365,7 @@ WRONG = {
     "dtype": ({W2: torch.zeros(128, 6, dtype=torch.int32)}, r"markov_w2\.weight is stored as int32"),
     "scale": ({W2: torch.zeros(128, 6, dtype=torch.int8)}, r"markov_w2\.weight is stored as int8 without a scale"),
     "weight": ({"mtp.0.attn.wq_z.scale": torch.ones(1, 1)}, r"has mtp\.0\.attn\.wq_z\.scale without mtp\.0\.attn\.wq_z\.weight"),
+    "scale of plain numbers": ({"mtp.0.attn.wq_a.scale": torch.ones(1, 1)}, r"wq_a\.scale beside .*wq_a\.weight, which is stored as plain"),
     "not a number": ({W2: torch.full((128, 6), torch.nan)}, r"NaN or infinity in mtp\.2\.markov_head"),
 }
 

@@ -31,7 +31,8 @@ INDEX = "model.safetensors.index.json"
 TENSOR = re.compile(r"^(?:model\.)?mtp\.(?P<layer>\d+)\.(?P<rest>.+)$")
 OF_THE_FIRST, OF_THE_LAST = ("main_proj.", "main_norm."), ("norm.", "hc_head_", "markov_head.", "confidence_head.")
 READ = (torch.float32, torch.bfloat16, torch.float16)
-QUANTIZED = (torch.float8_e4m3fn, torch.int8)  # FP8, and two FP4 numbers in a byte; both beside a `scale` of their blocks
+# FP8, and two FP4 numbers in a byte, beside a `scale` of their blocks.
+QUANTIZED = (torch.float8_e4m3fn, torch.int8, torch.float4_e2m1fn_x2)
 WAY_OUT = "restore the files, or decode without it: `--head none`"
 
 
@@ -83,13 +84,14 @@ def load_bundle(folder: Path, target: Target) -> "BundledHead":
         del layers.quantization_config
     named = {as_decoder(official, num_layers): tensor for official, tensor in tensors.items()}
     dtype = target.model.get_input_embeddings().weight.dtype
-    modules, info = Modules.from_pretrained(None, head, config=layers, state_dict=named, dtype=dtype, output_loading_info=True)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": target.device}, "output_loading_info": True}
+    read: Any = Modules.from_pretrained(None, head, config=layers, state_dict=named, **options)
+    modules, info = read
     lost = [str(name) for keys in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs") for name in info.get(keys) or ()]
     if lost:  # names and shapes are the released ones: this version renames them in another way
         raise HeadError(f"transformers {transformers.__version__} does not take in the head in {folder}: {lost[0]}", "try version 5.23")
-    loaded = BundledHead(head, modules.requires_grad_(False), target).to(target.device).eval()
     target.tap(head.target_layer_ids)
-    return loaded
+    return BundledHead(head, modules.requires_grad_(False), target).eval()
 
 
 def places_in(folder: Path) -> dict[str, str]:
@@ -127,6 +129,8 @@ def read_bundle(folder: Path) -> dict[str, torch.Tensor]:
         weight = name.removesuffix("scale") + "weight"
         if weight not in found:
             raise HeadError(f"{folder} has {name} without {weight}", WAY_OUT)
+        if found[weight].dtype in READ:
+            raise HeadError(f"{folder} has {name} beside {weight}, which is stored as plain numbers", WAY_OUT)
         if found[weight].dtype in QUANTIZED:
             found[weight] = dequantized(found[weight], scale, f"{folder}: {weight}")
     for name, tensor in found.items():
