@@ -1,8 +1,8 @@
 # Everything a fresh machine needs: `make demo`, `make test`.
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A process of its own for each suite keeps thread pools from fighting over two cores.
-export OMP_NUM_THREADS ?= 2
+# Test files are shared out to as many processes, each of one thread: thread pools would fight over the cores.
+WORKERS ?= 2
 
 .PHONY: demo test test-slow check lint types clean
 
@@ -16,10 +16,10 @@ demo: $(BIN)/.ready
 	$(BIN)/dspark demo
 
 test: $(BIN)/.ready
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
 test-slow: $(BIN)/.ready
-	$(BIN)/pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m slow
 
 lint: $(BIN)/.ready
 	$(BIN)/ruff check src tests bench

@@ -100,9 +100,9 @@ would be. What goes into these layers is near only: eagerly, a pass of several r
 * **Jamba and Mamba** cannot be targets: a pass of several rows forgets their state in transformers 5.23. The check at load refuses them.
   **Bamba** was refused by the check as well; why was not looked into.
 * **Qwen3.5, Step-3.7** and other models with a vision tower: text only.
-* Multi-token-prediction modules: the one that DeepSeek-V4's plain releases bring is not read; those of DeepSeek-V3.2 and GLM-5 are refused, because transformers 5.23 makes no
-  attention masks for them. In the engine they draft for one request after the other. No released checkpoint was loaded, and no acceptance or
-  speed was measured.
+* Multi-token-prediction modules: the one that DeepSeek-V4's plain releases bring is not read; those of DeepSeek-V3.2 and GLM-5 are refused,
+  because transformers 5.23 makes no attention masks for them. In the engine they draft for one request after the other. No released checkpoint
+  was loaded, and no acceptance or speed was measured.
 * Rotary embeddings that depend on the length of the text (longrope, dynamic) are refused.
 * DeepSeek-V4: `dspark train` samples prompts of one length at a time, because its compressed keys do not leave padding out.
 * No hub kernels (fla, mamba_ssm, causal-conv1d) and no GPU were used. If a kernel replaces a gated delta layer as a whole, the first roll-back

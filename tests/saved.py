@@ -1,11 +1,14 @@
-"""A tiny target on disk with a byte-level tokenizer and a chat template, as the command line wants it."""
+"""A tiny target on disk with a byte-level tokenizer and a chat template, as the command line wants it, a head for it, and the command."""
 
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tiny import tiny_model
+from dspark.cli.main import main
+from dspark.head.folder import save_head
+from dspark.target.load import load_target
+from tiny import tiny_head, tiny_model
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
@@ -32,3 +35,17 @@ def save_tiny_target(folder: Path, seed: int = 0, **overrides) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_tiny_pair(folder: Path) -> Path:
+    """A target and a head for it: `target` and `head` in this folder."""
+    target = load_target(save_tiny_target(folder / "target", max_position_embeddings=512))
+    save_head(tiny_head(target), target, folder / "head", list(range(1, 30)), {"train": {}}, "# a card\n")
+    return folder
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err

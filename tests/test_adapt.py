@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.cli.main import main
 from dspark.config import TrainConfig
 from dspark.errors import HeadError, SettingError
 from dspark.head.folder import load_head, save_head
@@ -19,7 +18,7 @@ from dspark.train import trainer
 from dspark.train.adapt import adapt, difference, gain_report
 from dspark.train.lowrank import add_low_rank, merge_low_rank
 from dspark.train.sample import sample_batch
-from saved import save_tiny_target
+from saved import run, save_tiny_target
 from tiny import tiny_head, tiny_model
 
 CONFIG = TrainConfig(
@@ -72,12 +71,6 @@ def short(monkeypatch):
     monkeypatch.setattr("dspark.train.run.CALIBRATION_TOKENS", 2)  # too few rounds to calibrate on, which costs no time
     monkeypatch.setattr("dspark.train.run.ROUNDS_TOKENS", 10)
     monkeypatch.setattr(adapting, "PROFILE_SECONDS", 0.0)
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_a_target_of_other_weights_is_taken_only_to_adapt_to(place, new):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
-from dspark.cli.main import main
 from dspark.core.calibration import MOST_SHIFT, Calibration, Fit, OnlineCalibration
 from dspark.core.planner import Always, threshold
 from dspark.drafters import DSparkDrafter
@@ -33,9 +32,9 @@ from dspark.measure.calibration import (
     sigmoid,
     survival,
 )
-from dspark.target.load import load_target, use_runtime
+from dspark.target.load import use_runtime
 from dspark.target.target import Target
-from saved import save_tiny_target
+from saved import run, save_tiny_pair
 from tiny import NATIVE_SHAPE, TINY_FIT, tiny_calibration, tiny_head, tiny_model
 
 
@@ -351,19 +350,10 @@ def test_what_cannot_be_calibrated_is_refused(target):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a tiny target, a head for it, and prompts."""
-    root = tmp_path_factory.mktemp("calibrate")
-    save_tiny_target(root / "target", max_position_embeddings=512)
-    target = load_target(root / "target")
-    save_head(tiny_head(target), target, root / "head", list(range(1, 30)), {"train": {}}, "# a card\n")
+    root = save_tiny_pair(tmp_path_factory.mktemp("calibrate"))
     lines = [json.dumps({"prompt": f"number {i}", "set": "ab"[i % 2]}) for i in range(8)]
     (root / "p.jsonl").write_text("\n".join(lines))
     return root
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_the_command_writes_what_loads_and_serving_says_what_it_was_fitted_for(place, capsys, tmp_path):

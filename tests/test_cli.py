@@ -16,34 +16,22 @@ import pytest
 
 import dspark.generation
 from dspark.cli.main import VERBS, main
-from dspark.cli.options import cores, starting
+from dspark.cli.options import check_file, cores, starting
 from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
-from dspark.head.folder import save_head
 from dspark.measure.lossless import roll_back
 from dspark.prompts import ROLES, read_prompts
 from dspark.server.schemas import Message
 from dspark.target.load import load_target
 from dspark.target.native.build import built
 from dspark.target.target import Target
-from saved import save_tiny_target
-from tiny import tiny_head
+from saved import run, save_tiny_pair
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a tiny target and a head for it."""
-    root = tmp_path_factory.mktemp("cli")
-    save_tiny_target(root / "target", max_position_embeddings=512)
-    target = load_target(root / "target")
-    save_head(tiny_head(target), target, root / "head", list(range(1, 30)), {"train": {}}, "# a card\n")
-    return root
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return save_tiny_pair(tmp_path_factory.mktemp("cli"))
 
 
 def test_generate_json_keeps_its_contract(place, capsys, tmp_path):
@@ -187,9 +175,8 @@ def test_threads_are_those_of_this_machine(capsys):
 
 @pytest.mark.parametrize(("typed", "near"), [("genrate", "generate"), ("tain", "train"), ("verfy", "verify")])
 def test_a_mistyped_verb_is_told_the_nearest(capsys, typed, near):
-    with pytest.raises(SystemExit) as ended:
-        main([typed, "target"])
-    assert ended.value.code == 2 and f"there is no verb {typed!r}; the nearest is {near!r}" in capsys.readouterr().err
+    told = f"error: there is no verb {typed!r}\nhint: the nearest is {near}; see `dspark --help`\n"
+    assert run(capsys, typed, "target") == (2, "", told)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +240,40 @@ def test_bench_checks_its_modes_before_it_loads_anything(capsys, tmp_path):
     for more in (["--compare", "plain,warp"], ["--compare", "dspark", "--head", "none"], ["--compare", "dflash"]):
         code, _, err = run(capsys, "bench", "/nowhere", "--prompts", tmp_path / "p.jsonl", *more)
         assert code == 2 and "mode" in err and "no folder" not in err
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_loaded(capsys, tmp_path):
+    """A name too long for any file system, a folder that is a file, one without leave; nothing is left behind."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "index.html").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    bench = ["bench", "/nowhere", "--prompts", tmp_path / "p.jsonl", "--compare", "plain,dspark", "--head", "/nowhere"]
+    for option, name, says in (
+        ("--trace", "n" * 300, "File name too long"),
+        ("--trace", "none/t", "No such file or directory"),
+        ("--trace", "p.jsonl/t", "Not a directory"),
+        ("--trace", "there", "a folder"),
+        ("--report", "new/" + "n" * 300, "File name too long"),
+        ("--report", "p.jsonl", "File exists"),
+        ("--report", "p.jsonl/page", "Not a directory"),
+        ("--report", "there", "index.html, a folder"),
+    ):
+        code, out, err = run(capsys, *bench, option, tmp_path / name)
+        assert code == 2 and out == "" and f"{option} is {tmp_path / name.partition('/')[0]}" in err and says in err and "hint: " in err
+    assert sorted(tmp_path.rglob("*")) == before
+    code, _, err = run(capsys, *bench, "--trace", tmp_path / "t", "--report", tmp_path / "new" / "page")  # can be, so the target is next
+    assert code == 2 and "--trace" not in err and "--report" not in err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_is_there_stays_as_it_is_until_it_is_written(tmp_path):
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "away")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("there", "link", "pipe"):
+        check_file("--trace", tmp_path / name)
+    assert (tmp_path / "there").read_text() == "old" and not (tmp_path / "away").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"there", "link", "pipe"}
 
 
 def test_a_recorded_bench_run_is_reported_and_replayed(place, capsys, tmp_path, monkeypatch):
@@ -493,12 +514,50 @@ def test_prompts_may_stand_behind_options(place, capsys):
     assert code == 0 and [json.loads(line)["index"] for line in out.splitlines()] == [0, 1, 2]
 
 
-def test_an_unknown_option_is_told_with_the_usage_of_its_verb(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", "target", "hi", "--max-tokens", "5"])
-    assert ended.value.code == 2
-    err = capsys.readouterr().err
-    assert "usage: dspark generate" in err and "unrecognized arguments: --max-tokens 5" in err
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unknown_option_is_told_the_nearest_whatever_else_is_missing(capsys, verb):
+    told = f"error: there is no option --hepl\nhint: the nearest is --help; see `dspark {verb} --help`\n"
+    assert run(capsys, verb, "--hepl=5") == (2, "", told)
+    told = f"error: there is no option --zzz\nhint: see `dspark {verb} --help`\n"
+    assert run(capsys, verb, "--zzz", "hi") == (2, "", told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "target"], "the following arguments are required: --prompts"),
+        (["bench", "target", "--promts", "p.jsonl"], "there is no option --promts\nhint: the nearest is --prompts;"),
+        (["generate", "target", "hi", "--max-tokens", "5"], "there is no option --max-tokens\nhint: the nearest is --max-new-tokens;"),
+        (["generate", "target", "hi", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["generate", "target", "hi", "--stop"], "argument --stop: expected one argument"),
+        (["generate", "target", "hi", "--stop", "---"], "--stop needs a value, and --- reads as an option\nhint: if it is the value, write --stop=---"),
+        (["generate", "target", "-x"], "there is no option -x"),
+        (["profile", "target", "more"], "'more' is one argument too many"),
+        (["train", "target", "--out", "new", "--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
+        (["calibrate", "head", "--target", "target", "--bias", "--margin"], "argument --margin: not allowed with argument --bias"),
+        (["--json", "generate"], "there is no option --json\nhint: see `dspark --help`"),
+        (["nothing"], "there is no verb 'nothing'\nhint: see `dspark --help`"),
+        (["--", "generate"], "the following arguments are required: VERB"),
+    ],
+)  # fmt: skip
+def test_arguments_that_cannot_be_read_give_one_message_and_no_usage(capsys, arguments, says):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and err.startswith(f"error: {says}")
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["error", "hint"]
+
+
+def test_texts_and_values_may_begin_with_a_dash(capsys):
+    code, _, err = run(capsys, "generate", "/nowhere", "--stop=--end", "--repetition-penalty", "-1", "-5 degrees", "--", "--hepl", "-x")
+    assert code == 2 and "repetition_penalty is -1.0" in err
+
+
+def test_a_command_that_no_longer_exists_is_told_at_resuming(place, capsys, tmp_path):
+    label = tmp_path / "new" / "progress" / "settings.json"
+    label.parent.mkdir(parents=True)
+    for command, says in (("dspark train t --out x --gone 3", "there is no option --gone"), ("dspark train 't", "No closing quotation")):
+        label.write_text(json.dumps({"command": command}))
+        code, _, err = run(capsys, "train", place / "target", "--out", tmp_path / "new", "--resume")
+        assert code == 2 and f"the command in {label} cannot be read: {says}" in err and "hint: " in err
 
 
 def test_no_verb_shows_the_verbs(capsys):

@@ -1,6 +1,8 @@
 """Acceptance by context: what is read once and cut is what would be read anew, and drafts depend on distances alone."""
 
 import json
+from datetime import date
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from dspark.cli.main import main
 from dspark.drafters import DSparkDrafter, MtpDrafter
 from dspark.errors import SettingError
 from dspark.generation import generate
+from dspark.head.folder import save_head
 from dspark.measure.contexts import answered, by_context, conversations
 from dspark.prompts import Prompt
 from dspark.target.load import load_target
 from dspark.target.target import Target
+from dspark.train.card import CONTEXTS_SECTION, with_contexts, write_card
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model, tiny_recurrent
 
@@ -63,6 +67,71 @@ def test_the_command_prints_a_line_for_each_length(pair, tmp_path, capsys, monke
         (["--limit", "1", "--contexts", "\u00b2"], "numbers of tokens"),
     ):
         assert main([*command, *more]) == 2 and says in capsys.readouterr().err
+
+
+def test_the_table_goes_into_the_card_and_stays_when_the_card_is_written_anew(pair, tmp_path, capsys, monkeypatch):
+    target, head = pair
+    monkeypatch.setattr("dspark.cli.bench.open_head", lambda options, target: head)
+    monkeypatch.setattr("dspark.cli.bench.open_target", lambda options: target)
+    trained = {"steps": 1, "sequences_per_step": 1, "anchors_per_sequence": 1, "optimizer": "adamw", "seed": 0}
+    provenance = {"answers": 1, "answer_tokens": 9, "command": "dspark train", "train": trained, "held_out_teacher_forced": {}}
+    folder, card = tmp_path / "head", write_card(head, target, provenance, None)
+    save_head(head, target, folder, list(range(3, 30)), provenance, card)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt.content, "set": "a"}) + "\n" for prompt in PROMPTS))
+    command = [
+        "bench",
+        "x",
+        "--head",
+        str(folder),
+        "--prompts",
+        str(tmp_path / "p.jsonl"),
+        "--max-new-tokens",
+        "8",
+        "--limit",
+        "2",
+        "--card",
+    ]
+    taus = {}
+    for temperature, lengths in (("1", "40"), ("0", "40"), ("0", "40,80")):  # the last in place of the one before
+        assert main([*command, "--contexts", lengths, "--temperature", temperature, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["contexts"]
+        taus[temperature] = [f"{row['tau']:.2f}" for row in rows]
+    record, written = json.loads((folder / "provenance.json").read_text()), (folder / "README.md").read_text()
+    assert [(table["temperature"], len(table["rows"])) for table in record["contexts"]] == [(0.0, 2), (1.0, 1)]
+    assert {name: record[name] for name in provenance} == provenance
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines() if line.startswith(("| context", "| T = "))]
+    assert [row[1:] for row in cells] == [["40", "80"], taus["0"], [*taus["1"], ""]]
+    assert cells[1][0] == f"T = 0 (2 questions, 8 tokens each, {date.today()})"
+    assert written == write_card(head, target, record, None)
+    assert CONTEXTS_SECTION.sub("", written) == card
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "golden.safetensors",
+        "provenance.json",
+        "README.md",
+    }
+
+
+def test_a_table_written_by_hand_is_replaced_and_a_card_of_another_kind_gets_it_at_the_end():
+    tables = [{"temperature": 0.0, "prompts": 6, "max_new_tokens": 64, "date": "today", "rows": [{"context": 1024, "tau": 2.4}]}]
+    for text in ((Path(__file__).parents[1] / "heads/smollm2-135m/README.md").read_text(), "# mine\n"):
+        written = with_contexts(text, tables)
+        assert written.count("Tokens a round by length") == 1 and "| context, tokens | 1,024 |" in written and "| 2.40 |\n" in written
+        assert with_contexts(written, tables) == written
+        assert CONTEXTS_SECTION.sub("", written).split() == CONTEXTS_SECTION.sub("", text).split()
+
+
+def test_a_head_without_a_place_for_the_table_is_told_before_anything_is_loaded(pair, tmp_path, capsys):
+    target, head = pair
+    folder = tmp_path / "head"
+    save_head(head, target, folder, list(range(3, 30)), {}, "# card\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    command = ["bench", "/nowhere", "--head", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--limit", "1", "--card"]
+    assert main(command) == 2 and "--card cannot take effect without --contexts" in capsys.readouterr().err
+    for name in ("README.md", "provenance.json"):
+        (folder / name).unlink()
+        assert main([*command, "--contexts", "40"]) == 2 and f"cannot read {folder / name}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_measured_is_said_before_any_answer(pair, tmp_path, capsys, monkeypatch):

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from dspark.errors import HeadError
 from dspark.generation import generate
-from dspark.head.folder import find_head, load_head, save_head
+from dspark.head.folder import config_json, find_head, load_head, save_head
 from dspark.head.head import Head
 from dspark.target.target import Target
-from tiny import tiny_calibration, tiny_head, tiny_model
+from tiny import tiny_calibration, tiny_head, tiny_model, tiny_recurrent
 
 GOLDEN_IDS = list(range(3, 40))
 KINDS = {"vanilla": ("vanilla", 8), "gated": ("gated", 8), "rnn": ("rnn", 8), "dflash": ("vanilla", 0)}
@@ -118,6 +118,17 @@ def test_names_and_precision_are_deepspecs(saved, target):
         and config["block_size"] == 4
         and config["markov_rank"] == 8
     )
+
+
+def test_config_keys_keep_their_order(saved, target):
+    """Files of earlier versions and of this one are the same bytes."""
+    own = [key for key in json.loads((saved / "config.json").read_text()) if key not in target.text_config.to_dict()]
+    before = ["head_dim"] if "head_dim" in own else []
+    assert own == [*before, "rope_theta", "block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "markov_rank",
+                   "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "layer_types", "num_anchors", "dspark"]  # fmt: skip
+    recurrent = list(config_json(tiny_recurrent(target, "eagle3").config, target))
+    assert recurrent[:9] == ["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps",
+                             "rope_theta", "vocab_size", "draft_vocab_size"]  # fmt: skip
 
 
 def test_deepspecs_copies_of_the_targets_rows_are_ignored(folder, target):

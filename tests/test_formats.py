@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.cli.main import main
 from dspark.errors import HeadError, SettingError
 from dspark.formats import gguf_file
 from dspark.formats.convert import FORMATS, convert, detect, read_own
@@ -19,7 +18,7 @@ from dspark.head import golden
 from dspark.head.folder import load_head, read_config, save_head
 from dspark.target.load import load_target
 from dspark.target.target import Target
-from saved import byte_tokenizer, save_tiny_target
+from saved import byte_tokenizer, run, save_tiny_pair
 from tiny import tiny_calibration, tiny_head, tiny_model
 
 # ranks, kinds and draft vocabularies of a target with 128 tokens; what each format holds of them
@@ -543,17 +542,7 @@ def test_what_exists_is_not_overwritten(heads, target, tmp_path):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with a tiny target that has a tokenizer, and a head for it."""
-    root = tmp_path_factory.mktemp("place")
-    save_tiny_target(root / "target", max_position_embeddings=512)
-    target = load_target(root / "target")
-    save_head(tiny_head(target), target, root / "head", list(range(1, 30)), {"train": {}}, "# a card\n")
-    return root
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return save_tiny_pair(tmp_path_factory.mktemp("place"))
 
 
 def test_convert_there_and_back(place, capsys, tmp_path):

@@ -10,20 +10,18 @@ import pytest
 import torch
 
 import dspark
-from dspark.core.decode import Scored, decode, judge_by_law, judge_coupled, judge_fast
+from dspark.core.decode import Scored, judge_by_law, judge_coupled, judge_fast
 from dspark.core.sampling import Coupled, Law, Streams, probs
 from dspark.core.verifier import Draft, FewTokens
-from dspark.drafters import NoDrafter
 from dspark.engine import grammar as module
-from dspark.engine.engine import Engine
 from dspark.engine.grammar import Grammar, Matcher
-from dspark.engine.request import Failed, Finished, Request
 from dspark.errors import LogitsError, SettingError
-from dspark.generation import generate, make_law, stopping_rule, stream
+from dspark.generation import generate, make_law, stream
 from dspark.target import demo
 from dspark.target.target import Target
+from masked import answers_together, masked_case, wide_target
 from test_law import DRAFTS, LAWS, PLANS, PROMPT, Case, bias, one_hot
-from tiny import tiny_head, tiny_model
+from tiny import tiny_head
 from words import word_tokenizer
 
 PERSON = {
@@ -107,37 +105,21 @@ def test_masks_are_those_of_the_regular_expression():
         assert torch.isfinite(masked[0]).nonzero()[:, 0].tolist() == may_follow(answer), answer
 
 
-def masked_case(law: Law, draft: str, seed: int = 0) -> Case:
-    """As `test_law.make_case`, with the grammar's processor in the law. After an impossible text there is no law; any will do."""
-    matcher, rng = regex_matcher(), torch.Generator().manual_seed(seed)
-    table = torch.randn(5, 5, 5, generator=rng, dtype=torch.float64) * 2
-    law = Law((*law.processors, matcher.processor), law.warpers, law.greedy)
-
-    @cache
-    def p(tokens):
-        if not may_follow(tokens[len(PROMPT) :]):
-            return torch.full((5,), 0.2, dtype=torch.float64)
-        return probs(law, [tokens], table[tokens[-2:]][None])[0]
-
-    def forced(tokens):
-        proposed = matcher.propose(tokens)
-        return one_hot(proposed[0]) if proposed else p(tokens)
-
-    q = cache(forced if draft == "forced" else lambda tokens: DRAFTS[draft](p(tokens), rng))
-    return Case(p, q, cache(lambda tokens: 0.3 + 0.7 * torch.rand(1, generator=rng).item()))
+def regex_case(law: Law, draft: str) -> Case:
+    return masked_case(regex_matcher(), law, draft, lambda answer: bool(may_follow(answer)), spread=2.0)
 
 
 @pytest.mark.parametrize("draft", [*DRAFTS, "forced"])
 @pytest.mark.parametrize("law", ["greedy", "T=1", "top-k", "all warpers", "repetition"])
 def test_a_masked_round_has_the_masked_law_of_the_target(law, draft):
-    case = masked_case(LAWS[law], draft)
+    case = regex_case(LAWS[law], draft)
     for block_size, plan in product((1, 2, 3), PLANS.values()):
         assert bias(case, plan, block_size) < 1e-12
 
 
 def test_the_masked_law_is_the_target_law_given_the_allowed_tokens():
     masked, table = (
-        masked_case(LAWS["T=1"], "random"),
+        regex_case(LAWS["T=1"], "random"),
         torch.randn(5, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2,
     )
     for answer in ((), (0,), (2,), (3, 2), (2, 0)):
@@ -336,11 +318,7 @@ class Forced:
 
 @cache
 def tiny_target() -> Target:
-    """Its vocabulary is wider than the tokenizer's."""
-    tokenizer = words()
-    return Target(
-        tiny_model("llama", vocab_size=len(tokenizer) + 21, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=512), tokenizer
-    )
+    return wide_target(words())
 
 
 def answer(target: Target, head, schema, drafter: str, prompt: list[int], max_new_tokens: int, **settings):
@@ -398,31 +376,9 @@ def test_requests_of_the_engine_follow_their_grammars(monkeypatch, tmp_path, wit
     """Several at once, greedy and drawn, with forced tokens proposed or not: each gets the plain loop's answer."""
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
     target = tiny_target()
-    engine = Engine(target, tiny_head(target, block_size=5) if with_head else None, plan="fixed")
-    heard: dict[int, list] = {}
-    plain = {}
-    drafters = set()
-    engine.on_step = lambda step: drafters.update(done.drafter for done in step.rounds)
-    for i, schema in enumerate([*SCHEMAS, "person"]):
-        prompt, seed = [i, 40], None if i % 3 == 0 else i
-        grammar = Grammar.from_json_schema(target.tokenizer, SCHEMAS[schema], end_ids=target.eos_ids)
-        law = lambda matcher, seed=seed: make_law(0.0 if seed is None else 1.0, logits_processors=[matcher.processor])  # noqa: E731
-        noise, judge = (Streams(0), judge_fast) if seed is None else (Coupled(seed), judge_coupled)
-        ends = stopping_rule(target, target.eos_ids, ())
-        rounds = decode(target, NoDrafter(), prompt, law(grammar.matcher(2)), noise, 80, ends, judge=judge)
-        matcher = grammar.matcher(2)
-        request = Request(prompt, 80, law(matcher), seed, propose=matcher.propose if i % 2 else None)
-        events: list = []
-        number = engine.submit(request, events.append)
-        heard[number], plain[number] = events, [token for done in rounds for token in done.tokens]
-    for _ in range(2000):
-        if all(events and isinstance(events[-1], Finished | Failed) for events in heard.values()):
-            break
-        engine.step()
-    for number, events in heard.items():
-        assert isinstance(events[-1], Finished), events[-1]
-        assert [token for event in events[:-1] for token in event.ids] == plain[number]
-    assert {"grammar", "dspark"} <= drafters if with_head else "grammar" in drafters
+    grammars = [Grammar.from_json_schema(target.tokenizer, SCHEMAS[name], end_ids=target.eos_ids) for name in [*SCHEMAS, "person"]]
+    law = lambda temperature, processor: make_law(temperature, logits_processors=[processor])  # noqa: E731
+    answers_together(target, with_head, grammars, law, 80)
 
 
 # The demo target -------------------------------------------------------------------------

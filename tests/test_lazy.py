@@ -9,22 +9,18 @@ from itertools import product
 import pytest
 import torch
 
-from dspark.core.decode import decode, judge_coupled, judge_fast
-from dspark.core.sampling import Coupled, Law, Streams, probs
-from dspark.drafters import NoDrafter
-from dspark.engine.engine import Engine
+from dspark.core.sampling import Law
 from dspark.engine.grammar import Grammar
 from dspark.engine.lazy import Free, LazyGrammar
-from dspark.engine.request import Failed, Finished, Request
 from dspark.errors import SettingError
-from dspark.generation import make_law, stopping_rule
+from dspark.generation import make_law
 from dspark.server.calls import Call, ToolParser
 from dspark.server.syntax import DESCRIBED, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, Format
 from dspark.server.xml_syntax import QWEN3_CODER
 from dspark.target.target import Target
 from dspark.text import overlap
+from masked import answers_together, masked_case, wide_target
 from test_law import DRAFTS, LAWS, PLANS, PROMPT, Case, bias, one_hot
-from tiny import tiny_head, tiny_model
 from words import END, TEMPLATES, word_tokenizer
 
 # The law ---------------------------------------------------------------------------------
@@ -94,22 +90,7 @@ def test_only_calls_are_masked(word):
 
 
 def lazy_case(word: str, law: Law, draft: str) -> Case:
-    matcher, rng = tiny_grammar(word).matcher(len(PROMPT)), torch.Generator().manual_seed(0)
-    table = torch.randn(5, 5, 5, generator=rng, dtype=torch.float64)
-    law = Law((*law.processors, matcher.processor), law.warpers, law.greedy)
-
-    @cache
-    def p(tokens):
-        if standing(word, tokens[len(PROMPT) :]) == "broken":  # there is no law; any will do
-            return torch.full((5,), 0.2, dtype=torch.float64)
-        return probs(law, [tokens], table[tokens[-2:]][None])[0]
-
-    def forced(tokens):
-        proposed = matcher.propose(tokens)
-        return one_hot(proposed[0]) if proposed else p(tokens)
-
-    q = cache(forced if draft == "forced" else lambda tokens: DRAFTS[draft](p(tokens), rng))
-    return Case(p, q, cache(lambda tokens: 0.3 + 0.7 * torch.rand(1, generator=rng).item()))
+    return masked_case(tiny_grammar(word).matcher(len(PROMPT)), law, draft, lambda answer: standing(word, answer) != "broken")
 
 
 @pytest.mark.parametrize("draft", [*DRAFTS, "forced"])
@@ -335,9 +316,7 @@ def test_a_token_that_opens_a_call_and_breaks_it_is_masked_and_no_other(name):
 
 @cache
 def calling_target() -> Target:
-    tokenizer = word_tokenizer(TEMPLATES["hermes"], words=PIECES, special=(END, "<tool_call>", "</tool_call>"))
-    model = tiny_model("llama", vocab_size=len(tokenizer) + 21, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=512)
-    return Target(model, tokenizer)
+    return wide_target(word_tokenizer(TEMPLATES["hermes"], words=PIECES, special=(END, "<tool_call>", "</tool_call>")))
 
 
 def calling_law(target: Target, temperature: float, *more):
@@ -359,32 +338,12 @@ def test_requests_of_the_engine_call_by_their_schemas(monkeypatch, tmp_path, wit
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
     target = calling_target()
     grammar = LazyGrammar(target.tokenizer, TOOLS[:2], HERMES, end_ids=target.eos_ids)
-    engine = Engine(target, tiny_head(target, block_size=5) if with_head else None, plan="fixed")
-    heard: dict[int, list] = {}
-    plain, drafters = {}, set()
-    engine.on_step = lambda step: drafters.update(done.drafter for done in step.rounds)
-    for i in range(6):
-        prompt, seed = [i, 40], None if i % 3 == 0 else i
-        noise, judge = (Streams(0), judge_fast) if seed is None else (Coupled(seed), judge_coupled)
-        law = lambda matcher, seed=seed: calling_law(target, 0.0 if seed is None else 1.0, matcher.processor)  # noqa: E731
-        ends = stopping_rule(target, target.eos_ids, ())
-        rounds = decode(target, NoDrafter(), prompt, law(grammar.matcher(2)), noise, 150, ends, judge=judge)
-        matcher, events = grammar.matcher(2), []
-        number = engine.submit(Request(prompt, 150, law(matcher), seed, propose=matcher.propose if i % 2 else None), events.append)
-        heard[number], plain[number] = events, [token for done in rounds for token in done.tokens]
-    for _ in range(2000):
-        if all(events and isinstance(events[-1], Finished | Failed) for events in heard.values()):
-            break
-        engine.step()
+    law = lambda temperature, processor: calling_law(target, temperature, processor)  # noqa: E731
     calls, texts = [], 0
-    for number, events in heard.items():
-        assert isinstance(events[-1], Finished), events[-1]
-        answer = [token for event in events[:-1] for token in event.ids]
-        assert answer == plain[number]
+    for answer in answers_together(target, with_head, [grammar] * 6, law, 150):
         for event in read(HERMES, target.tokenizer.decode([token for token in answer if token not in target.eos_ids])):
             calls, texts = ([*calls, event], texts) if isinstance(event, Call) else (calls, texts + 1)
     assert len(calls) > 5 and all(map(fitting, calls)) and texts > 2
-    assert {"grammar", "dspark"} <= drafters if with_head else "grammar" in drafters
 
 
 def test_a_schema_that_cannot_be_followed_is_refused():

@@ -1,13 +1,19 @@
 """Names of targets: what cannot be found is said at once, with the names that are near."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import dspark
 from dspark.errors import TargetError
 from dspark.generation import generate
 from dspark.target import hub
 from dspark.target.load import load_target
-from tiny import tiny_model
+from tiny import NATIVE_SHAPE, tiny_model
 
 
 @pytest.fixture
@@ -70,3 +76,40 @@ def test_auto_is_the_precision_of_the_checkpoint(stored, precision, tmp_path, ca
     target = load_target(tmp_path, dtype="auto")
     assert target.precision == precision and {p.dtype for p in target.model.parameters()} == {getattr(torch, precision)}
     assert ("stored in float16" in capfd.readouterr().err) == (stored == "float16")
+
+
+LOADS = """
+import gc
+import sys
+from dspark.target.load import load_target
+from dspark.target.quantize import num_bytes
+
+def megabytes(what):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(what)) * 1024 / 1e6
+
+small, large = sys.argv[1:]
+for dtype in ("int8", "bfloat16", "float32"):
+    load_target(small, dtype=dtype)  # what is imported then
+    gc.collect()
+    before = megabytes("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM begins anew
+    target = load_target(large, dtype=dtype)
+    print(sum(map(num_bytes, target.model.parameters())) / 1e6, megabytes("VmHWM") - before, flush=True)
+    del target
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not count peaks anew")
+def test_a_load_takes_little_more_memory_than_the_weights_at_every_precision(tmp_path):
+    tiny_model("llama", **NATIVE_SHAPE).save_pretrained(tmp_path / "small")
+    shape = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    tiny_model("llama", **(NATIVE_SHAPE | shape)).save_pretrained(tmp_path / "large")  # 55 MB in float32
+    environment = os.environ | {"PYTHONPATH": str(Path(dspark.__file__).parents[1])}
+    folders = [str(tmp_path / name) for name in ("small", "large")]
+    done = subprocess.run([sys.executable, "-c", LOADS, *folders], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loads = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    assert [round(weights) for weights, _ in loads] == [16, 27, 55]
+    assert all(peak < weights + 20 for weights, peak in loads), loads

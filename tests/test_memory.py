@@ -3,7 +3,8 @@
 import ctypes
 import gc
 import random
-import resource
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -18,7 +19,6 @@ from dspark.engine.request import Request
 from dspark.errors import SettingError
 from dspark.head.context import Context
 from dspark.target.native.cache import PAGE_TOKENS, SLAB_BYTES, Cache, Pool
-from dspark.target.native.pages import freed_memory_kept
 from test_engine import Ear, make_engine, make_target, own_cache, reference, serve  # noqa: F401  own_cache is a fixture
 from tiny import tiny_head
 
@@ -228,16 +228,27 @@ def test_what_a_cache_says_it_will_take_is_what_it_takes():
         caches[-1] = (caches[-1][0], len(caches[-1][0].pages) * PAGE_TOKENS)
 
 
+FAULTS = """
+import resource, torch
+from dspark.target.native.pages import freed_memory_kept
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+with freed_memory_kept():
+    faults()
+    kept = faults()
+print(given_back, kept, faults())
+"""
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another malloc than glibc's")
 def test_freed_memory_is_kept_for_as_long_as_it_is_asked_for():
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(5):
-            torch.ones(2**24)  # 64 MB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    given_back = faults()
-    with freed_memory_kept():
-        faults()
-        assert faults() < given_back / 50
-    assert faults() > given_back / 2
+    """In a process of its own: what tests before have freed is there to be had again."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=120)
+    given_back, kept, after = map(int, done.stdout.split())
+    assert kept < given_back / 50 and after > given_back / 6  # the first of five is asked for anew

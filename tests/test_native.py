@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from dspark.config import WINDOW_STEP
 from dspark.core.sampling import Coupled, best
@@ -559,6 +560,30 @@ def test_weights_rounded_on_their_way_from_the_file_are_those_that_transformers_
     ]
     assert all(torch.equal(target.model.state_dict()[name], t) for name, t in expected.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(target.model.buffers(), expected.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("runtime", ["native", "eager"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_weights_quantised_on_their_way_from_the_file_are_those_that_torchao_quantises_at_once(
+    stored, tied, runtime, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dspark.target.quantize.PIECE", 200)  # matrices of some pieces, the last one shorter
+    model = tiny_model("qwen2", **NATIVE_SHAPE, tie_word_embeddings=tied).to(getattr(torch, stored))
+    model.save_pretrained(tmp_path)
+    expected = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    quantize_(expected, Int8WeightOnlyConfig(set_inductor_config=False))
+    target = load_target(tmp_path, dtype="int8", runtime=runtime)
+    assert target.precision == "int8" and target.model.config.dtype == torch.bfloat16
+    named = dict(expected.named_parameters())
+    assert [name for name, _ in target.model.named_parameters()] == list(named)
+    for name, found in target.model.named_parameters():
+        assert (type(found), found.shape, found.dtype) == (type(named[name]), named[name].shape, named[name].dtype)
+        for part in ("qdata", "scale") if is_int8(found) else ("data",):
+            assert torch.equal(getattr(found, part), getattr(named[name], part))
+    assert is_int8(target.model.lm_head.weight) and not is_int8(target.model.model.embed_tokens.weight)
+    rows = torch.randn(3, 32, dtype=torch.bfloat16)
+    assert torch.equal(target.model.lm_head(rows), expected.lm_head(rows))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")

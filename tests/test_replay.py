@@ -9,7 +9,7 @@ from dspark.cli.main import main
 from dspark.core.decode import Round
 from dspark.core.planner import Costs, CostTable
 from dspark.errors import SettingError, TraceError
-from dspark.measure.fleet import as_curve, fleet_table, machines
+from dspark.measure.fleet import Machines, as_curve, fleet_table, machines
 from dspark.measure.replay import EXAMPLE_COSTS, StepCosts, between, make_step_planner, measured, read_costs, replay
 from dspark.measure.trace import Drafted, Request, Trace, as_request, read_trace, write_trace
 
@@ -176,6 +176,15 @@ def test_machines_for_a_load_are_what_the_steps_and_the_prompts_take():
     told = fleet_table([found, drafted], 10.0, 0.0)
     assert "10 answers/s without drafts: 3 machines (plain, 4" in told and "10 answers/s with drafts: 2 machines (fixed, 4" in told
     assert "no batch of these gives each request 97" in fleet_table([machines(trace, plain, at, 10.0, 97.0)], 10.0, 97.0)
+
+
+def test_plans_that_come_to_the_same_are_all_named():
+    alike = [Machines(plan, 4, 5.0, 20.0 + more, 2) for plan, more in (("fixed", 0.0), ("length:5", 0.01), ("auto", 1.0), ("lagged", 1.0))]
+    others = [Machines("fixed", 1, 4.0, 30.0, 3), Machines("plain", 4, 4.0, 16.0, 3), Machines("fixed", 16, 6.0, 21.0, 2)]
+    told = fleet_table([*alike, *others], 10.0, 0.0)
+    assert "with drafts: 2 machines (auto = lagged, 4 requests at once; or fixed, 16 requests at once)" in told
+    assert "without drafts: 3 machines (plain, 4 requests at once)" in told
+    assert "2 machines (fixed = length:5, 4 requests at once)" in fleet_table(alike[:2], 10.0, 0.0)
 
 
 def test_costs_of_requests_together_become_points(tmp_path):

@@ -1,6 +1,7 @@
 """Training: what is packed is what is served, runs repeat and resume exactly, and nothing outgrows its bound."""
 
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from dspark.target.target import Target
 from dspark.train import trainer
 from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
 from dspark.train.batch import make_batch
-from dspark.train.estimate import CALIBRATION_TOKENS, Pace, estimate, measuring, pace, sampling_all
+from dspark.train.estimate import CALIBRATION_TOKENS, Pace, estimate, measuring, pace, sampling_all, space
 from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
@@ -340,7 +341,34 @@ def test_an_estimate_takes_no_longer_than_three_seconds_and_says_what_it_does_no
     begin = time.perf_counter()
     said = estimate(target, replace(CONFIG, num_prompts=300), SHAPE, None, [])
     assert time.perf_counter() - begin < 4
-    assert ("unknown until measured" in said) is not known and ("to sample answers" in said) is known and "GB of disk" in said
+    assert ("unknown until measured" in said) is not known and ("to sample answers" in said) is known and "of disk" in said
+
+
+@pytest.mark.parametrize("kind", [None, "eagle3"])
+def test_the_disk_that_is_estimated_is_what_a_run_fills(kind, tmp_path, monkeypatch):
+    """At its fullest, when a checkpoint stands beside the one before, and with a head whose weights are more than all else."""
+    target, out = load_target(save_tiny_target(tmp_path / "target")), tmp_path / "head"
+    config, given = replace(CONFIG, steps=2, checkpoint_seconds=0.0), records(10)
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, given)))
+    shape = {"markov_rank": 256, "draft_vocab_size": 260} if kind is None else {"kind": kind, "draft_vocab_size": 260}
+    stored, replaced = [], os.replace
+    size_of = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # noqa: E731
+
+    def replace_and_count(old, new):
+        stored.append((size_of(out / "progress" / "cache"), size_of(out)))
+        replaced(old, new)
+
+    monkeypatch.setattr("os.replace", replace_and_count)
+    train(target, out, config, shape, answers=[tmp_path / "answers.jsonl"])
+    cache, whole = max(stored, key=lambda each: each[1])
+    num_tokens = sum(len(record["prompt_ids"]) + len(record["answer_ids"]) for record in given)
+    _, features, other, _ = space(target, config, shape, num_tokens)
+    assert 0.85 * features < cache <= features
+    assert 0.6 * other < whole - cache < 1.2 * other
+
+
+def test_a_small_head_is_not_said_to_fill_a_gigabyte(target):
+    assert " MB of disk" in estimate(target, CONFIG, SHAPE, [Prompt("x")] * 40, [])
 
 
 def test_interleaving_keeps_every_window_mixed():

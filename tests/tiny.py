@@ -1,14 +1,17 @@
 """Random models and heads small enough to build in memory, with logits that are far from uniform."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from dspark.config import HeadConfig, RecurrentConfig
+from dspark.config import HeadConfig, RecurrentConfig, Sizes
 from dspark.core.calibration import Calibration, Fit
 from dspark.head.calibration import head_digest
 from dspark.head.head import Head
-from dspark.head.recurrent import NETWORKS, RecurrentHead
+from dspark.head.recurrent import NETWORKS, AnyHead, RecurrentHead
 from dspark.target.target import Target
 
 LEFT_OUT = object()  # a setting that a family does not have
@@ -158,32 +161,42 @@ def tiny_head(
     with_markov: bool = True,
 ) -> Head:
     """A random head for this target; rank 0 is DFlash, `draft_vocab` keeps every n-th id only."""
-    num_draft = draft_vocab or target.vocab_size
     config = HeadConfig(
-        hidden_size=target.hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **tiny_sizes(target, block_size, draft_vocab),
         head_dim=head_dim,
-        intermediate_size=64,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-        vocab_size=target.vocab_size,
-        draft_vocab_size=num_draft,
-        block_size=block_size,
-        mask_token_id=target.vocab_size - 1,
         target_layer_ids=(0, target.num_layers - 1),
-        num_target_layers=target.num_layers,
+        num_hidden_layers=layers,
+        mask_token_id=target.vocab_size - 1,
         markov_rank=rank,
         markov_head_type=kind,
         confidence_head_with_markov=with_markov,
     )
-    draft_ids = torch.arange(num_draft) * target.vocab_size // num_draft
-    rows = target.output_rows(draft_ids).to(target.model.dtype)
     mask = target.embed(torch.tensor(config.mask_token_id)).detach()
+    return random_head(lambda ids, rows: Head(config, ids, rows, mask), config, target, seed)
+
+
+def tiny_sizes(target: Target, block_size: int, draft_vocab: int | None) -> dict:
+    """What the configs of all kinds of heads have alike."""
+    return {
+        "hidden_size": target.hidden_size,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": draft_vocab or target.vocab_size,
+        "block_size": block_size,
+        "num_target_layers": target.num_layers,
+    }
+
+
+def random_head(make: Callable[[torch.Tensor, torch.Tensor], AnyHead], config: Sizes, target: Target, seed: int) -> Any:
+    """The head that `make` gives for draft ids, every n-th of the target's, and their output rows, with random matrices."""
+    draft_ids = torch.arange(config.draft_vocab_size) * config.vocab_size // config.draft_vocab_size
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = Head(config, draft_ids, rows, mask).eval()
+        head = make(draft_ids, target.output_rows(draft_ids).to(target.model.dtype)).eval()
         for parameter in head.parameters():
             parameter.requires_grad_(False)
             if parameter.dim() > 1:
@@ -212,30 +225,12 @@ def tiny_recurrent(
     layer_ids: tuple[int, ...] | None = None,
 ) -> RecurrentHead:
     """A random head of this kind for this target; `draft_vocab` keeps every n-th id only."""
-    num_draft = draft_vocab or target.vocab_size
     last = target.num_layers - 1
     config = RecurrentConfig(
-        kind=kind,
-        hidden_size=target.hidden_size,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **tiny_sizes(target, block_size, draft_vocab),
         head_dim=8,
-        intermediate_size=64,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-        vocab_size=target.vocab_size,
-        draft_vocab_size=num_draft,
-        block_size=block_size,
         target_layer_ids=layer_ids or ((last,) if kind == "mtp" else tuple(sorted({0, last // 2, last}))),
-        num_target_layers=target.num_layers,
+        kind=kind,
         trained_steps=trained_steps,
     )
-    draft_ids = torch.arange(num_draft) * target.vocab_size // num_draft
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = NETWORKS[kind](config, draft_ids, target.output_rows(draft_ids).to(target.model.dtype), target.embed).eval()
-        for parameter in head.parameters():
-            parameter.requires_grad_(False)
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, SPREAD)
-    return head
+    return random_head(lambda ids, rows: NETWORKS[kind](config, ids, rows, target.embed), config, target, seed)

@@ -13,11 +13,10 @@ KINDS = ("dspark", "dflash", *RECURRENT_KINDS)  # of heads that are trained here
 
 
 @dataclass(frozen=True)
-class HeadConfig:
-    """The shape of a head. Names are DeepSpec's where DeepSpec has one."""
+class Sizes:
+    """What every kind of head has. Names are the target's config's where it has one, else DeepSpec's."""
 
     hidden_size: int
-    num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -26,10 +25,17 @@ class HeadConfig:
     rope_theta: float
     vocab_size: int
     draft_vocab_size: int
-    block_size: int
-    mask_token_id: int
+    block_size: int  # tokens of a draft
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
+
+
+@dataclass(frozen=True)
+class HeadConfig(Sizes):
+    """The shape of a head. Names are DeepSpec's where DeepSpec has one."""
+
+    num_hidden_layers: int
+    mask_token_id: int
     markov_rank: int
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
@@ -60,22 +66,10 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
-class RecurrentConfig:
-    """The shape of a head that drafts a token a pass, each from its own last state. Names are the target's config's where it has one."""
+class RecurrentConfig(Sizes):
+    """The shape of a head that drafts a token a pass, each from its own last state."""
 
     kind: str  # of RECURRENT_KINDS
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    vocab_size: int
-    draft_vocab_size: int
-    block_size: int  # tokens of a draft
-    target_layer_ids: tuple[int, ...]
-    num_target_layers: int
     trained_steps: int  # passes of the chain that training went through; a draft may take more
 
     @property

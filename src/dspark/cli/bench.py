@@ -5,9 +5,21 @@ import json
 import random
 import re
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_modules, add_target, open_head, open_prompts, open_target, say, say_calibration
+from dspark.cli.options import (
+    add_head,
+    add_modules,
+    add_target,
+    check_file,
+    check_folder,
+    open_head,
+    open_prompts,
+    open_target,
+    say,
+    say_calibration,
+)
 from dspark.errors import HeadError, SettingError
 
 RECORDED = "dspark@fixed"  # the mode whose rounds a trace holds
@@ -45,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "behind the others, which the target answers",
     )
     parser.add_argument(
+        "--card", action="store_true", help="with --contexts: also write the table into the head's card and provenance.json"
+    )
+    parser.add_argument(
         "--trace", default=None, metavar="FILE", help=f"write the rounds of {RECORDED}, a mode of its own, for `dspark replay`"
     )
     parser.add_argument(
@@ -79,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     check_modes(names, list(others))
     recorded = options.trace is not None or options.report is not None
     if options.trace is not None:
-        check_folder("--trace", options.trace)
+        check_file("--trace", options.trace)
     if options.report is not None:
         check_report(options.report, names)
     if recorded:
@@ -184,6 +199,8 @@ def named(other: str) -> tuple[str, str]:
 def context_lengths(options: argparse.Namespace) -> list[int]:
     """The lengths of --contexts, ascending; none where it is not given. Raises `SettingError`."""
     if options.contexts is None:
+        if options.card:
+            raise SettingError("--card cannot take effect without --contexts", "name lengths, as in --contexts 256,1024,4096")
         return []
     lengths = [part.strip() for part in options.contexts.split(",")]
     if not all(part.isdecimal() and int(part) for part in lengths):
@@ -203,11 +220,16 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
 
     from dspark.drafters import DSparkDrafter, MtpDrafter
     from dspark.generation import make_law
+    from dspark.head.folder import find_head
     from dspark.head.head import Head
     from dspark.measure.bench import machine
     from dspark.measure.contexts import answered, by_context, check_lengths, context_table
+    from dspark.train.card import add_contexts, check_card
 
     make_law(options.temperature)
+    folder = None if options.head == "none" else find_head(options.head, options.target)
+    if options.card and folder is not None:
+        check_card(folder)
     target = open_target(options)
     check_lengths(target, asked, lengths, options.max_new_tokens)
     head = open_head(options, target)
@@ -225,28 +247,25 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
         drafter = DSparkDrafter(head, target) if isinstance(head, Head) else MtpDrafter(head, target)
         rows = by_context(target, drafter, asked, turns, lengths, options.max_new_tokens, options.temperature, progress)
     print(context_table(rows))
+    if options.card and folder is not None:
+        settings = {name: getattr(options, name) for name in ("temperature", "max_new_tokens", "seed", "dtype")}
+        measured = {**settings, "date": str(date.today()), "prompts": len(asked), "machine": machine(target.device), "rows": rows}
+        add_contexts(folder, measured)
+        say(f"written to {folder / 'README.md'} and provenance.json")
     if options.json:
         arguments = {k: v for k, v in vars(options).items() if k not in ("run", "verb")}
         print(json.dumps({"machine": machine(target.device), "arguments": arguments, "contexts": rows}))
     return 0
 
 
-def check_folder(name: str, file: str) -> None:
-    """That a file can be written there is seen before hours of decoding."""
-    path = Path(file)
-    if path.is_dir() or not path.parent.is_dir():
-        raise SettingError(f"{name} is {file}", "name a file in a folder that exists")
-
-
 def check_report(folder: str, names: list[str]) -> None:
     from dspark.measure.plots import need_matplotlib
+    from dspark.measure.report import REPORT_FILES
 
     need_matplotlib()
     if "plain" not in names:
         raise SettingError(f"--report compares with plain, and --compare is {','.join(names)}", "add plain to --compare")
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise SettingError(f"--report is {folder}, a file", "name a folder")
+    check_folder("--report", folder, REPORT_FILES)
 
 
 def reading(tokens_per_second: float, weight_bytes: int, bandwidth: float) -> str:

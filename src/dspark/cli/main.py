@@ -8,7 +8,8 @@ import io
 import sys
 
 from dspark import __version__
-from dspark.errors import UserError
+from dspark.cli.parser import Parser
+from dspark.errors import SettingError, UserError
 
 VERBS = {
     "generate": "continue prompts, speculating losslessly",
@@ -27,9 +28,9 @@ VERBS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """What stands before a verb, and the list of them; their own options are `verb_parser`'s, so no verb is imported for it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dspark",
         description="Makes a language model you already have answer faster and say exactly what it would have said.",
         epilog="DSpark is a decoding method (speculative decoding); the DGX Spark is a computer.",
@@ -41,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def verb_parser(verb: str) -> argparse.ArgumentParser:
+def verb_parser(verb: str) -> Parser:
     summary = VERBS[verb]
-    parser = argparse.ArgumentParser(prog=f"dspark {verb}", description=summary[0].upper() + summary[1:] + ".")
+    parser = Parser(prog=f"dspark {verb}", description=summary[0].upper() + summary[1:] + ".")
     module = importlib.import_module(f"dspark.cli.{verb}")
     module.add_arguments(parser)
     parser.set_defaults(verb=verb, run=module.run)
@@ -51,20 +52,24 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options of a verb: in any order, prompts between them. A mistake is told with the usage of that verb."""
-    if arguments and arguments[0] in VERBS:
-        return verb_parser(arguments[0]).parse_intermixed_args(arguments[1:])
-    near = difflib.get_close_matches(arguments[0], VERBS, n=1) if arguments and not arguments[0].startswith("-") else []
-    if near:
-        build_parser().error(f"there is no verb {arguments[0]!r}; the nearest is {near[0]!r}")
-    return build_parser().parse_args(arguments or ["--help"])
+    """The options of a verb: in any order, prompts between them. Raises `SettingError`."""
+    if not arguments or arguments[0].startswith("-"):  # shows help or the version
+        parser = build_parser()
+        parser.refuse_unknown(arguments[:1])
+        return parser.parse_args(arguments[:1] or ["--help"])
+    if arguments[0] in VERBS:
+        return verb_parser(arguments[0]).parse(arguments[1:])
+    near = difflib.get_close_matches(arguments[0], VERBS, n=1)
+    raise SettingError(f"there is no verb {arguments[0]!r}", f"{f'the nearest is {near[0]}; ' if near else ''}see `dspark --help`")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    verb = None
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not end the answer
         sys.stdout.reconfigure(errors="replace")
     try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        verb = options.verb
         return options.run(options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        more = "; the run continues with --resume" if options.verb in ("train", "adapt") else ""
+        more = "; the run continues with --resume" if verb in ("train", "adapt") else ""
         print(f"error: the disk is full{where}\nhint: free some space{more}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

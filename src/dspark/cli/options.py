@@ -5,7 +5,8 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dspark import collector_waits
@@ -192,3 +193,39 @@ def open_prompts(texts: list[str], file: str | None) -> list[Prompt]:
         if not prompt.content:
             raise PromptError(f"prompt {index} is empty", "give it some text")
     return prompts
+
+
+def check_file(name: str, file: str | Path) -> None:
+    """That an option's file can be written is seen before what takes long. Nothing is left, and a file that is there stays as it is."""
+    path = Path(file)
+    try:
+        if path.is_dir():
+            raise SettingError(f"{name} is {file}, a folder", "name a file")
+        if path.exists() and not path.is_file():  # a pipe or a device: opening it would be seen
+            return
+        real = path.resolve()  # a link may point to where nothing is yet
+        there = real.exists()
+        real.open("ab").close()
+        if not there:
+            real.unlink()
+    except OSError as error:
+        raise SettingError(
+            f"{name} is {file}, which cannot be written: {error.strerror}", "name a file in a folder that exists and is yours"
+        ) from error
+
+
+def check_folder(name: str, folder: str | Path, files: Sequence[str]) -> None:
+    """The same of files in a folder that may be still to be made."""
+    path = Path(folder).absolute()
+    try:
+        made = [each for each in (path, *path.parents) if not os.path.exists(each)]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                check_file(name, path / file)
+        finally:
+            for each in made:
+                if os.path.exists(each):
+                    each.rmdir()
+    except OSError as error:
+        raise SettingError(f"{name} is {folder}, which cannot be made: {error.strerror}", "name another folder") from error

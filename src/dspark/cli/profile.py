@@ -6,7 +6,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_target, open_head, open_target, say
+from dspark.cli.options import add_head, add_target, check_file, open_head, open_target, say
 from dspark.errors import SettingError
 
 
@@ -32,10 +32,10 @@ def run(options: argparse.Namespace) -> int:
 
     if not 1 <= options.context <= target.max_context - max(ROWS) - 1:
         raise SettingError(f"--context is {options.context}", f"use 1 to {target.max_context - max(ROWS) - 1} for this target")
+    if options.costs is not None:
+        check_file("--costs", options.costs)
     head = open_head(options, target)
     if options.costs is not None:
-        if not Path(options.costs).absolute().parent.is_dir() or Path(options.costs).is_dir():
-            raise SettingError(f"--costs is {options.costs}", "name a file in a folder that exists")
         if head is None:
             raise SettingError("--costs needs a head, whose drafts are measured too", "pass --head DIR")
         dspark_only(head, options.head or options.target)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cli.options import add_modules, add_target, open_target, say
+from dspark.cli.parser import Parser
 from dspark.config import KINDS, RECURRENT_KINDS, SEQUENTIAL_HEADS, TrainConfig
 from dspark.errors import HeadError, SettingError
 from dspark.prompts import Prompt, read_json, read_prompts
@@ -316,9 +317,13 @@ def started_with(out: Path, add: Callable[[argparse.ArgumentParser], None]) -> d
     command = settings.get("command") if isinstance(settings, dict) else None
     if not isinstance(command, str) or not command:
         return {}
-    parser = argparse.ArgumentParser(prog=f"the command in {label}")
+    parser = Parser()
     add(parser)
-    return vars(parser.parse_args(shlex.split(command)[2:]))
+    try:
+        return vars(parser.parse(shlex.split(command)[2:]))
+    except ValueError as error:
+        hint = "go on with the version of dspark that began the run, or choose another --out"
+        raise HeadError(f"the command in {label} cannot be read: {error.args[0]}", hint) from error
 
 
 def command_of(options: argparse.Namespace, verb: list[str], defaults: dict[str, Any]) -> str:

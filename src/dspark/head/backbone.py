@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dspark.config import HeadConfig, RecurrentConfig
-
-Shape = HeadConfig | RecurrentConfig  # what layers read of either is named alike
+from dspark.config import HeadConfig, Sizes
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +24,7 @@ class RMSNorm(nn.Module):
 class Rotary:
     """Rotary angles for any position; computed in float32."""
 
-    def __init__(self, config: Shape):
+    def __init__(self, config: Sizes):
         E = config.head_dim
         # Numbers, where parameters are only shapes yet (the meta device): there is nothing to load them from.
         self.inverse = config.rope_theta ** (-torch.arange(0, E, 2, dtype=torch.float32, device="cpu") / E)
@@ -54,7 +52,7 @@ def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.
 class Attention(nn.Module):
     """`num_inputs` numbers come in for each token (default: a hidden state); `normed` says whether queries and keys pass a norm."""
 
-    def __init__(self, config: Shape, num_inputs: int | None = None, normed: bool = True):
+    def __init__(self, config: Sizes, num_inputs: int | None = None, normed: bool = True):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         inputs = num_inputs or D
@@ -122,7 +120,7 @@ def own_sums(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Shape):
+    def __init__(self, config: Sizes):
         super().__init__()
         D, W = config.hidden_size, config.intermediate_size
         self.gate_proj, self.up_proj = nn.Linear(D, W, bias=False), nn.Linear(D, W, bias=False)

@@ -13,6 +13,7 @@ and `kind` in the `dspark` section says which.
 Files are written beside their places and renamed when all are whole: a full disk or a kill
 never leaves half a head where a good one was."""
 
+import functools
 import hashlib
 import json
 import os
@@ -35,10 +36,12 @@ from dspark.head.head import Head
 from dspark.head.recurrent import NETWORKS, AnyHead, RecurrentHead
 from dspark.prompts import read_json
 from dspark.target import demo, hub
-from dspark.target.native.pages import gather_weights
+from dspark.target.native.pages import copy, gather_weights, give_back_freed_memory, let_go, let_go_of_all, mapped_checkpoints
 from dspark.target.target import Target
 
 OWN_KEYS = [f.name for f in fields(HeadConfig)]
+for key, before in (("num_hidden_layers", "num_attention_heads"), ("mask_token_id", "target_layer_ids")):  # DeepSpec's order, in files
+    OWN_KEYS.insert(OWN_KEYS.index(before), OWN_KEYS.pop(OWN_KEYS.index(key)))
 IN_SECTION = ("draft_vocab_size", "shortlist", "window")  # DeepSpec has no such keys
 RECURRENT_KEYS = [f.name for f in fields(RecurrentConfig)]
 ONLY_OURS = ("kind", "block_size", "target_layer_ids", "num_target_layers", "trained_steps")  # of them; the others are the layer's own
@@ -381,13 +384,14 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
     refuse_other_target(config, section, target)
     weights = read_weights(folder)
     refuse_broken(weights, f"{folder}/model.safetensors is damaged", "restore the file, or train the head again")
+    let_go_of_all(weights.values())
     if isinstance(config, HeadConfig):  # heads of other projects bring copies of these; an EAGLE-3 head has output rows of its own
         for name in SHARED:
             weights.pop(name, None)
     draft_ids = read_vocabulary_map(config, weights, f"{folder}/model.safetensors")
     refuse_other_tensors(config, weights, f"{folder}/model.safetensors")
     head = empty_head(config, draft_ids, target)
-    head.load_state_dict(weights)
+    fill(head, weights)
     target.tap(config.target_layer_ids)
     golden = golden_file(folder)
     if section or golden.exists():  # heads of other projects come without
@@ -396,10 +400,21 @@ def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_
         head.calibration = calibration.read_calibration(folder, head.config.block_size) if calibrated else None
         if head.calibration is not None:
             calibration.refuse_other_pair(head.calibration, head, target, folder)
-    head.to(device=target.device, dtype=target.model.dtype).eval()
+    for part in (*head.children(), head):  # one after the other: the float32 of each is gone before the next one's copy comes
+        part.to(device=target.device, dtype=target.model.dtype)
+        give_back_freed_memory()
+    head.eval()
     if target.runtime is not None:
         gather_weights(head)
     return head
+
+
+def fill(head: AnyHead, weights: dict[str, torch.Tensor]) -> None:
+    """Copy the tensors of the file, whose names and shapes are known to be the head's; what is copied is let go."""
+    release = functools.partial(let_go, mapped=mapped_checkpoints())
+    for name, place in head.state_dict().items():
+        copy(weights[name], place, release)
+    give_back_freed_memory()
 
 
 def read_vocabulary_map(config: HeadConfig | RecurrentConfig, weights: dict[str, torch.Tensor], where: str) -> torch.Tensor:

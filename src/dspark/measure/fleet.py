@@ -68,8 +68,22 @@ def fleet_table(found: Sequence[Machines], load: float, least_pace: float) -> st
         ("with drafts", [f for f in fitting if f.plan != "plain"]),
     ):
         if chosen:
-            best = min(chosen, key=lambda f: (f.machines, -f.pace))
-            lines.append(f"{load:g} answers/s {name}: {best.machines} machines ({best.plan}, {best.num_requests} requests at once)")
+            best = best_of(chosen)
+            lines.append(f"{load:g} answers/s {name}: {best[0].machines} machines ({'; or '.join(ways(best))})")
         else:
             lines.append(f"{load:g} answers/s {name}: no batch of these gives each request {least_pace:g} tokens/s")
     return "\n".join(lines)
+
+
+def best_of(fitting: Sequence[Machines]) -> list[Machines]:
+    """Those that need the fewest machines and, of these, give each request the most tokens a second: all that the table shows alike."""
+    ranks = [(f.machines, -round(f.pace, 1)) for f in fitting if f.machines is not None]
+    return [f for f in fitting if (f.machines, -round(f.pace, 1)) == min(ranks)]
+
+
+def ways(best: Sequence[Machines]) -> list[str]:
+    """The plans, those of one number of requests together."""
+    plans: dict[int, list[str]] = {}
+    for f in best:
+        plans.setdefault(f.num_requests, []).append(f.plan)
+    return [f"{' = '.join(names)}, {count} requests at once" for count, names in plans.items()]

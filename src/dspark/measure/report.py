@@ -13,6 +13,7 @@ from dspark.measure.trace import Trace
 
 CUTS = [round(0.1 * n, 1) for n in range(10)]
 BINS = 10
+REPORT_FILES = ("index.html", "report.json")
 
 
 def figures(modes: dict, trace: Trace, made_by: dict, heads: dict[str, dict]) -> dict:
@@ -101,8 +102,8 @@ def write_report(data: dict, table: str, folder: Path) -> None:
     """`index.html`, which needs nothing beside it, and `report.json`. Raises `SettingError` where they cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-        (folder / "index.html").write_text(page(data, table), encoding="utf-8")
+        for name, text in zip(REPORT_FILES, (page(data, table), json.dumps(data, indent=1)), strict=True):
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise SettingError(f"cannot write the report to {folder}: {error.strerror}", "name another folder") from error
 

@@ -14,7 +14,7 @@ from dspark.target import demo, hub
 from dspark.target.graphs import Graphs
 from dspark.target.native.pages import gather_weights
 from dspark.target.native.runtime import ARCHITECTURES, NativeRuntime
-from dspark.target.quantize import quantize_int8
+from dspark.target.quantize import quantize_int8, torchao_quantization
 from dspark.target.rollback import check_wish
 from dspark.target.target import Target
 
@@ -38,13 +38,15 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     `runtime` is `eager` (transformers' modules), `native` or `graph` (docs/runtime.md), or `auto`: native where it runs. `rollback` is `auto`, or
     `snapshot`: take a model whose caches no test covers, if it rolls back exactly here.
     Raises `TargetError` for an unknown name or a model that cannot be rolled back, `SettingError` for an
-    unknown precision, runtime or rollback, `RuntimeUnavailable` where `native` or `graph` was asked for and cannot run."""
+    unknown precision, runtime or rollback, or 8 bits without torchao, `RuntimeUnavailable` where `native` or `graph` was asked for and cannot run."""
     if dtype not in DTYPES:
         raise SettingError(f"unknown dtype {dtype!r}", f"choose one of {', '.join(DTYPES)}")
     check_runtime(runtime)
     check_wish(rollback)
     if str(device).startswith("meta"):
         raise SettingError(f"--device is {device}", "its tensors hold no numbers: use cpu, or a GPU like cuda")
+    if dtype == "int8":
+        torchao_quantization()
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -56,9 +58,9 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(source, local_files_only=cached_only)
-        # Weights that are to be gathered (pages.py) stay in the file until then, and are rounded on their way.
+        # Weights that are to be gathered (pages.py) stay in the file until then, and are rounded or quantised on their way.
         runs = (config.architectures or [""])[0] in ARCHITECTURES and getattr(config, "quantization_config", None) is None
-        gathers = runs and runtime in ("auto", "native") and str(device) == "cpu" and dtype != "int8"
+        gathers = runs and runtime in ("auto", "native") and str(device) == "cpu"
         loaded: Any = model_class(config).from_pretrained(
             source, dtype="auto" if gathers else DTYPES[dtype], output_loading_info=True, local_files_only=cached_only
         )
@@ -70,16 +72,17 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
             )
             wanted = torch.float32
         with ThreadPoolExecutor(1) as beside:  # copying leaves the interpreter free
-            gathered = beside.submit(gather_weights, model, wanted) if gathers else None
+            gathered = beside.submit(gather_weights, model, wanted, dtype == "int8") if gathers else None
             tokenizer = load_tokenizer(source, cached_only)
             if gathered is not None:
                 gathered.result()
                 model.config.dtype = wanted
-        if model.dtype not in (torch.float32, torch.bfloat16):
-            model.float()
-        move(model, device)
-        if dtype == "int8":
-            quantize_int8(model)
+        if not gathers:
+            if model.dtype not in (torch.float32, torch.bfloat16):
+                model.float()
+            move(model, device)
+            if dtype == "int8":
+                quantize_int8(model)
     except UserError:
         raise
     except Exception as error:  # a dozen kinds for what is one thing to the user: these files do not make a model here

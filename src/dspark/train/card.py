@@ -1,9 +1,23 @@
 """The card of a head, in the hub's form: what it is, how it was made, what it was measured to do."""
 
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dspark.errors import HeadError
 from dspark.head.calibration import summary
 from dspark.head.head import Head
 from dspark.head.recurrent import AnyHead
+from dspark.prompts import read_json
 from dspark.target.target import Target
+
+CARD, RECORD = "README.md", "provenance.json"
+CONTEXTS = "contexts"  # of a provenance: the tables of `dspark bench --contexts --card`, one a temperature
+TRAINED = "Trained on "  # what the card says after its tables
+CONTEXTS_TITLE = "Tokens a round by length of context"
+CONTEXTS_SECTION = re.compile(rf"^{CONTEXTS_TITLE}.*\n\n(?:\|.*\n)+\n?", re.MULTILINE)
 
 
 def kind_of(head: AnyHead) -> str:
@@ -59,10 +73,70 @@ Acceptance by position given that all before it were accepted (held-out answers,
 | law | {positions} |
 |---|{"---|" * config.block_size}
 {rows}
-Trained on {provenance["answers"]} answers ({provenance["answer_tokens"]:,} tokens) of the target's own, {train["steps"]} steps of
+{contexts_section(provenance.get(CONTEXTS, ()))}{TRAINED}{provenance["answers"]} answers ({provenance["answer_tokens"]:,} tokens) of the target's own, {train["steps"]} steps of
 {train["sequences_per_step"] * train["anchors_per_sequence"]} anchors, {train["optimizer"]}, seed {train["seed"]}:
 
     {provenance["command"]}
 
 Versions, data and the training curve are in `provenance.json`.
 """
+
+
+def check_card(folder: Path) -> None:
+    """Raise `HeadError` unless `add_contexts` can write to this head."""
+    read_card(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise HeadError(f"cannot write to {folder}: it is not yours", "copy the head to a folder of your own, and measure that")
+
+
+def read_card(folder: Path) -> tuple[str, dict]:
+    """The card and the provenance of a head. Raises `HeadError` where one of them is missing or damaged."""
+    hint = "only heads that came with a card and its record have a place for the table: leave --card out"
+    provenance = read_json(folder / RECORD, HeadError, hint)
+    if not isinstance(provenance, dict) or not isinstance(provenance.get(CONTEXTS, []), list):
+        raise HeadError(f"{folder / RECORD} is damaged: an object was expected", "restore the file")
+    try:
+        return (folder / CARD).read_text(encoding="utf-8"), provenance
+    except (OSError, UnicodeDecodeError) as error:
+        raise HeadError(f"cannot read {folder / CARD}: {error}", hint) from error
+
+
+def add_contexts(folder: Path, measured: dict) -> None:
+    """Put what was measured at one temperature into the head's provenance and card, in place of what stood there of it. `measured`:
+    `temperature`, `date`, `prompts`, `max_new_tokens`, and `rows` as `measure.contexts` gives them. Raises `HeadError`."""
+    card, provenance = read_card(folder)
+    others = [each for each in provenance.get(CONTEXTS, []) if each["temperature"] != measured["temperature"]]
+    provenance[CONTEXTS] = sorted([*others, measured], key=lambda each: each["temperature"])
+    texts = {RECORD: json.dumps(provenance, indent=2) + "\n", CARD: with_contexts(card, provenance[CONTEXTS])}
+    try:
+        for name, text in texts.items():
+            (folder / f"{name}.new").write_text(text, encoding="utf-8")
+        for name in texts:
+            os.replace(folder / f"{name}.new", folder / name)
+    except OSError as error:
+        raise HeadError(f"cannot write to {folder}: {error.strerror}", "free some space, or make the folder writable") from error
+
+
+def with_contexts(card: str, tables: Sequence[Mapping]) -> str:
+    """The card with these tables: in place of an earlier one, else before what it was trained on, else at the end."""
+    section = contexts_section(tables)
+    if CONTEXTS_SECTION.search(card):
+        return CONTEXTS_SECTION.sub(lambda found: section, card, count=1)
+    before, trained, after = card.partition(f"\n{TRAINED}")
+    return f"{before}\n{section}{trained[1:]}{after}"
+
+
+def contexts_section(tables: Sequence[Mapping]) -> str:
+    """Tokens a round by length of context, a line a temperature; empty without any."""
+    if not tables:
+        return ""
+    lengths = sorted({row["context"] for table in tables for row in table["rows"]})
+    lines = []
+    for table in tables:
+        taus = {row["context"]: f"{row['tau']:.2f}" for row in table["rows"]}
+        law = f"T = {table['temperature']:g} ({table['prompts']} questions, {table['max_new_tokens']} tokens each, {table['date']})"
+        lines.append(f"| {law} | {' | '.join(taus.get(length, '') for length in lengths)} |\n")
+    return (
+        f"{CONTEXTS_TITLE}: questions behind one conversation of the target's own answers, all drafted tokens verified\n\n"
+        f"| context, tokens | {' | '.join(f'{length:,}' for length in lengths)} |\n|---|{'---|' * len(lengths)}\n{''.join(lines)}\n"
+    )

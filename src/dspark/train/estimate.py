@@ -17,7 +17,7 @@ from dspark.profiling import device_name
 from dspark.prompts import Prompt
 from dspark.target.target import Target
 from dspark.train.answers import INVENT_TOKENS, OPENER_TOKENS, batch_size
-from dspark.train.features import fits_gpu, token_bytes
+from dspark.train.features import default_taps, fits_gpu, token_bytes
 from dspark.train.sample import sample_batch
 
 # What is measured while training: points of the curve and answers each; prompts and tokens of real rounds, and tokens after each
@@ -25,7 +25,10 @@ from dspark.train.sample import sample_batch
 CURVE_POINTS, CURVE_ANSWERS = 10, 48
 ROUNDS_PROMPTS, ROUNDS_TOKENS = 16, 64
 CALIBRATION_TOKENS = 128
-OTHER_DISK = 1e9  # answers, checkpoints and the head
+TEXT_BYTES = 8  # of a token of prompts and answers, as they are written down
+# Of a weight, when the disk holds most: a checkpoint (the weight and two moments in float32) is written beside the one before.
+CHECKPOINT_BYTES = 2 * 12
+SMALL_FILES = 3e5  # golden vectors, curve, records, card
 PROMPT_TOKENS = 80  # of an instruction with its template
 HEAD_RATE = 2.0  # of multiplications a second in steps against sampling: larger products, measured on two Zen 4 cores
 GPU_COMPILING = 50.0  # seconds that the step of the demo target's head took to compile on one NVIDIA H200
@@ -125,13 +128,16 @@ def estimate(
         # texts end where they like: what is sampled is counted as if each were as long as it may be
         parts = [f"at most {listed(sampled)}"] if any(sampled.values()) else []
         time_needed = f"as fast as the machine is now, {'; '.join([*parts, listed(others)])}"
-    memory, disk, free = space(target, config, shape, passes)
+    memory, features, other, free = space(target, config, shape, num_answers * answer_tokens)
     threads = torch.get_num_threads()
     where = device_name(target.device) if target.device.type == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
-    kept = disk - OTHER_DISK
     return (
-        f"{time_needed} on {where}; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {disk / 1e9:.1f} GB of disk"
-        + (f", {kept / 1e9:.1f} GB of it features in {config.feature_dtype}, never more than {config.cache_gigabytes:g} GB" if kept else "")
+        f"{time_needed} on {where}; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {size(features + other)} of disk"
+        + (
+            f", {size(features)} of it features in {config.feature_dtype}, never more than {config.cache_gigabytes:g} GB"
+            if features
+            else ""
+        )
     )
 
 
@@ -143,12 +149,16 @@ def sampling_all(target: Target, num_texts: int, num_tokens: int, found: Pace) -
 
 def row_work(target: Target, shape: dict) -> float:
     """What a row of the head costs, as a share of one sampled token."""
+    rank = 0 if "kind" in shape else shape.get("markov_rank", 96)
+    output = (shape.get("draft_vocab_size") or target.vocab_size) * (target.hidden_size + rank)
+    return (layer_weights(target, shape) + output) / sum(p.numel() for p in target.model.parameters()) / HEAD_RATE
+
+
+def layer_weights(target: Target, shape: dict) -> int:
+    """Weights of the draft layers."""
     D = target.hidden_size
     width = shape.get("intermediate_size") or getattr(target.text_config, "intermediate_size", None) or 4 * D
-    num_layers, rank = (1, 0) if "kind" in shape else (shape.get("num_hidden_layers", 2), shape.get("markov_rank", 96))
-    layers = num_layers * (4 * D * D + 3 * D * width)
-    output = (shape.get("draft_vocab_size") or target.vocab_size) * (D + rank)
-    return (layers + output) / sum(p.numel() for p in target.model.parameters()) / HEAD_RATE
+    return (1 if "kind" in shape else shape.get("num_hidden_layers", 2)) * (4 * D * D + 3 * D * width)
 
 
 def trained_rows(shape: dict) -> int:
@@ -169,24 +179,41 @@ def measuring(target: Target, config: TrainConfig, shape: dict, found: Pace) -> 
     return found.passes(rows * row_work(target, shape)) + decoded * found.token_seconds
 
 
-def space(target: Target, config: TrainConfig, shape: dict, passes: int) -> tuple[float, float, float]:
-    """Bytes of memory and disk that a run takes, and of memory that are free."""
+def space(target: Target, config: TrainConfig, shape: dict, num_tokens: int) -> tuple[float, float, float, float]:
+    """Bytes of memory that a run takes, of disk for features and for all else while it holds most, and of memory that are free.
+    `num_tokens`: of all answers with their prompts, since each gets its place in the cache."""
     weights = sum(p.numel() for p in target.model.parameters()) * target.model.dtype.itemsize
     rows = config.sequences_per_step * config.anchors_per_sequence * trained_rows(shape)
     memory = weights + rows * (shape.get("draft_vocab_size") or target.vocab_size) * 4 * 5 + 1e9
-    samples = feature_bytes(target, config, passes)
+    samples = num_tokens * token_bytes(num_taps(target, shape), target.hidden_size, config.teacher_tokens, config.feature_dtype)
+    other = head_weights(target, shape) * CHECKPOINT_BYTES + num_tokens * TEXT_BYTES + SMALL_FILES
     if target.device.type == "cuda":
         free = torch.cuda.mem_get_info(target.device)[0]
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if fits_gpu(target.device, samples):
-        return memory + samples, OTHER_DISK, free
-    return memory, min(config.cache_gigabytes * 1e9, samples) + OTHER_DISK, free
+        return memory + samples, 0, other, free
+    return memory, min(config.cache_gigabytes * 1e9, samples), other, free
 
 
-def feature_bytes(target: Target, config: TrainConfig, num_tokens: int) -> int:
-    """Of so many tokens, five layers of each."""
-    return num_tokens * token_bytes(5, target.hidden_size, config.teacher_tokens, config.feature_dtype)
+def num_taps(target: Target, shape: dict) -> int:
+    """Layers that the head reads."""
+    usual = {"mtp": 1, "eagle3": 3}.get(shape.get("kind", ""), len(default_taps(target.num_layers)))
+    return len(shape.get("target_layer_ids") or ()) or usual
+
+
+def head_weights(target: Target, shape: dict) -> int:
+    """About as many as the head will have that are trained."""
+    D, rank = target.hidden_size, 0 if "kind" in shape else shape.get("markov_rank", 96)
+    draft_vocab = shape.get("draft_vocab_size") or target.vocab_size
+    own_output = D * draft_vocab if shape.get("kind") == "eagle3" else 0
+    return num_taps(target, shape) * D * D + layer_weights(target, shape) + rank * (target.vocab_size + draft_vocab) + own_output
+
+
+def size(num_bytes: float) -> str:
+    if num_bytes >= 1e8:
+        return f"{num_bytes / 1e9:.1f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def listed(stages: dict[str, float]) -> str:

@@ -197,6 +197,16 @@ def teacher(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     return top.indices.int(), (top.values - logits_RV.logsumexp(-1, keepdim=True)).exp().half()
 
 
+def default_taps(num_layers: int) -> tuple[int, ...]:
+    """Five layers spread from the second to the last, fewer in a small model."""
+    count = min(5, num_layers)
+    return (
+        tuple(sorted({round(1 + (num_layers - 2) * i / max(1, count - 1)) for i in range(count)}))
+        if num_layers > 2
+        else tuple(range(num_layers))
+    )
+
+
 def token_bytes(M: int, D: int, num_teacher: int, dtype: str) -> int:
     """Of one token in the cache."""
     return M * (D + 4 if dtype == "float8" else 2 * D) + num_teacher * (4 + 2)

@@ -41,7 +41,7 @@ from dspark.train.answers import (
 from dspark.train.card import write_card
 from dspark.train.distributed import ALONE, Ranks
 from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
-from dspark.train.features import FeatureStore
+from dspark.train.features import FeatureStore, default_taps
 from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
 from dspark.train.warmstart import new_head, new_recurrent_head, widened
@@ -129,7 +129,8 @@ def train(
         ranks.once(say, f"the run in {out} is finished: nothing is left to do")
         return before | {"finished_before": True}
     bar = Bar(shown=ranks.leads)
-    ranks.once(lambda: announce(ranks, config, estimate(target, config, shape, prompts, answers, server is not None)))
+    planned = shape if given is None else vars(given.config)
+    ranks.once(lambda: announce(ranks, config, estimate(target, config, planned, prompts, answers, server is not None)))
     records = brought or make_answers(target, config, prompts, work, bar, server, ranks)
     if only_answers:
         return {"answers": len(records)}
@@ -564,16 +565,6 @@ def mask_token(target: Target, counts: Counter) -> int:
     """A token the answers never use: a reserved one where the tokenizer has such, else the rarest."""
     special = [i for i in sorted(getattr(target.tokenizer, "all_special_ids", [])) if i not in target.eos_ids and counts[i] == 0]
     return special[-1] if special else max(range(target.vocab_size), key=lambda i: (counts[i] == 0, i))
-
-
-def default_taps(num_layers: int) -> tuple[int, ...]:
-    """Five layers spread from the second to the last, fewer in a small model."""
-    count = min(5, num_layers)
-    return (
-        tuple(sorted({round(1 + (num_layers - 2) * i / max(1, count - 1)) for i in range(count)}))
-        if num_layers > 2
-        else tuple(range(num_layers))
-    )
 
 
 def three_layers(num_layers: int) -> tuple[int, ...]:

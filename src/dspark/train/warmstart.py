@@ -6,9 +6,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dspark.config import HeadConfig, RecurrentConfig
+from dspark.config import HeadConfig, RecurrentConfig, Sizes
 from dspark.errors import HeadError, SettingError
-from dspark.head.backbone import Shape
 from dspark.head.head import Head
 from dspark.head.mtp import MtpHead, load_mtp
 from dspark.head.recurrent import NETWORKS, Eagle3, Mtp, RecurrentHead
@@ -149,7 +148,7 @@ def leading_components(target: Target, rank: int) -> torch.Tensor:
     return projected / projected.std().clamp_min(1e-6)
 
 
-def copy_layer(layer: nn.Module, source: nn.Module, config: Shape) -> None:
+def copy_layer(layer: nn.Module, source: nn.Module, config: Sizes) -> None:
     """Copy every tensor that has the same name and shape; widen grouped key heads by repetition. Projections that read an embedding
     too (EAGLE-3) get it for the second half of what they read, the state."""
     given = {name: p.detach().float().cpu() for name, p in source.named_parameters()}
