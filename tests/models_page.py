@@ -50,6 +50,9 @@ For each family the tests (`tests/test_families.py`, a part of them in `make tes
 
 * *Own MTP modules* (`tests/test_mtp.py`, `tests/test_turns.py`), where the family has them: drafts equal those of the saved weights, without a cache;
   greedy tokens are those of `model.generate`, alone and with another drafter in every round; the engine's answers are the reference loop's.
+* *The DSpark head in DeepSeek-V4's own checkpoints* (`tests/test_bundle.py`): drafts, their laws and confidences equal the released formulas,
+  written out there a row, head and expert at a time in float64; nine mistakes that one could make each show. Greedy tokens are those of
+  `model.generate`, a seed replays, the engine's answers are the reference loop's.
 * *The engine* (`tests/test_engine.py`): Gemma 3, Qwen3.5, DeepSeek-V4 and Nemotron-H, one of each kind of cache that is not cut back, and the native
   runtime. Eagerly, requests that run together go through the model one after the other.
 
@@ -71,6 +74,16 @@ Any other cache is refused by name. `load_target(..., rollback="snapshot")`, `ds
 tries it with snapshot and replay: the model is taken if, in a check at load, its next logits after every roll-back are those of plain
 decoding, and refused if not.
 
+## A head in the target's own checkpoint
+
+DeepSeek-V4's DSpark releases bring their head: tensors `mtp.0` to `mtp.2` (transformers leaves them out), and `dspark_*` keys in `config.json`.
+Without `--head` it drafts by itself, and the command says so; `--head none` leaves it out. `--head FOLDER`, or `dspark.load_head(target.name,
+target)`, reads it from any checkpoint of the same target. It is only read: it is not trained, calibrated, saved or converted, and it has no
+golden vectors. Its FP8 and FP4 tensors become bfloat16 numbers in memory, 39 GB for three layers of V4-Flash's size.
+
+No released checkpoint was loaded, only random weights in the released names; acceptance and speed are not known. The released code rounds
+keys to FP8 on their way into its cache, which is not imitated. The releases of V4.1 (other taps, names and hyper-connections) are refused.
+
 ## What is equal to the bit, and what is near
 
 A recomputed gated delta state has the bits that plain decoding gives from the same inputs, in float32 and bfloat16: a verify pass uses the
@@ -87,9 +100,9 @@ would be. What goes into these layers is near only: eagerly, a pass of several r
 * **Jamba and Mamba** cannot be targets: a pass of several rows forgets their state in transformers 5.23. The check at load refuses them.
   **Bamba** was refused by the check as well; why was not looked into.
 * **Qwen3.5, Step-3.7** and other models with a vision tower: text only.
-* Multi-token-prediction modules: DeepSeek-V4's are not read; those of DeepSeek-V3.2 and GLM-5 are refused, because transformers 5.23 makes no
-  attention masks for them. In the engine they draft for one request after the other. No released checkpoint was loaded, and no acceptance or
-  speed was measured.
+* Multi-token-prediction modules: the one that DeepSeek-V4's plain releases bring is not read; those of DeepSeek-V3.2 and GLM-5 are refused,
+  because transformers 5.23 makes no attention masks for them. In the engine they draft for one request after the other. No released checkpoint
+  was loaded, and no acceptance or speed was measured.
 * Rotary embeddings that depend on the length of the text (longrope, dynamic) are refused.
 * DeepSeek-V4: `dspark train` samples prompts of one length at a time, because its compressed keys do not leave padding out.
 * No hub kernels (fla, mamba_ssm, causal-conv1d) and no GPU were used. If a kernel replaces a gated delta layer as a whole, the first roll-back

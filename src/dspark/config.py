@@ -54,6 +54,11 @@ class HeadConfig(Sizes):
         return max(0, num_tokens - self.window) // WINDOW_STEP * WINDOW_STEP if self.window else 0
 
     @property
+    def context_numbers(self) -> int:
+        """Numbers that a token leaves in a context: keys and values of every layer."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    @property
     def num_choices(self) -> int:
         """Tokens of each row that a draft chooses from."""
         cheap = self.draft_vocab_size * max(self.markov_rank, 1) <= CHEAP_BIAS

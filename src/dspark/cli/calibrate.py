@@ -42,9 +42,10 @@ def run(options: argparse.Namespace) -> int:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     from dspark.head.calibration import doubts, refuse_unwritable, write_calibration
-    from dspark.head.folder import dspark_only, load_head, named_head
+    from dspark.head.folder import dspark_only, load_head, named_head, refuse_bundled
 
     folder = named_head(options.head)
+    refuse_bundled(folder)
     refuse_unwritable(folder)
     target = open_target(options)
     head = dspark_only(load_head(folder, target, calibrated=False), folder)

@@ -70,7 +70,12 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str =
 
 
 def add_head(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", default=None, metavar="HEAD", help="folder or hub id; `none` decodes plainly (default: the shipped head)")
+    parser.add_argument(
+        "--head",
+        default=None,
+        metavar="HEAD",
+        help="folder or hub id; `none` decodes plainly (default: the shipped head, or one in the target's own checkpoint)",
+    )
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +158,7 @@ def open_target(options: argparse.Namespace):
 def open_head(options: argparse.Namespace, target, otherwise: str = "decoding plainly"):
     """The head asked for, or the shipped one; None without, with a word of what is done `otherwise` when none is known."""
     from dspark.head.folder import find_head, load_head
+    from dspark.head.head import Head
 
     if options.head == "none" or (options.head is None and getattr(options, "drafter", None) in NEED_NO_HEAD):
         return None
@@ -162,6 +168,8 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
     if folder is None:
         return None
     head = load_head(folder, target)
+    if isinstance(head, Head) and head.bundled:
+        say(f"drafting with the head in the checkpoint {folder}")
     if getattr(options, "mtp", None) is not None and head.kind in RECURRENT_KINDS:
         raise SettingError(f"--head is of the kind {head.kind}, and --mtp stands for the same", "leave one of them out")
     return head

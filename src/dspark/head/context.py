@@ -137,8 +137,7 @@ class EagerRunner:
         self.head, config = head, head.config
         self.pool: Pool | None = None
         self.feature_pool: Pool | None = None
-        kept = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
-        self.token_bytes = kept * head.fc.weight.element_size()
+        self.token_bytes = config.context_numbers * head.fc.weight.element_size()
 
     def start(self) -> Context:
         return Context([])

@@ -30,6 +30,7 @@ from torch import nn
 from dspark.config import MAX_BLOCK, RECURRENT_KINDS, SEQUENTIAL_HEADS, HeadConfig, RecurrentConfig
 from dspark.errors import HeadError
 from dspark.head import calibration
+from dspark.head.bundle import brings_head, describes_head, load_bundle
 from dspark.head.golden import make_golden, refuse_broken, replay_golden
 from dspark.head.head import Head
 from dspark.head.recurrent import NETWORKS, AnyHead, RecurrentHead
@@ -129,6 +130,8 @@ def save_head(
 ) -> None:
     """Write a head that `load_head` accepts, in bfloat16 where `precisions` say nothing else of a tensor. Its golden vectors
     are made on a text that begins with `golden_ids`, unless there are some. Raises `HeadError` when the disk is full or closed to us."""
+    if isinstance(head, Head) and head.bundled:
+        raise only_read(target.name or "this")
     precisions = precisions or {}
     weights = {name: tensor.detach().to(precisions.get(name, torch.bfloat16)).contiguous() for name, tensor in head.state_dict().items()}
     weights |= vocabulary_map(head)
@@ -232,8 +235,22 @@ def dspark_only(head: AnyHead, where: str | Path) -> Head:
     return head
 
 
+def refuse_bundled(folder: Path) -> None:
+    """Raise `HeadError` for a target's checkpoint that brings a head."""
+    if describes_head(folder):
+        raise only_read(folder)
+
+
+def only_read(where: str | Path) -> HeadError:
+    return HeadError(
+        f"{where} is a target's own checkpoint; the DSpark head that it brings is only read, not trained, calibrated, saved or converted",
+        "`dspark generate`, `chat`, `serve`, `bench`, `verify` and `profile` draft with it",
+    )
+
+
 def read_any_config(folder: Path) -> tuple[HeadConfig | RecurrentConfig, dict]:
     """`read_config` for every kind of head."""
+    refuse_bundled(folder)
     undo_interrupted_save(folder)
     if not (folder / "config.json").exists():
         raise HeadError(f"no head in {folder.absolute()}: it holds no config.json", WHAT_A_HEAD_IS)
@@ -354,12 +371,15 @@ def refuse_senseless(values: dict, where: str, shape: type[HeadConfig] | type[Re
 def load_head(folder: str | Path, target: Target, calibrated: bool = True, same_target: bool = True) -> AnyHead:
     """Load a head for this target and prove that it is the head, and the target, it was trained as. Of any kind: `head.kind` says which.
 
-    `folder` may also be a hub id or the name of a shipped head. Raises `HeadError` where there is none, for
+    `folder` may also be a hub id or the name of a shipped head, or the checkpoint of a target that brings a head (bundle.py), which has
+    neither golden vectors nor a calibration. Raises `HeadError` where there is none, for
     missing, extra or misshaped tensors, another target, another vocabulary, golden vectors that do not come
     out again, or a calibration of another pair (which `calibrated=False` leaves unread). Taps the target's layers.
     `same_target=False` takes a target of other weights, to adapt the head to: of the golden vectors only what the head
     computes without the target's weights is then replayed, and there is no `self_test`."""
     folder = named_head(folder)
+    if describes_head(folder):
+        return load_bundle(folder, target)
     config, section = read_any_config(folder)
     refuse_other_target(config, section, target)
     weights = read_weights(folder)
@@ -512,8 +532,26 @@ def refuse_other_tensors(config: HeadConfig | RecurrentConfig, weights: dict[str
 
 
 def find_head(name: str | Path | None, target_name: str) -> Path | None:
-    """The folder of a head given by path or hub id, or the one shipped for this target; None if there is none."""
-    return shipped_head(target_name) if name is None else named_head(name)
+    """The folder of a head given by path or hub id, or the one shipped for this target, or the target's own checkpoint where that brings
+    a head; None if there is none."""
+    if name is not None:
+        return named_head(name)
+    own = checkpoint_of(target_name)
+    return shipped_head(target_name) or (own if own is not None and brings_head(own) else None)
+
+
+def checkpoint_of(target_name: str) -> Path | None:
+    """The folder of a target's checkpoint, if it is here already."""
+    path = Path(target_name).expanduser()
+    if path.is_dir() or "/" not in target_name or target_name.startswith((".", "/", "~")):
+        return path if path.is_dir() else None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(target_name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
 
 
 def named_head(name: str | Path) -> Path:

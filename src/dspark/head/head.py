@@ -45,6 +45,7 @@ class Head(nn.Module):
     mask_embedding: torch.Tensor
     calibration: Calibration | None = None  # of its confidences, once fitted
     self_test: SelfTest | None = None  # of the load
+    bundled = False  # in its target's own checkpoint (bundle.py), and only read
 
     def __init__(self, config: HeadConfig, draft_ids: torch.Tensor, output_rows: torch.Tensor, mask_embedding: torch.Tensor):
         super().__init__()

@@ -12,7 +12,7 @@ import torch
 
 from dspark.config import TrainConfig
 from dspark.errors import HeadError, SettingError
-from dspark.head.folder import dspark_only, golden_file, load_head, read_tensors, save_head
+from dspark.head.folder import dspark_only, golden_file, load_head, read_tensors, refuse_bundled, save_head
 from dspark.head.golden import features_likeness, read_features
 from dspark.head.head import Head
 from dspark.profiling import profile
@@ -66,6 +66,7 @@ def adapt(
     another shape, vocabulary or tokenizer is refused."""
     work = out / "progress"
     refuse_beforehand(target, config, {}, prompts, answers, server)
+    refuse_bundled(source)
     given = dspark_only(load_head(source, target, calibrated=False, same_target=False), source)
     if low_rank and not matrices(given, low_rank):
         raise SettingError(f"--low-rank is {low_rank}: no matrix of this head is that large", "use a smaller rank, or leave it out")

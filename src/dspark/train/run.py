@@ -19,7 +19,7 @@ from dspark.config import MAX_BLOCK, RECURRENT_KINDS, HeadConfig, RecurrentConfi
 from dspark.core.calibration import Calibration
 from dspark.errors import HeadError, SettingError
 from dspark.generation import generate
-from dspark.head.folder import MOST_OF_A_SIZE, dspark_only, load_head, save_head
+from dspark.head.folder import MOST_OF_A_SIZE, dspark_only, load_head, refuse_bundled, save_head
 from dspark.head.head import Head
 from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.measure.calibrate import LAWS, calibrate
@@ -107,6 +107,8 @@ def train(
     work = out / "progress"
     refuse_beforehand(target, config, shape, prompts, answers, server)
     check_processes(config, ranks)
+    if start_from:
+        refuse_bundled(Path(start_from))
     given = load_head(start_from, target, calibrated=False) if start_from else None
     if ranks.size > 1 and (isinstance(given, RecurrentHead) or shape.get("kind") in RECURRENT_KINDS):
         raise SettingError("heads of the kinds mtp and eagle3 are trained in one process", "start without torchrun")
