@@ -21,7 +21,9 @@ def answer(target, drafter, seed, law, plan=Always(), count=24):  # noqa: B008  
     return [token for done in rounds for token in done.tokens], rounds
 
 
-@pytest.mark.parametrize("law", [make_law(1.0), make_law(0.7, top_k=9), make_law(1.3, top_p=0.8, repetition_penalty=1.2)], ids=str)
+@pytest.mark.parametrize(
+    "law", [make_law(1.0), make_law(0.7, top_k=9), make_law(1.3, top_p=0.8, repetition_penalty=1.2)], ids=["T=1", "top-k", "top-p"]
+)
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_the_answer_depends_on_the_seed_alone(law, kind):
     target = Target(tiny_model("llama"), name="tiny")
