@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from dspark.train import adapt as adapting
 from dspark.train import trainer
 from dspark.train.adapt import adapt, difference, gain_report
 from dspark.train.lowrank import add_low_rank, merge_low_rank
+from dspark.train.run import renewed_vocabulary
 from dspark.train.sample import sample_batch
+from dspark.train.warmstart import with_vocabulary
 from saved import run, save_tiny_target
 from tiny import tiny_head, tiny_model
 
@@ -263,3 +266,32 @@ def test_what_the_command_line_refuses(place, capsys, tmp_path, monkeypatch):
         assert code == 2 and says in err, err
     code, _, err = run(capsys, "adapt", "/nowhere", "--target", place / "new", "--out", tmp_path / "out")
     assert code == 2 and "no head at /nowhere" in err
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn", "dflash"])
+def test_other_draft_tokens_begin_without_a_bias_and_the_old_ones_are_said_as_before(kind):
+    target = Target(tiny_model("llama"))
+    head = tiny_head(target, *(("vanilla", 0) if kind == "dflash" else (kind,)), draft_vocab=32)
+    counts = Counter({1: 5, 3: 2, int(head.draft_ids[-1]): 1})
+    draft_ids = renewed_vocabulary(target, head.draft_ids, counts)
+    assert {1, 3, int(head.draft_ids[-1])} <= {*draft_ids.tolist()} and len(draft_ids) == 32 and draft_ids.diff().min() > 0
+    assert len({*head.draft_ids.tolist()} - {*draft_ids.tolist()}) == 2
+    renewed = with_vocabulary(head, target, draft_ids)
+    h, previous = torch.randn(1, 2, 4, target.hidden_size), torch.randint(0, 128, (1, 2, 4))
+    (before, confidence), (after, same) = head(h, previous), renewed(h, previous)
+    old, kept = torch.isin(head.draft_ids, draft_ids), torch.isin(draft_ids, head.draft_ids)
+    assert torch.allclose(after[..., kept], before[..., old], atol=1e-6) and torch.equal(confidence, same)
+    assert torch.allclose(after[..., ~kept], h @ target.output_rows(draft_ids[~kept]).float().T, atol=1e-6)
+    assert torch.equal(renewed_vocabulary(target, draft_ids, counts), draft_ids)  # nothing is left to renew
+
+
+def test_adapting_renews_the_draft_vocabulary(place, new, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.train.run.always_kept", lambda target: set())  # bytes, which are all that this tokenizer has
+    said = {token for line in (place / "answers.jsonl").read_text().splitlines() for token in json.loads(line)["answer_ids"]}
+    old = load_target(place / "old")
+    head = tiny_head(old, block_size=3, draft_vocab=64)
+    save_head(head, old, tmp_path / "head", [3, 17, 99], {}, "")
+    report = adapt(new, tmp_path / "out", CONFIG, tmp_path / "head", answers=[place / "answers.jsonl"])
+    assert report["adapted"]["new_draft_tokens"] > 0 and "gave way" in gain_report(report)
+    served = load_head(tmp_path / "out" / "progress" / "candidate", load_target(place / "new"))
+    assert len(said & {*served.draft_ids.tolist()}) > len(said & {*head.draft_ids.tolist()})

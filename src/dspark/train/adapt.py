@@ -35,12 +35,15 @@ from dspark.train.run import (
     make_answers,
     origin,
     refuse_beforehand,
+    renewed_vocabulary,
     round_figures,
     run_steps,
     say,
     settings,
+    token_counts,
 )
 from dspark.train.trainer import measure
+from dspark.train.warmstart import with_vocabulary
 
 JUDGED_PROMPTS = 32  # held-out ones, decoded before and after; twice as many as after training, for a difference is judged
 PROFILE_CONTEXT, PROFILE_SECONDS = 300, 8.0
@@ -84,7 +87,10 @@ def adapt(
     judged = records[: min(config.held_out, JUDGED_PROMPTS)]
     before = once(work / "rounds-before.json", lambda: count_rounds(target, given, judged, bar, " of the head as it is"))
     started = time.time()
-    head, store, curve = learn(target, given, records, config, low_rank, work, bar)
+    draft_ids = renewed_vocabulary(target, given.draft_ids, token_counts(records[config.held_out :]))
+    num_new = len(draft_ids) - int(torch.isin(draft_ids, given.draft_ids.cpu()).sum())
+    renewed = with_vocabulary(given, target, draft_ids) if num_new else given
+    head, store, curve = learn(target, renewed, records, config, low_rank, work, bar)
     seconds = round(time.time() - started)
     provenance = origin(target, config, records, command) | {
         "seconds_last_start": seconds,
@@ -102,6 +108,7 @@ def adapt(
         "adapted": {
             **whence(source, served, target),
             "low_rank": low_rank,
+            "new_draft_tokens": num_new,
             "before": round_figures(before),
             "after": rounds,
             "gain": round(gain, 3),
@@ -203,6 +210,8 @@ def gain_report(provenance: dict) -> str:
     lines = [f"{found['from']} ({found['from_sha256'][:12]}) adapted to {provenance['target']}"]
     if found["features_agree"] is not None:
         lines[0] += f", whose features agree with those it was made for to {found['features_agree']:.2f}"
+    if found.get("new_draft_tokens"):
+        lines.append(f"{found['new_draft_tokens']:,} of its draft tokens gave way to such as the new target says")
     lines.append(f"{'held-out rounds':<20} {'before':>8} {'after':>8}")
     for law in ("t0", "t1"):
         lines.append(f"{f'tau at T={law[1]}':<20} {found['before'][f'tau_{law}']:>8.2f} {found['after'][f'tau_{law}']:>8.2f}")

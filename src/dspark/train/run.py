@@ -522,6 +522,16 @@ def draft_vocabulary(target: Target, counts: Counter, shape: dict) -> torch.Tens
     return torch.tensor(sorted([*kept, *ranked[: draft_size - len(kept)]]))
 
 
+def renewed_vocabulary(target: Target, draft_ids: torch.Tensor, counts: Counter) -> torch.Tensor:
+    """The draft tokens with those of the answers that are not among them, the most used first, in the place of such as no answer has."""
+    before = set(draft_ids.tolist())
+    wanted = [token for token, _ in counts.most_common() if token not in before]
+    kept = always_kept(target)
+    unused = [token for token in sorted(before, reverse=True) if token not in counts and token not in kept]
+    num = min(len(wanted), len(unused))
+    return torch.tensor(sorted(before - set(unused[:num]) | set(wanted[:num])))
+
+
 def layer_sizes(target: Target, shape: dict) -> dict[str, Any]:
     """Of draft layers: the target's own sizes where nothing else is asked for."""
     text, heads = target.text_config, target.text_config.num_attention_heads

@@ -13,6 +13,8 @@ from dspark.head.mtp import MtpHead, load_mtp
 from dspark.head.recurrent import NETWORKS, Eagle3, Mtp, RecurrentHead
 from dspark.target.target import Target, final_norm
 
+BIAS_ROWS = "markov_head.markov_w2.weight"  # what a head learns of each draft token
+
 
 def new_head(target: Target, config: HeadConfig, draft_ids: torch.Tensor, seed: int, warm_start: str = "last") -> Head:
     """Draft layers copy the target's last layers where the shapes allow; the rest is drawn from `seed`.
@@ -141,6 +143,20 @@ def widened(head: Head, target: Target, rank: int) -> Head:
             parameter[:, : leading.shape[1]] = leading
         parameter[tuple(slice(size) for size in given[name].shape)] = given[name]
     return wide.to(target.device)
+
+
+def with_vocabulary(head: Head, target: Target, draft_ids: torch.Tensor) -> Head:
+    """The same head for other draft tokens [Vd], as many and ascending: of those that it had it says what it said before, the others begin
+    with the target's output row and no bias."""
+    other = Head(head.config, draft_ids, target.output_rows(draft_ids).cpu(), head.mask_embedding.cpu())
+    given = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
+    rows = given.get(BIAS_ROWS)
+    if rows is not None:
+        kept = torch.isin(draft_ids, head.draft_ids.cpu())
+        given[BIAS_ROWS] = torch.zeros_like(rows)
+        given[BIAS_ROWS][kept] = rows[torch.isin(head.draft_ids.cpu(), draft_ids)]
+    other.load_state_dict(given)
+    return other.to(target.device)
 
 
 def leading_components(target: Target, rank: int) -> torch.Tensor:
