@@ -639,7 +639,7 @@ def test_commands_take_a_trained_module(tmp_path, capsys, monkeypatch):
     assert main(["generate", folder, "a", "--head", "none", "--max-new-tokens", "8", "--mtp", module, "--plan", "fixed"]) == 0
     assert "decoding plainly" not in capsys.readouterr().err
     for more, said in (
-        (["--contexts", "40"], "cannot take effect with --contexts"),
+        (["--contexts", "40", "--limit", "1"], "cannot take effect with --contexts"),
         (["--compare", "plain,lookup"], "no mode drafts with it"),
     ):
         assert main([*asked, "--mtp", module, *more]) == 2
