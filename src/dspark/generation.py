@@ -116,7 +116,7 @@ def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
 
 
 def make_drafter(name: str | None, target: Target, head: AnyHead | None) -> Drafter:
-    """The drafter of this name; None: auto, or none without a head. Raises `SettingError` when the name or the head does not fit.
+    """The drafter of this name; None: auto, or none without a head and what stands for modules. Raises `SettingError` when the name or the head does not fit.
 
     auto chooses round by round between the head, the target's own multi-token-prediction modules where its checkpoint has some, and
     prompt lookup; it needs a head or modules, and a head of the kind mtp or eagle3 takes the modules' place. mtp and eagle3 are such a head alone,
@@ -124,8 +124,9 @@ def make_drafter(name: str | None, target: Target, head: AnyHead | None) -> Draf
     if isinstance(head, RecurrentHead) and name in (None, "auto", head.kind):
         chain = MtpDrafter(head, target)
         return chain if (name or DEFAULT_DRAFTER) != "auto" else beside_lookup(chain, target)
-    if name is None:
-        name = "none" if head is None else DEFAULT_DRAFTER
+    if name is None and head is None:
+        name = "auto" if isinstance(target.mtp, RecurrentHead) else "none"  # a trained head that stands for the target's modules drafts
+    name = name or DEFAULT_DRAFTER
     if name not in DRAFTERS:
         raise SettingError(f"unknown drafter {name!r}", f"choose one of {', '.join(DRAFTERS)}")
     if name == "none":

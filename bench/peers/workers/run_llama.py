@@ -15,16 +15,17 @@ from pathlib import Path
 from serve import Answer, serve
 
 START_S = 120
+EXPORTED = "draft-dspark"  # drafts with an exported head; -N behind it: N tokens
 LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy that the environment names
 
 
 def load(options: argparse.Namespace) -> tuple[Answer, dict]:
     binary = Path(options.home, "llama.cpp/build/bin/llama-server")
     threads, port = str(options.threads), free_port()
-    method, _, num = options.method.partition("dspark-")
-    more = [] if method == "none" else ["--spec-type", method + "dspark" * bool(num)]
-    if more[1:] == ["draft-dspark"]:
-        more += ["-md", options.draft, "--spec-draft-n-max", num or options.block]
+    more = [] if options.method == "none" else ["--spec-type", options.method]
+    if options.method.startswith(EXPORTED):
+        num = options.method.removeprefix(EXPORTED).removeprefix("-")
+        more = ["--spec-type", EXPORTED, "-md", options.draft, "--spec-draft-n-max", num or options.block]
     settings = ["-t", threads, "-tb", threads, "--threads-http", "1", "-np", "1", "-c", str(options.context), "--cache-ram", "0", *more]
     server = subprocess.Popen([binary, "-m", options.model, "--host", "127.0.0.1", "--port", str(port), "--no-ui", *settings], stdout=2)
     atexit.register(end, server)

@@ -140,8 +140,6 @@ def open_target(options: argparse.Namespace):
     drafter = getattr(options, "drafter", None)
     if getattr(options, "mtp", None) is not None and drafter not in (None, "auto", "mtp", "mtp+dspark"):
         raise SettingError(f"--mtp cannot take effect with --drafter {drafter}", "leave one of them out")
-    if getattr(options, "mtp", None) is not None and drafter is None:
-        options.drafter = "auto"  # without a head too
     from dspark.target.load import load_target
 
     target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)

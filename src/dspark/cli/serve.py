@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     listener = listen(options.host, options.port)  # before the target is loaded: a port in use is said at once
     target = open_target(options)
     mtp = open_modules(options, target)
-    beside = "its own multi-token-prediction modules and prompt lookup" if mtp else "prompt lookup alone"
+    beside = "multi-token-prediction modules and prompt lookup" if mtp else "prompt lookup alone"
     head = None if options.drafter == "lookup" else open_head(options, target, f"drafting with {beside}")
     if head is not None and options.drafter in ("dspark", "mtp") and options.drafter != head.kind.replace("dflash", "dspark"):
         raise SettingError(f"--drafter is {options.drafter}, and the head is of the kind {head.kind}", "leave --drafter or --head out")

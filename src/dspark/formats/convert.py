@@ -88,8 +88,9 @@ def convert(
     refuse_other_rows(head, target)
     network = build(head, target)
     test = replay_kept(head, network, target)
-    if taps is not None:
+    if taps is not None and taps != head.config.target_layer_ids:
         head = retapped(head, taps, target)
+        say("golden vectors, calibration and card are of the head with its own layers: they stay behind")
         network, test = build(head, target), None
     if to == OWN:
         import_head(head, network, path, target, kind, command)
