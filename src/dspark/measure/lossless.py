@@ -72,7 +72,7 @@ def greedy_tokens(target: Target, head: AnyHead | None, prompts: Sequence[list[i
     ties: list[str] = []
     wrong: list[str] = []
     for index, ids in enumerate(prompts):
-        plain = generate(target, None, ids, max_new_tokens).token_ids
+        plain = generate(target, None, ids, max_new_tokens, drafter="none").token_ids
         result = generate(target, head, ids, max_new_tokens, drafter=chosen, plan=plan)
         drafted = result.token_ids
         num_drafted += sum(r.num_planned for r in result.rounds_log)
