@@ -58,7 +58,7 @@ def kinds(size: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", list(kinds(8)))
+@pytest.mark.parametrize("kind", list(kinds(64)))
 def test_the_tokens_kept_are_those_of_transformers(kind, dtype):
     logits = kinds(VOCAB)[kind].to(dtype)
     for top_p in TOP_PS:
