@@ -23,7 +23,7 @@ class UnsortedTopP(TopPLogitsWarper):
     def like(cls, warper: TopPLogitsWarper) -> "UnsortedTopP":
         return cls(warper.top_p, warper.filter_value, warper.min_tokens_to_keep)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         usual = self.filter_value == -math.inf and self.min_tokens_to_keep == 1 and scores.dtype in (torch.float32, torch.float64)
         if not usual or scores.shape[-1] <= SMALL:
             return self.sorted(scores)
