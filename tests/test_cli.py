@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 
 import dspark.generation
-from dspark.cli.main import VERBS, main
+from dspark.cli.main import VERBS, main, parse
 from dspark.cli.options import check_file, cores, starting
 from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
@@ -240,6 +240,25 @@ def test_bench_checks_its_modes_before_it_loads_anything(capsys, tmp_path):
     for more in (["--compare", "plain,warp"], ["--compare", "dspark", "--head", "none"], ["--compare", "dflash"]):
         code, _, err = run(capsys, "bench", "/nowhere", "--prompts", tmp_path / "p.jsonl", *more)
         assert code == 2 and "mode" in err and "no folder" not in err
+
+
+def test_heads_that_are_none_are_told_before_the_target_is_loaded(place, capsys, tmp_path):
+    """The target is nowhere: what is said first is of the head."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    bench = ["bench", "/nowhere/target", "--prompts", tmp_path / "p.jsonl", "--compare", "plain,mtp,mine", "--other", f"mine={place / 'head'}"]
+    generate, chat, serve = ["generate", "/nowhere/target", "hi"], ["chat", "/nowhere/target"], ["serve", "/nowhere/target", "--port", 0]
+    train = ["train", "/nowhere/target", "--out", tmp_path / "new", "--warm-start", "mtp"]
+    for command in (generate, chat, serve, bench, train):
+        for folder, says in (
+            ("/nowhere/head", "no head at /nowhere/head"),
+            (place, f"no head in {place}: it holds no config.json"),
+            (place / "head", "a head of the kind dspark cannot stand for multi-token-prediction modules"),
+        ):
+            code, _, err = run(capsys, *command, "--mtp", folder)
+            assert code == 2 and says in err and err.count("error:") == 1
+    for command in (generate, chat, serve, ["verify", "/nowhere/target"], ["profile", "/nowhere/target"]):
+        assert "no head at /nowhere/head" in run(capsys, *command, "--head", "/nowhere/head")[2]
+    assert "no head at /nowhere/head" in run(capsys, *bench, "--compare", "plain,b", "--other", "b=/nowhere/head")[2]
 
 
 def test_files_that_cannot_be_written_are_told_before_anything_is_loaded(capsys, tmp_path):
@@ -531,6 +550,15 @@ def test_an_unknown_option_is_told_the_nearest_whatever_else_is_missing(capsys, 
         (["generate", "target", "hi", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["generate", "target", "hi", "--stop"], "argument --stop: expected one argument"),
         (["generate", "target", "hi", "--stop", "---"], "--stop needs a value, and --- reads as an option\nhint: if it is the value, write --stop=---"),
+        (["generate", "target", "hi", "--stop", "-3+4"], "--stop needs a value, and -3+4 reads as an option\nhint: if it is the value, write --stop=-3+4"),
+        (["generate", "target", "hi", "--stop", "-h x"], "--stop needs a value, and -h x reads as an option\nhint: if it is the value, write '--stop=-h x'"),
+        (["generate", "target", "hi", "--stop", "--"], "--stop needs a value, and -- ends the options\nhint: if it is the value, write --stop=--"),
+        (["generate", "target", "-3+4=?"], "-3+4=? reads as an option, and there is none\nhint: if it is a text, write it behind --: -- '-3+4=?'"),
+        (["generate", "target", "-hello"], "there is no option -hello"),
+        (["convert", "head", "new", "--taps", "-1,2"], "--taps needs a value, and -1,2 reads as an option\nhint: if it is the value, write --taps=-1,2"),
+        (["generate", "target", "hi", "--taps", "1,2"], "there is no option --taps\nhint: train and convert have it;"),
+        (["replay", "trace", "--compare", "plain"], "there is no option --compare\nhint: bench has it;"),
+        (["serve", "--prompt", "hi"], "there is no option --prompt\nhint: see"),
         (["generate", "target", "-x"], "there is no option -x"),
         (["profile", "target", "more"], "'more' is one argument too many"),
         (["train", "target", "--out", "new", "--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
@@ -549,6 +577,7 @@ def test_arguments_that_cannot_be_read_give_one_message_and_no_usage(capsys, arg
 def test_texts_and_values_may_begin_with_a_dash(capsys):
     code, _, err = run(capsys, "generate", "/nowhere", "--stop=--end", "--repetition-penalty", "-1", "-5 degrees", "--", "--hepl", "-x")
     assert code == 2 and "repetition_penalty is -1.0" in err
+    assert parse(["generate", "target", "hi", "--stop=--"]).stop == ["--"]
 
 
 def test_a_command_that_no_longer_exists_is_told_at_resuming(place, capsys, tmp_path):

@@ -48,6 +48,7 @@ def verb_parser(verb: str) -> Parser:
     module = importlib.import_module(f"dspark.cli.{verb}")
     module.add_arguments(parser)
     parser.set_defaults(verb=verb, run=module.run)
+    parser.having = lambda name: [other for other in VERBS if other != verb and name in verb_parser(other)._option_string_actions]
     return parser
 
 

@@ -134,12 +134,27 @@ def set_threads(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
 
 
+def check_heads(options: argparse.Namespace) -> None:
+    """Whether the folders given for heads hold some, and of a kind that can be what it is asked to be: their files tell, before the target is
+    loaded. Raises `HeadError`, and `SettingError` where one leaves the other nothing to do."""
+    from dspark.head.folder import kind_in, named_head
+    from dspark.head.mtp import cannot_stand
+
+    head, mtp = (getattr(options, name, None) for name in ("head", "mtp"))
+    if mtp is not None and (kind := kind_in(named_head(mtp))) not in RECURRENT_KINDS:
+        raise cannot_stand(kind)
+    if head not in (None, "none") and (kind := kind_in(named_head(head))) in RECURRENT_KINDS and mtp is not None:
+        raise SettingError(f"--head is of the kind {kind}, and --mtp stands for the same", "leave one of them out")
+
+
 @starting()
 def open_target(options: argparse.Namespace):
+    """The target asked for, with what stands for its modules. What can be said of the options before it is loaded is said before."""
     set_threads(options)
     drafter = getattr(options, "drafter", None)
     if getattr(options, "mtp", None) is not None and drafter not in (None, "auto", "mtp", "mtp+dspark"):
         raise SettingError(f"--mtp cannot take effect with --drafter {drafter}", "leave one of them out")
+    check_heads(options)
     from dspark.target.load import load_target
 
     target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
@@ -168,8 +183,6 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
     head = load_head(folder, target)
     if isinstance(head, Head) and head.bundled:
         say(f"drafting with the head in the checkpoint {folder}")
-    if getattr(options, "mtp", None) is not None and head.kind in RECURRENT_KINDS:
-        raise SettingError(f"--head is of the kind {head.kind}, and --mtp stands for the same", "leave one of them out")
     return head
 
 
