@@ -276,7 +276,7 @@ def test_files_that_cannot_be_written_are_told_before_anything_is_loaded(capsys,
         ("--report", "new/" + "n" * 300, "File name too long"),
         ("--report", "p.jsonl", "File exists"),
         ("--report", "p.jsonl/page", "Not a directory"),
-        ("--report", "there", "index.html, a folder"),
+        ("--report", "there", "in which index.html is a folder"),
     ):
         code, out, err = run(capsys, *bench, option, tmp_path / name)
         assert code == 2 and out == "" and f"{option} is {tmp_path / name.partition('/')[0]}" in err and says in err and "hint: " in err

@@ -237,6 +237,8 @@ def check_folder(name: str, folder: str | Path, files: Sequence[str]) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in files:
+                if (path / file).is_dir():
+                    raise SettingError(f"{name} is {folder}, in which {file} is a folder", "move it away, or name another folder")
                 check_file(name, path / file)
         finally:
             for each in made:
