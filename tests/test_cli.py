@@ -448,6 +448,26 @@ def test_a_full_disk_is_said_with_the_way_out_of_its_verb(place, capsys, tmp_pat
     monkeypatch.setattr("dspark.target.load.load_target", full)
     assert "--resume" in run(capsys, "train", place / "target", "--out", tmp_path / "new")[2]
     assert "--resume" not in run(capsys, "generate", place / "target", "hi")[2]
+    monkeypatch.setattr("dspark.target.load.load_target", lambda *args, **kwargs: os.truncate(tmp_path / "file", 2**62))
+    (tmp_path / "file").write_text("")
+    assert "error: a file would be larger than is allowed here (ulimit -f) (" in run(capsys, "generate", place / "target", "hi")[2]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("nothing 2>&-", 2, ""),  # what is for stderr does not go to stdout
+        ("--help >&-", 0, ""),
+        ("--help >/dev/full", 2, "error: the disk is full\nhint: free some space\n"),
+        ("train --help | true", 1, ""),
+    ],
+)
+def test_streams_may_be_closed_full_or_left(line, code, says):
+    command = f"set -o pipefail; {shlex.quote(sys.executable)} -m dspark {line}"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # what is left is written at the end
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, timeout=60, env=buffered)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", says)
 
 
 def test_a_terminal_that_lacks_a_character_gets_the_rest(place):
