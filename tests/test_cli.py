@@ -261,6 +261,22 @@ def test_heads_that_are_none_are_told_before_the_target_is_loaded(place, capsys,
     assert "no head at /nowhere/head" in run(capsys, *bench, "--compare", "plain,b", "--other", "b=/nowhere/head")[2]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "/nowhere", "hi", "--drafter", "magic"], "unknown drafter 'magic'"),
+        (["chat", "/nowhere", "--plan", "length:-1"], "unknown plan 'length:-1'"),
+        (["verify", "/nowhere", "--drafter", "dspark", "--drafter", "magic"], "unknown drafter 'magic'"),
+        (["verify", "/nowhere", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["calibrate", "/nowhere/head", "--target", "/nowhere", "--temperature", "1", "--temperature", "-1"], "temperature is -1.0"),
+        (["profile", "/nowhere", "--costs", "/nowhere/file"], "--costs is /nowhere/file"),
+    ],
+)
+def test_settings_that_no_target_could_take_are_told_before_it_is_loaded(capsys, arguments, says):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and says in err and "no folder" not in err
+
+
 def test_files_that_cannot_be_written_are_told_before_anything_is_loaded(capsys, tmp_path):
     """A name too long for any file system, a folder that is a file, one without leave; nothing is left behind."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
@@ -500,6 +516,14 @@ def test_chat_says_what_it_cannot_read(place):
         command, check=False, input=b"caf\xe9\n", capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "utf-8"}
     )
     assert done.returncode == 2 and b"is not utf-8 text" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_chat_tells_bytes_that_are_no_text_and_goes_on(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nhi\n"))
+    code, _, err = run(capsys, "chat", place / "target", "--head", "none", "--max-new-tokens", 3)
+    assert code == 0 and r"the message '\udcff' is not text" in err and "[3 tokens" in err
+    code, _, err = run(capsys, "chat", "/nowhere", "--system", "\udcff")
+    assert code == 2 and r"--system '\udcff' is not text" in err
 
 
 def test_chat_without_an_input_says_so(place):

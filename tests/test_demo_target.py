@@ -51,7 +51,7 @@ def test_a_damaged_label_is_no_whole_folder(label, hub, tmp_path):
 def test_a_damaged_file_of_the_demo_target_is_told_with_its_place(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
     folder = demo.ensure_demo_target(print)
-    (folder / "tokenizer.json").write_text('{"version": ')
+    (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises(TargetError, match=f"delete {folder}: it is fetched anew"):
         load_target(demo.NAME)
 

@@ -107,9 +107,10 @@ def sampling_options(options: argparse.Namespace) -> dict:
 
 @starting()
 def check_sampling(options: argparse.Namespace) -> None:
-    """Raises `SettingError` for sampling settings without meaning, before anything is loaded or measured."""
-    from dspark.generation import check_settings, make_law
+    """Raises `SettingError` for sampling settings without meaning, and for drafters and plans that are none, before anything is loaded or measured."""
+    from dspark.generation import check_names, check_settings, make_law
 
+    check_names(options.drafter, options.plan)
     check_settings(options.max_new_tokens, options.seed, options.stop)
     make_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
 
@@ -194,12 +195,14 @@ def say_calibration(head, temperature: float) -> None:
         say(f"calibrated for {' and '.join(f'T={T}' for T in fitted)}; T={temperature:g} uses the fit for T={nearest:g}")
 
 
+def check_text(what: str, text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for bytes that are no text
+        raise PromptError(f"{what} {text!a} is not text in this terminal's encoding", "write it in UTF-8")
+
+
 def open_prompts(texts: list[str], file: str | None) -> list[Prompt]:
     for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for bytes that are no text
-            raise PromptError(
-                f"the prompt {text!a} is not text in this terminal's encoding", "write it in UTF-8, or use --prompts FILE.jsonl"
-            )
+        check_text("the prompt", text)
     prompts = [Prompt(text) for text in texts] + (read_prompts(file) if file else [])
     if not prompts:
         raise PromptError("no prompt given", "pass a PROMPT, or --prompts FILE.jsonl")
