@@ -305,8 +305,9 @@ def test_a_choice_that_looks_at_what_was_drafted_changes_the_law():
 
 
 WRONG_RULES = {
-    "residual": lambda p_V, q_V: p_V,
-    "acceptance": lambda p_V, q_V, token: 1.0,
+    "residual": lambda p_V, q_V, standing: p_V,
+    "acceptance": lambda p_V, q_V, token, standing: 1.0,
+    "ending": lambda p_V, q_V, standing: 1.0,
 }
 
 

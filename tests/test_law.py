@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dspark.core.decode import Scored, judge_by_law, judge_fast
 from dspark.core.planner import Costs, admit, budget, cut, early_stop, fixed, survivals_of, threshold, worth
 from dspark.core.sampling import Law, Streams, draw, probs
-from dspark.core.verifier import Draft, FewTokens, Verdict, acceptance, residual, verify
+from dspark.core.verifier import Draft, FewTokens, Verdict, acceptance, ending, residual, verify
 from dspark.errors import LogitsError
 from dspark.generation import make_law
 
@@ -134,11 +134,14 @@ def confidences_of(case: Case, block: Tokens) -> list[float]:
     return [case.confidence(case.prompt + block[:k]) for k in range(len(block))]
 
 
-def block_law(case: Case, block_size: int, acceptance=acceptance, residual=residual) -> Callable[[Tokens, int], torch.Tensor]:
+def block_law(
+    case: Case, block_size: int, acceptance=acceptance, ending=ending, residual=residual
+) -> Callable[[Tokens, int], torch.Tensor]:
     """(drafted block, tokens to verify) -> the joint law of the next `block_size + 1` tokens, of which this round says the
     first and the target the rest."""
-    judged = cache(lambda tokens, x: acceptance(case.p(tokens), case.q(tokens), x))
-    recovered = cache(lambda tokens: residual(case.p(tokens), case.q(tokens)))
+    judged = cache(lambda tokens, x, standing: acceptance(case.p(tokens), case.q(tokens), x, standing))
+    ended = cache(lambda tokens, standing: ending(case.p(tokens), case.q(tokens), standing))
+    recovered = cache(lambda tokens, standing: residual(case.p(tokens), case.q(tokens), standing))
     finished = cache(lambda said: target_joint(case.p, case.prompt + said, block_size + 1 - len(said)))
 
     def law(block: Tokens, num_planned: int) -> torch.Tensor:
@@ -149,14 +152,17 @@ def block_law(case: Case, block_size: int, acceptance=acceptance, residual=resid
                 if chance * p != 0:
                     joint[(*accepted, x)] += chance * p * finished((*accepted, x))
 
-        standing = 1.0
+        before = [case.prompt + block[:k] for k in range(num_planned + 1)]
+        standing = [1.0]
         for k in range(num_planned):
-            tokens = case.prompt + block[:k]
-            kept = judged(tokens, block[k])
-            if kept < 1:
-                commit(block[:k], recovered(tokens), standing * (1 - kept))
-            standing *= kept
-        commit(block[:num_planned], case.p(case.prompt + block[:num_planned]), standing)
+            standing.append(judged(before[k], block[k], standing[k]))
+        commit(block[:num_planned], case.p(before[num_planned]), standing[num_planned])
+        shorter = 1 - standing[num_planned]
+        for k in reversed(range(num_planned)):
+            ends = ended(before[k], standing[k]) if k else 1.0
+            if shorter * ends > 0:
+                commit(block[:k], recovered(before[k], standing[k]), shorter * ends)
+            shorter *= 1 - ends
         return joint
 
     return law
@@ -212,6 +218,14 @@ def drafted(case: Case, block: Tokens) -> tuple[torch.Tensor, Draft]:
     return torch.stack([case.p(t) for t in before]), Draft(list(block), torch.stack([case.q(t) for t in before[:-1]]))
 
 
+def standing_of(p_KV: torch.Tensor, draft: Draft) -> list[float]:
+    """The chance that the block stands up to each of its tokens, from none of it on."""
+    standing = [1.0]
+    for k in range(len(p_KV) - 1):
+        standing.append(acceptance(p_KV[k], draft.probs_KV[k], draft.tokens[k], standing[k]))
+    return standing
+
+
 def verify_joint(case: Case, plan, block_size: int) -> torch.Tensor:
     """As `round_joint`, by calling `verify` in every piece of the cube of uniforms where it is constant."""
     joint = torch.zeros((VOCABULARY,) * (block_size + 1), dtype=torch.float64)
@@ -219,8 +233,10 @@ def verify_joint(case: Case, plan, block_size: int) -> torch.Tensor:
         num_planned = plan(confidences_of(case, block), block_size)
         p_KV, draft = drafted(case, block)
         p_KV = p_KV[: num_planned + 1]
-        keep = [cells([acceptance(p_KV[k], draft.probs_KV[k], block[k])]) for k in range(num_planned)]
-        next_laws = [*(residual(p_KV[k], draft.probs_KV[k]) for k in range(num_planned)), p_KV[num_planned]]
+        standing = standing_of(p_KV, draft)
+        ends = [*(ending(p_KV[k], draft.probs_KV[k], standing[k]) for k in range(num_planned)), standing[num_planned]]
+        keep = [cells([chance]) for chance in ends[1:]]
+        next_laws = [*(residual(p_KV[k], draft.probs_KV[k], standing[k]) for k in range(num_planned)), p_KV[num_planned]]
         recover = cells(torch.cat([row.cumsum(-1) for row in next_laws]).tolist())
         for piece in product(*keep, recover):
             *accept, last = (middle for middle, _ in piece)
@@ -241,21 +257,49 @@ def test_verify_has_the_law_of_the_target(law, plan):
 
 
 @pytest.mark.parametrize("draft", ["random", "without overlap", "equal"])
-def test_verify_turns_at_the_acceptance_probability(draft):
-    """A uniform just below it keeps the token, the probability itself rejects it."""
+def test_verify_turns_at_the_chance_of_an_end(draft):
+    """A uniform just below it lets that part of the block stand, the chance itself does not."""
     case = make_case(LAWS["T=1"], draft, num_allowed=3)
     for block, _ in blocks(case, 3):
         p_KV, proposal = drafted(case, block)
-        keep = [acceptance(p_KV[k], proposal.probs_KV[k], block[k]) for k in range(3)]
-        below = [nextafter(chance, 0) for chance in keep]
+        standing = standing_of(p_KV, proposal)
+        possible = next((k for k in range(4) if standing[k] == 0), 4)
+        ends = [ending(p_KV[k], proposal.probs_KV[k], standing[k]) for k in range(min(possible, 3))] + standing[3:possible]
         for recover in (0.0, 0.5, ALMOST_ONE):
-            first_impossible = next((k for k in range(3) if keep[k] == 0), 3)
-            next_law = p_KV[3] if first_impossible == 3 else residual(p_KV[first_impossible], proposal.probs_KV[first_impossible])
-            assert verify(p_KV, proposal, below, recover) == Verdict(first_impossible, draw(next_law, recover))
-            for k in range(first_impossible + 1):
-                if k < 3 and keep[k] < 1:
-                    verdict = verify(p_KV, proposal, [*below[:k], *keep[k:]], recover)
-                    assert verdict == Verdict(k, draw(residual(p_KV[k], proposal.probs_KV[k]), recover))
+            for k in range(possible):
+                next_law = p_KV[3] if k == 3 else residual(p_KV[k], proposal.probs_KV[k], standing[k])
+                verdict = Verdict(k, draw(next_law, recover))
+                if k == 0:
+                    refused = ends
+                elif ends[k] == 0:
+                    continue
+                else:
+                    refused = [*ends[:k], nextafter(ends[k], 0), *ends[k + 1 :]]
+                if all(chance < 1 for chance in refused[k + 1 :]):
+                    assert verify(p_KV, proposal, [*refused[1:], *[0.0] * (4 - possible)], recover) == verdict
+
+
+def expected_to_stand(case: Case, block_size: int) -> tuple[float, float]:
+    """Tokens of a block that stand on average: by this rule, and by keeping each token on its own account."""
+    by_block = by_token = 0.0
+    for block, chance in blocks(case, block_size):
+        p_KV, draft = drafted(case, block)
+        by_block += chance * sum(standing_of(p_KV, draft)[1:])
+        alone = [acceptance(p_KV[k], draft.probs_KV[k], block[k]) for k in range(block_size)]
+        by_token += chance * sum(prod(alone[: k + 1]) for k in range(block_size))
+    return by_block, by_token
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_block_stands_longer_than_its_tokens_would_one_by_one(law):
+    for draft in DRAFTS:
+        case = make_case(LAWS[law], draft)
+        by_block, by_token = expected_to_stand(case, 1)
+        assert by_block == pytest.approx(by_token, abs=1e-12)
+        by_block, by_token = expected_to_stand(case, 3)
+        assert by_block > by_token - 1e-12
+        if draft == "random" and law in ("T=1", "T=1.5", "repetition"):
+            assert by_block > 1.01 * by_token
 
 
 def test_residual_of_equal_laws_is_that_law():
@@ -403,25 +447,31 @@ def test_looking_ahead_over_two_requests_changes_their_law():
 
 
 MUTANTS = {
-    "target law after a rejection": {"residual": lambda p, q: p},
-    "residual without clamp": {"residual": lambda p, q: normalised((p - q).abs())},
-    "residual not normalised": {"residual": lambda p, q: (p - q).clamp_min(0)},
-    "ratio upside down": {"acceptance": lambda p, q, x: min(1.0, (q[x] / p[x]).item())},
-    "everything accepted": {"acceptance": lambda p, q, x: 1.0},
-    "target probability alone": {"acceptance": lambda p, q, x: p[x].item()},
+    "target law after a rejection": {"residual": lambda p, q, s: p},
+    "residual without clamp": {"residual": lambda p, q, s: normalised((s * p - q).abs())},
+    "residual not normalised": {"residual": lambda p, q, s: (s * p - q).clamp_min(0)},
+    "residual as if all before it stood for certain": {"residual": lambda p, q, s: residual(p, q)},
+    "ratio upside down": {"acceptance": lambda p, q, x, s: min(1.0, s * (q[x] / p[x]).item())},
+    "everything accepted": {"acceptance": lambda p, q, x, s: 1.0},
+    "target probability alone": {"acceptance": lambda p, q, x, s: s * p[x].item()},
+    "each token on its own account": {"acceptance": lambda p, q, x, s: s * acceptance(p, q, x)},
+    "a part ends as the whole block does": {"ending": lambda p, q, s: s},
+    "no part ends before the whole": {"ending": lambda p, q, s: 0.0},
+    "a part's end forgets what was refused": {"ending": lambda p, q, s: (s * p - q).clamp_min(0).sum().item()},
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_enumeration_rejects_a_wrong_rule(mutant):
-    assert bias(make_case(LAWS["T=1"], "random"), fixed, 2, **MUTANTS[mutant]) > 1e-3
+    assert max(bias(make_case(LAWS["T=1.5"], "random", seed=seed), fixed, 2, **MUTANTS[mutant]) for seed in range(6)) > 1e-3
 
 
 def test_enumeration_rejects_the_draft_law_of_another_row():
-    case = make_case(LAWS["T=1"], "random")
+    case = make_case(LAWS["T=1.5"], "random")
     anchor_row = case.q(PROMPT)
-    assert bias(case, fixed, 2, acceptance=lambda p, q, x: acceptance(p, anchor_row, x)) > 1e-3
-    assert bias(case, fixed, 2, residual=lambda p, q: residual(p, anchor_row)) > 1e-3
+    assert bias(case, fixed, 2, acceptance=lambda p, q, x, s: acceptance(p, anchor_row, x, s)) > 1e-3
+    assert bias(case, fixed, 2, residual=lambda p, q, s: residual(p, anchor_row, s)) > 1e-3
+    assert bias(case, fixed, 2, ending=lambda p, q, s: ending(p, anchor_row, s)) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["greedy", "greedy with a processor", "T=1"])

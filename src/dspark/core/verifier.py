@@ -1,7 +1,10 @@
 """Which drafted tokens stand, and which token comes next: exact speculative sampling.
 
-Leviathan et al. 2023, as in the paper's section 2: accept x with probability min(1, p(x)/q(x)),
-at the first rejection draw from the residual max(0, p - q), after a full acceptance from p.
+Block verification (Sun et al. 2024, algorithm 2), which lets more tokens stand than the rule of the paper's section 2
+(Leviathan et al. 2023: keep x with probability min(1, p(x)/q(x)), end at the first that is not kept) and has the same law. There
+a token that the target likes better than the draft did is kept for certain, and the excess is lost. Here it makes up for a token
+before it: a block stands up to its k-th token with probability s_k = min(1, s_{k-1} p(x_k)/q(x_k)), s_0 = 1. In a block of one token
+the rules are the same. Where a block ends must depend on nothing drawn after its end, as for any plan (planner.py).
 Shapes: K verified tokens, V vocabulary."""
 
 from collections.abc import Callable, Sequence
@@ -90,17 +93,31 @@ class Verdict:
     next_token: int
 
 
-def acceptance(p_V: torch.Tensor, q_V: torch.Tensor, token: int) -> float:
-    """Chance that a token drawn from q is kept. q(token) > 0, since it was drawn."""
-    return min(1.0, (p_V[token] / q_V[token]).item())
+def acceptance(p_V: torch.Tensor, q_V: torch.Tensor, token: int, standing: float = 1.0) -> float:
+    """Chance that a block stands up to a token drawn from q, where it does up to the one before with chance `standing`.
+    q(token) > 0, since it was drawn."""
+    return min(1.0, standing * (p_V[token] / q_V[token]).item())
 
 
-def residual(p_V: torch.Tensor, q_V: torch.Tensor) -> torch.Tensor:
-    """The law after a rejection: norm(max(0, p - q)).
+def left_over(p_V: torch.Tensor, q_V: torch.Tensor, standing: float = 1.0) -> torch.Tensor:
+    """What the next token still needs of each word's chance [V], once tokens drawn from q have brought what they may."""
+    return (standing * p_V - q_V).clamp_min(0)
+
+
+def ending(p_V: torch.Tensor, q_V: torch.Tensor, standing: float) -> float:
+    """Chance that a block stands up to here, given that no more of it does; p and q are the laws of the next token."""
+    if standing == 1:
+        return 1.0
+    left = left_over(p_V, q_V, standing).sum().item()
+    return left / (left + 1 - standing)
+
+
+def residual(p_V: torch.Tensor, q_V: torch.Tensor, standing: float = 1.0) -> torch.Tensor:
+    """The law of the token after a block that stands up to here and no further.
 
     Where p and q agree to the last bit nothing is left over; a rejection there is a rounding
     event of probability ~1e-7, and p itself is then the law within that rounding."""
-    left = (p_V - q_V).clamp_min(0)
+    left = left_over(p_V, q_V, standing)
     total = left.sum()
     return left / total if total > 0 else p_V
 
@@ -108,14 +125,26 @@ def residual(p_V: torch.Tensor, q_V: torch.Tensor) -> torch.Tensor:
 def verify(target_probs_KV: Rows, draft: Draft, uniforms: Sequence[float], recover: float) -> Verdict:
     """Judge a (planned prefix of a) draft of K tokens.
 
-    `target_probs_KV` has K+1 rows: the target's law at each drafted position and after the last.
-    `uniforms` (K of them) decide acceptance, `recover` draws the next token; all in [0, 1)."""
+    `target_probs_KV` has K+1 rows: the target's law at each drafted position and after the last. Rows after a token that the target
+    never says are not read.
+    `uniforms` (K of them) decide how much stands, `recover` draws the next token; all in [0, 1)."""
     num_verified = len(target_probs_KV) - 1
+    laws, standing = [target_probs_KV[0]], [1.0]  # of each part of the block, from none of it on
     for k in range(num_verified):
-        p_V, q_V = target_probs_KV[k], draft.probs_KV[k]
-        if uniforms[k] >= acceptance(p_V, q_V, draft.tokens[k]):
-            return Verdict(k, draw(residual(p_V, q_V), recover))
-    return Verdict(num_verified, draw(target_probs_KV[num_verified], recover))
+        chance = acceptance(laws[k], draft.probs_KV[k], draft.tokens[k], standing[k])
+        if chance == 0:
+            break
+        standing.append(chance)
+        laws.append(target_probs_KV[k + 1])
+
+    def chance_of_end(k: int) -> float:
+        return standing[k] if k == num_verified else ending(laws[k], draft.probs_KV[k], standing[k])
+
+    k = len(standing) - 1
+    while k > 0 and uniforms[k - 1] >= chance_of_end(k):
+        k -= 1
+    next_law = laws[k] if k == num_verified else residual(laws[k], draft.probs_KV[k], standing[k])
+    return Verdict(k, draw(next_law, recover))
 
 
 def verify_greedy(best_K: Sequence[int], drafted: Sequence[int]) -> Verdict:

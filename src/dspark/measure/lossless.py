@@ -11,7 +11,7 @@ import torch
 
 from dspark.config import MAX_BLOCK
 from dspark.core.sampling import probs
-from dspark.core.verifier import acceptance, residual
+from dspark.core.verifier import acceptance, ending, residual
 from dspark.generation import generate, make_drafter, make_law, make_planner
 from dspark.head.head import SelfTest
 from dspark.head.recurrent import AnyHead
@@ -107,7 +107,8 @@ def logit_gap(target: Target, prefix: list[int], one: int | None, other: int | N
 
 
 def round_law(target: Target, head: AnyHead | None, prompts: Sequence[list[int]], drafter: str, num_drafts: int = 8) -> Check:
-    """For real drafts at T = 1, at every drafted position: q(x) * accept(x) + reject * residual must be p.
+    """For real drafts at T = 1, at every drafted position: what drafts bring of each token there and what the residual adds must be p,
+    times the chance that the block stands so far.
 
     This is an identity of the verifier on the pair's own p and q, in float64; it fails if a
     draft's stated law is not a law, or if it puts weight where the token could not have come from. A prompt said twice
@@ -126,10 +127,13 @@ def round_law(target: Target, head: AnyHead | None, prompts: Sequence[list[int]]
                 continue
             p_KV = probs(law, [()], target.score(state, [ids[-1], *draft.tokens]).logits_TV.double())
             target.rollback(state, 1 + len(draft.tokens))
+            standing = 1.0
             for k, token in enumerate(draft.tokens):
                 q = draft.probs_KV[k].double()
                 drawn_ok &= bool(q[token] > 0) and abs(q.sum().item() - 1) < 1e-5
-                worst = max(worst, law_error(p_KV[k], q / q.sum()))
+                q = q / q.sum()
+                worst = max(worst, law_error(p_KV[k], q, standing))
+                standing = acceptance(p_KV[k], q, token, standing) if q[token] > 0 else 0.0
                 num_positions += 1
     return Check(
         f"law of a round at T=1 ({drafter})",
@@ -145,12 +149,13 @@ def nothing(drafter: str) -> str:
     return f"{NOTHING_DRAFTED} (lookup needs texts that repeat themselves)" if drafter == "lookup" else NOTHING_DRAFTED
 
 
-def law_error(p_V: torch.Tensor, q_V: torch.Tensor) -> float:
-    """How far the law that comes out of accepting or replacing a draw from q is from p."""
+def law_error(p_V: torch.Tensor, q_V: torch.Tensor, standing: float = 1.0) -> float:
+    """How far what comes of drawing the next token from q, where a block stands so far with chance `standing`, is from p that often."""
     kept = torch.zeros_like(p_V)
     for token in q_V.nonzero()[:, 0].tolist():
-        kept[token] = q_V[token] * acceptance(p_V, q_V, token)
-    return (kept + (1 - kept.sum()) * residual(p_V, q_V) - p_V).abs().max().item()
+        kept[token] = q_V[token] * acceptance(p_V, q_V, token, standing)
+    replaced = (1 - kept.sum()) * ending(p_V, q_V, standing) * residual(p_V, q_V, standing)
+    return (kept + replaced - standing * p_V).abs().max().item()
 
 
 def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:
