@@ -245,7 +245,16 @@ def test_bench_checks_its_modes_before_it_loads_anything(capsys, tmp_path):
 def test_heads_that_are_none_are_told_before_the_target_is_loaded(place, capsys, tmp_path):
     """The target is nowhere: what is said first is of the head."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    bench = ["bench", "/nowhere/target", "--prompts", tmp_path / "p.jsonl", "--compare", "plain,mtp,mine", "--other", f"mine={place / 'head'}"]
+    bench = [
+        "bench",
+        "/nowhere/target",
+        "--prompts",
+        tmp_path / "p.jsonl",
+        "--compare",
+        "plain,mtp,mine",
+        "--other",
+        f"mine={place / 'head'}",
+    ]
     generate, chat, serve = ["generate", "/nowhere/target", "hi"], ["chat", "/nowhere/target"], ["serve", "/nowhere/target", "--port", 0]
     train = ["train", "/nowhere/target", "--out", tmp_path / "new", "--warm-start", "mtp"]
     for command in (generate, chat, serve, bench, train):
