@@ -72,6 +72,7 @@ def layers_read(path: Path, kind: str) -> tuple[list[int], int | None]:
     """The target's layers that a head reads, and how many the target has: what its own files say of them, in dspark's numbers. Empty, and
     None, where they say nothing that can be read. Raises `HeadError` for a head of dspark's own that is not converted."""
     taps: Any
+    number: Any
     if kind == OWN:
         config, _ = read_config(path)
         taps, first, number = list(config.target_layer_ids), 0, config.num_target_layers
