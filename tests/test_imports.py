@@ -13,7 +13,7 @@ PACKAGE = Path(dspark.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 # A file may import from a lower layer, and from its own part of the package.
 LAYERS = [
-    {"errors", "config", "prompts", "text", "core"},
+    {"errors", "config", "prompts", "text", "warpers", "core"},
     {"target", "head"},
     {"drafters"},
     {"profiling"},

@@ -21,6 +21,7 @@ from pydantic_ai.exceptions import UnexpectedModelBehavior
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from schemathesis.checks import CHECKS
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dspark.cli.main import main
 from dspark.core.sampling import Law
@@ -280,7 +281,8 @@ def test_every_sampling_setting_reaches_the_law(client, engine):
     chat(client, temperature=0.7, top_p=0.8, presence_penalty=1.0, logit_bias={"3": -1}, extra_body=extra)
     law: Law = engine.requests[-1].law
     assert [type(p).__name__ for p in law.processors] == ["RepetitionPenaltyLogitsProcessor", "Penalties", "Bias"]
-    assert [type(w).__name__ for w in law.warpers] == [f"{n}LogitsWarper" for n in ("Temperature", "TopK", "TopP", "MinP")]
+    kinds = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+    assert all(isinstance(w, kind) for w, kind in zip(law.warpers, kinds, strict=True))
     assert law.temperature == pytest.approx(0.7) and not law.greedy
 
 

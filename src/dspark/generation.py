@@ -26,9 +26,10 @@ from dspark.head.recurrent import AnyHead, RecurrentHead
 from dspark.profiling import planning_costs
 from dspark.target.target import Target
 from dspark.text import TextStream
+from dspark.warpers import UnsortedTopP
 
 # transformers' processors that read the logits alone; all others also get the tokens before the row.
-PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, UnsortedTopP, MinPLogitsWarper)
 # Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
 MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
@@ -101,8 +102,8 @@ def make_law(
 
 
 def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
-    """A law from transformers' list: the longest tail of prefix-free processors becomes the warpers."""
-    processors = list(processors)
+    """A law from transformers' list: the longest tail of prefix-free processors becomes the warpers, and top-p goes without sorting."""
+    processors = [UnsortedTopP.like(p) if type(p) is TopPLogitsWarper else p for p in processors]
     for processor in processors:
         if type(processor).__name__ in STATEFUL:
             raise SettingError(

@@ -71,10 +71,12 @@ def judge_by_law(law: Law, ids: list[int], draft: Draft, num_planned: int, score
 
 
 def judge_fast(law: Law, ids: list[int], draft: Draft, num_planned: int, scored: Scored, streams: Streams) -> Verdict:
-    """The verdict of `judge_by_law`. Where the law is a plain argmax it is not formed, elsewhere row by row until one rejects."""
+    """The verdict of `judge_by_law`. Where the law is a plain argmax it is not formed; where processors make it, row by row as it is read."""
     drafted = draft.tokens[:num_planned]
     if law.greedy and not law.processors:
         return verify_greedy(scored.best_T or best(scored.logits_TV), drafted)
+    if not law.processors:
+        return judge_by_law(law, ids, draft, num_planned, scored, streams)
     accept = Streams.uniforms(streams.accept, num_planned)
     return verify(LawsWhenRead(law, ids, drafted, scored.logits_TV), draft, accept, *Streams.uniforms(streams.recover, 1))
 

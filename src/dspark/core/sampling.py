@@ -78,9 +78,9 @@ def refuse_empty(logits_TV: torch.Tensor) -> None:
 def draw(probs_V: torch.Tensor, uniform: float) -> int:
     """The token whose slice of the cumulative law holds `uniform` in [0, 1); never one of probability 0."""
     cdf = probs_V.cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cdf, uniform * cdf[-1], right=True)
+    token = int(torch.searchsorted(cdf, uniform * cdf[-1], right=True))
     # Rounding can push the search past the end; the last token with mass is where the cdf first peaks.
-    return int(torch.minimum(token, cdf.argmax()))
+    return token if token < len(cdf) else int(cdf.argmax())
 
 
 class Streams:

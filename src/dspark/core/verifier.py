@@ -129,22 +129,22 @@ def verify(target_probs_KV: Rows, draft: Draft, uniforms: Sequence[float], recov
     never says are not read.
     `uniforms` (K of them) decide how much stands, `recover` draws the next token; all in [0, 1)."""
     num_verified = len(target_probs_KV) - 1
-    laws, standing = [target_probs_KV[0]], [1.0]  # of each part of the block, from none of it on
+    p, q, standing = [target_probs_KV[0]], [], [1.0]  # after each part of the block, from none of it on
     for k in range(num_verified):
-        chance = acceptance(laws[k], draft.probs_KV[k], draft.tokens[k], standing[k])
+        q.append(draft.probs_KV[k])
+        chance = acceptance(p[k], q[k], draft.tokens[k], standing[k])
         if chance == 0:
             break
         standing.append(chance)
-        laws.append(target_probs_KV[k + 1])
+        p.append(target_probs_KV[k + 1])
 
     def chance_of_end(k: int) -> float:
-        return standing[k] if k == num_verified else ending(laws[k], draft.probs_KV[k], standing[k])
+        return standing[k] if k == num_verified else ending(p[k], q[k], standing[k])
 
     k = len(standing) - 1
     while k > 0 and uniforms[k - 1] >= chance_of_end(k):
         k -= 1
-    next_law = laws[k] if k == num_verified else residual(laws[k], draft.probs_KV[k], standing[k])
-    return Verdict(k, draw(next_law, recover))
+    return Verdict(k, draw(p[k] if k == num_verified else residual(p[k], q[k], standing[k]), recover))
 
 
 def verify_greedy(best_K: Sequence[int], drafted: Sequence[int]) -> Verdict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
 
 from dspark.core.calibration import chances
 from dspark.core.sampling import Coupled, Law, Streams, apply, best, draw, probs
@@ -17,10 +17,11 @@ from dspark.head.context import Chained, Pending, Runner, feature_pool, make_run
 from dspark.head.head import Head
 from dspark.target.native.stack import Drawn
 from dspark.target.target import Target
+from dspark.warpers import UnsortedTopP
 
 # What `Drawn` calls them, in its order.
 WARPERS: dict[type, str] = {
-    TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p", MinPLogitsWarper: "min_p",
+    TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", UnsortedTopP: "top_p", MinPLogitsWarper: "min_p",
 }  # fmt: skip
 
 
