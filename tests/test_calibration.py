@@ -15,7 +15,7 @@ from dspark.core.planner import Always, threshold
 from dspark.drafters import DSparkDrafter
 from dspark.errors import HeadError, PromptError, SettingError
 from dspark.generation import generate, make_law, split_law
-from dspark.head.calibration import doubts, read_calibration, write_calibration
+from dspark.head.calibration import doubts, read_calibration, refuse_unwritable, write_calibration
 from dspark.head.folder import load_head, save_head
 from dspark.measure.calibrate import Settings, calibrate, halves
 from dspark.measure.calibration import (
@@ -312,6 +312,17 @@ def test_a_full_disk_leaves_the_good_calibration(folder, target, monkeypatch):
     with pytest.raises(HeadError, match="No space left"):
         write_calibration(load_head(folder, target).calibration, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_calibration_that_is_a_link_is_written_where_it_points(folder, target, tmp_path):
+    away, calibration = tmp_path / "away.json", load_head(folder, target).calibration
+    (folder / "calibration.json").rename(away)
+    (folder / "calibration.json").symlink_to(away)
+    before = away.read_bytes()
+    away.write_text("old")
+    refuse_unwritable(folder)
+    write_calibration(calibration, folder)
+    assert (folder / "calibration.json").is_symlink() and away.read_bytes() == before
 
 
 def test_a_calibration_left_half_written_by_a_kill_is_not_taken_up(folder, target):

@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 
 import dspark.generation
-from dspark.cli.main import VERBS, main
+from dspark.cli.main import VERBS, main, parse
 from dspark.cli.options import check_file, cores, starting
 from dspark.cli.train import advice
 from dspark.errors import PromptError, RuntimeUnavailable
@@ -242,6 +242,50 @@ def test_bench_checks_its_modes_before_it_loads_anything(capsys, tmp_path):
         assert code == 2 and "mode" in err and "no folder" not in err
 
 
+def test_heads_that_are_none_are_told_before_the_target_is_loaded(place, capsys, tmp_path):
+    """The target is nowhere: what is said first is of the head."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    bench = [
+        "bench",
+        "/nowhere/target",
+        "--prompts",
+        tmp_path / "p.jsonl",
+        "--compare",
+        "plain,mtp,mine",
+        "--other",
+        f"mine={place / 'head'}",
+    ]
+    generate, chat, serve = ["generate", "/nowhere/target", "hi"], ["chat", "/nowhere/target"], ["serve", "/nowhere/target", "--port", 0]
+    train = ["train", "/nowhere/target", "--out", tmp_path / "new", "--warm-start", "mtp"]
+    for command in (generate, chat, serve, bench, train):
+        for folder, says in (
+            ("/nowhere/head", "no head at /nowhere/head"),
+            (place, f"no head in {place}: it holds no config.json"),
+            (place / "head", "a head of the kind dspark cannot stand for multi-token-prediction modules"),
+        ):
+            code, _, err = run(capsys, *command, "--mtp", folder)
+            assert code == 2 and says in err and err.count("error:") == 1
+    for command in (generate, chat, serve, ["verify", "/nowhere/target"], ["profile", "/nowhere/target"]):
+        assert "no head at /nowhere/head" in run(capsys, *command, "--head", "/nowhere/head")[2]
+    assert "no head at /nowhere/head" in run(capsys, *bench, "--compare", "plain,b", "--other", "b=/nowhere/head")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "/nowhere", "hi", "--drafter", "magic"], "unknown drafter 'magic'"),
+        (["chat", "/nowhere", "--plan", "length:-1"], "unknown plan 'length:-1'"),
+        (["verify", "/nowhere", "--drafter", "dspark", "--drafter", "magic"], "unknown drafter 'magic'"),
+        (["verify", "/nowhere", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["calibrate", "/nowhere/head", "--target", "/nowhere", "--temperature", "1", "--temperature", "-1"], "temperature is -1.0"),
+        (["profile", "/nowhere", "--costs", "/nowhere/file"], "--costs is /nowhere/file"),
+    ],
+)
+def test_settings_that_no_target_could_take_are_told_before_it_is_loaded(capsys, arguments, says):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and says in err and "no folder" not in err
+
+
 def test_files_that_cannot_be_written_are_told_before_anything_is_loaded(capsys, tmp_path):
     """A name too long for any file system, a folder that is a file, one without leave; nothing is left behind."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
@@ -257,7 +301,7 @@ def test_files_that_cannot_be_written_are_told_before_anything_is_loaded(capsys,
         ("--report", "new/" + "n" * 300, "File name too long"),
         ("--report", "p.jsonl", "File exists"),
         ("--report", "p.jsonl/page", "Not a directory"),
-        ("--report", "there", "index.html, a folder"),
+        ("--report", "there", "in which index.html is a folder"),
     ):
         code, out, err = run(capsys, *bench, option, tmp_path / name)
         assert code == 2 and out == "" and f"{option} is {tmp_path / name.partition('/')[0]}" in err and says in err and "hint: " in err
@@ -429,6 +473,26 @@ def test_a_full_disk_is_said_with_the_way_out_of_its_verb(place, capsys, tmp_pat
     monkeypatch.setattr("dspark.target.load.load_target", full)
     assert "--resume" in run(capsys, "train", place / "target", "--out", tmp_path / "new")[2]
     assert "--resume" not in run(capsys, "generate", place / "target", "hi")[2]
+    monkeypatch.setattr("dspark.target.load.load_target", lambda *args, **kwargs: os.truncate(tmp_path / "file", 2**62))
+    (tmp_path / "file").write_text("")
+    assert "error: a file would be larger than is allowed here (ulimit -f) (" in run(capsys, "generate", place / "target", "hi")[2]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("nothing 2>&-", 2, ""),  # what is for stderr does not go to stdout
+        ("--help >&-", 0, ""),
+        ("--help >/dev/full", 2, "error: the disk is full\nhint: free some space\n"),
+        ("train --help | true", 1, ""),
+    ],
+)
+def test_streams_may_be_closed_full_or_left(line, code, says):
+    command = f"set -o pipefail; {shlex.quote(sys.executable)} -m dspark {line}"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # what is left is written at the end
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, timeout=60, env=buffered)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", says)
 
 
 def test_a_terminal_that_lacks_a_character_gets_the_rest(place):
@@ -461,6 +525,14 @@ def test_chat_says_what_it_cannot_read(place):
         command, check=False, input=b"caf\xe9\n", capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "utf-8"}
     )
     assert done.returncode == 2 and b"is not utf-8 text" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_chat_tells_bytes_that_are_no_text_and_goes_on(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nhi\n"))
+    code, _, err = run(capsys, "chat", place / "target", "--head", "none", "--max-new-tokens", 3)
+    assert code == 0 and r"the message '\udcff' is not text" in err and "[3 tokens" in err
+    code, _, err = run(capsys, "chat", "/nowhere", "--system", "\udcff")
+    assert code == 2 and r"--system '\udcff' is not text" in err
 
 
 def test_chat_without_an_input_says_so(place):
@@ -531,6 +603,15 @@ def test_an_unknown_option_is_told_the_nearest_whatever_else_is_missing(capsys, 
         (["generate", "target", "hi", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["generate", "target", "hi", "--stop"], "argument --stop: expected one argument"),
         (["generate", "target", "hi", "--stop", "---"], "--stop needs a value, and --- reads as an option\nhint: if it is the value, write --stop=---"),
+        (["generate", "target", "hi", "--stop", "-3+4"], "--stop needs a value, and -3+4 reads as an option\nhint: if it is the value, write --stop=-3+4"),
+        (["generate", "target", "hi", "--stop", "-h x"], "--stop needs a value, and -h x reads as an option\nhint: if it is the value, write '--stop=-h x'"),
+        (["generate", "target", "hi", "--stop", "--"], "--stop needs a value, and -- ends the options\nhint: if it is the value, write --stop=--"),
+        (["generate", "target", "-3+4=?"], "-3+4=? reads as an option, and there is none\nhint: if it is a text, write it behind --: -- '-3+4=?'"),
+        (["generate", "target", "-hello"], "there is no option -hello"),
+        (["convert", "head", "new", "--taps", "-1,2"], "--taps needs a value, and -1,2 reads as an option\nhint: if it is the value, write --taps=-1,2"),
+        (["generate", "target", "hi", "--taps", "1,2"], "there is no option --taps\nhint: train and convert have it;"),
+        (["replay", "trace", "--compare", "plain"], "there is no option --compare\nhint: bench has it;"),
+        (["serve", "--prompt", "hi"], "there is no option --prompt\nhint: see"),
         (["generate", "target", "-x"], "there is no option -x"),
         (["profile", "target", "more"], "'more' is one argument too many"),
         (["train", "target", "--out", "new", "--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
@@ -549,6 +630,7 @@ def test_arguments_that_cannot_be_read_give_one_message_and_no_usage(capsys, arg
 def test_texts_and_values_may_begin_with_a_dash(capsys):
     code, _, err = run(capsys, "generate", "/nowhere", "--stop=--end", "--repetition-penalty", "-1", "-5 degrees", "--", "--hepl", "-x")
     assert code == 2 and "repetition_penalty is -1.0" in err
+    assert parse(["generate", "target", "hi", "--stop=--"]).stop == ["--"]
 
 
 def test_a_command_that_no_longer_exists_is_told_at_resuming(place, capsys, tmp_path):

@@ -16,7 +16,7 @@ from dspark.measure.contexts import answered, by_context, conversations
 from dspark.prompts import Prompt
 from dspark.target.load import load_target
 from dspark.target.target import Target
-from dspark.train.card import CONTEXTS_SECTION, check_card, with_contexts, write_card
+from dspark.train.card import CONTEXTS_SECTION, add_contexts, check_card, with_contexts, write_card
 from saved import save_tiny_target
 from tiny import tiny_head, tiny_model, tiny_recurrent
 
@@ -183,3 +183,19 @@ def test_damaged_tables_are_told_before_anything_is_measured(tables, tmp_path):
     (tmp_path / "provenance.json").write_text(json.dumps({"contexts": tables}))
     with pytest.raises(HeadError, match="`contexts` does not hold tables"):
         check_card(tmp_path)
+
+
+def test_a_card_that_is_a_link_is_written_where_it_points(tmp_path):
+    measured = {"temperature": 0.0, "max_new_tokens": 4, "date": "today", "prompts": 1, "rows": [{"context": 40, "tau": 1.5}]}
+    folder, away, blobs = tmp_path / "head", tmp_path / "away", tmp_path / "blobs"
+    for each in (folder, away, blobs):
+        each.mkdir()
+    (away / "card.md").write_text("# card\n")
+    (blobs / "0a1b").write_text("{}")  # as in the hub's cache, where other revisions may share it
+    (folder / "README.md").symlink_to(away / "card.md")
+    (folder / "provenance.json").symlink_to(Path("..", "blobs", "0a1b"))
+    check_card(folder)
+    add_contexts(folder, measured)
+    assert (folder / "README.md").is_symlink() and "| 1.50 |" in (away / "card.md").read_text()
+    assert (blobs / "0a1b").read_text() == "{}" and json.loads((folder / "provenance.json").read_text())["contexts"] == [measured]
+    assert [len(list(each.iterdir())) for each in (folder, away, blobs)] == [2, 1, 1]

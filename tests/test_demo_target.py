@@ -4,8 +4,9 @@ import subprocess
 
 import pytest
 
-from dspark.errors import TargetError
+from dspark.errors import SettingError, TargetError
 from dspark.target import demo
+from dspark.target.load import load_target
 from saved import save_tiny_target
 
 
@@ -38,6 +39,43 @@ def test_a_damaged_folder_is_made_again(hub, tmp_path):
     (folder / "model.safetensors").write_bytes(b"half")
     demo.ensure_demo_target(print, tmp_path)
     assert len(hub) == 2 and demo.is_complete(folder)
+
+
+@pytest.mark.parametrize("label", ["", "[]", "5", "{}"])
+def test_a_damaged_label_is_no_whole_folder(label, hub, tmp_path):
+    folder = demo.ensure_demo_target(print, tmp_path)
+    (folder / "dspark-source.json").write_text(label)
+    assert not demo.is_complete(folder)
+
+
+def test_a_damaged_file_of_the_demo_target_is_told_with_its_place(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    folder = demo.ensure_demo_target(print)
+    (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(TargetError, match=f"delete {folder}: it is fetched anew"):
+        load_target(demo.NAME)
+
+
+def test_a_cache_that_cannot_be_written_is_told(hub, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TargetError, match=r"cannot keep the demo target in .*: Not a directory\nhint: set DSPARK_CACHE"):
+        demo.ensure_demo_target(print, tmp_path / "file" / "cache")
+
+
+def test_the_first_variable_that_says_something_names_the_cache(monkeypatch, tmp_path):
+    """Of the variables, one that is set to nothing is not set; without a home the first one is enough."""
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(demo.Path, "home", homeless)
+    for own, caches, place in (("own", "caches", "own"), ("", "caches", "caches/dspark"), ("own", "", "own")):
+        monkeypatch.setenv("DSPARK_CACHE", own)
+        monkeypatch.setenv("XDG_CACHE_HOME", caches)
+        assert demo.cache_directory() == demo.Path(place)
+    monkeypatch.setenv("DSPARK_CACHE", "")
+    with pytest.raises(SettingError, match="set DSPARK_CACHE to a folder"):
+        demo.cache_directory()
 
 
 def test_the_wheel_serves_where_the_hub_does_not(monkeypatch, tmp_path):

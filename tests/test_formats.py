@@ -229,6 +229,23 @@ def test_a_converted_head_may_read_other_layers(heads, target, tmp_path):
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("form", ["dspark", *FORMATS])
+def test_taps_that_the_files_of_a_head_refuse_are_told_before_the_target_is_loaded(form, heads, exported, tmp_path, capsys):
+    source = heads["vanilla"] if form == "dspark" else exported(form)
+    own = read_config(heads["vanilla"])[0].target_layer_ids
+    count, last = len(own), "" if form == "speculators" else " of 4"  # its files do not say how many layers the target has
+    asked = ["convert", source, tmp_path / "new", "--to", "dspark" if form == "gguf" else "gguf", "--target", "/nowhere/target"]
+    right = ",".join(map(str, own))
+    high = ",".join(map(str, (*own[:-1], 4)))
+    for taps in (right + ",9", right[::-1], f"-1{right[1:]}", *[high] * bool(last)):
+        code, out, err = run(capsys, *asked, f"--taps={taps}")
+        assert code == 2 and out == "" and f"--taps is {taps}; the head reads {count} layers{last}, in ascending order" in err
+        assert err.endswith(f"it reads {right} now\n")
+    assert "no folder /nowhere/target" in run(capsys, *asked, f"--taps={right}")[2]
+    (tmp_path / "new").write_text("")
+    assert f"{tmp_path / 'new'} exists already" in run(capsys, *asked)[2]
+
+
 FOREIGN_LAYERS = {
     "sliding_attention": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}},

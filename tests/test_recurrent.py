@@ -334,11 +334,12 @@ def test_another_target_is_refused(saved, tmp_path, capsys):
 
 def test_what_takes_dspark_heads_only_says_so(saved, tmp_path, capsys):
     folder = str(save_tiny_target(tmp_path / "target", vocab_size=128))
-    for command in (
-        ["calibrate", str(saved), "--target", folder],
-        ["convert", str(saved), str(tmp_path / "c"), "--to", "gguf", "--target", folder],
+    for command in (  # before there is a target
+        ["calibrate", str(saved), "--target", "/nowhere"],
+        ["adapt", str(saved), "--target", "/nowhere", "--out", str(tmp_path / "a")],
+        ["convert", str(saved), str(tmp_path / "c"), "--to", "gguf", "--target", "/nowhere"],
     ):
-        assert main(command) == 2
+        assert main(command) == 2 and f"{saved} is a head of the kind {saved.name}" in capsys.readouterr().err
     own = load_target(folder)
     save_head(tiny_recurrent(own, saved.name), own, tmp_path / "own", PROMPT, {"command": "test"}, "# card\n")
     capsys.readouterr()

@@ -184,7 +184,10 @@ def test_plans_that_come_to_the_same_are_all_named():
     told = fleet_table([*alike, *others], 10.0, 0.0)
     assert "with drafts: 2 machines (auto = lagged, 4 requests at once; or fixed, 16 requests at once)" in told
     assert "without drafts: 3 machines (plain, 4 requests at once)" in told
-    assert "2 machines (fixed = length:5, 4 requests at once)" in fleet_table(alike[:2], 10.0, 0.0)
+    told = fleet_table(alike[:2], 10.0, 0.0)
+    assert "2 machines (fixed = length:5, 4 requests at once)" in told
+    assert "10 answers/s without drafts: plain decoding was not replayed (--plans)" in told
+    assert "10 answers/s with drafts: no plan that drafts was replayed (--plans)" in fleet_table(others[1:2], 10.0, 0.0)
 
 
 def test_costs_of_requests_together_become_points(tmp_path):

@@ -401,7 +401,11 @@ def test_the_whole_command_from_nothing_to_a_head_that_loads(tmp_path):
 def test_a_finished_run_is_not_measured_again(tmp_path, monkeypatch):
     target = load_target(save_tiny_target(tmp_path / "target"))
     config = replace(CONFIG, num_prompts=6, steps=2)
-    report = train(target, tmp_path / "head", config, WITH_BYTES)
+    train(target, tmp_path / "head", config, WITH_BYTES)
+    for lost in ("config.json", "golden.safetensors"):  # without one of them there is no head: it is written again
+        (tmp_path / "head" / lost).unlink()
+        report = train(target, tmp_path / "head", config, WITH_BYTES, resume=True)
+        assert "finished_before" not in report and load_head(tmp_path / "head", target)
     monkeypatch.setattr("dspark.train.run.measure", None)
     monkeypatch.setattr("dspark.train.run.held_out_rounds", None)
     again = train(target, tmp_path / "head", config, WITH_BYTES, resume=True)

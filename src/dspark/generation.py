@@ -116,6 +116,16 @@ def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
     return Law(tuple(processors[:split]), tuple(processors[split:]), greedy)
 
 
+def check_names(drafter: str | None = None, plan: str | None = None) -> None:
+    """Raises `SettingError` for a drafter or a plan that is none, whatever the target and the head are."""
+    if drafter is not None and drafter not in DRAFTERS:
+        raise SettingError(f"unknown drafter {drafter!r}", f"choose one of {', '.join(DRAFTERS)}")
+    if plan is not None and plan not in (*ADAPTIVE, "early-stop", "lagged") and always(plan) is None:
+        raise SettingError(
+            f"unknown plan {plan!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
+        )
+
+
 def make_drafter(name: str | None, target: Target, head: AnyHead | None) -> Drafter:
     """The drafter of this name; None: auto, or none without a head and what stands for modules. Raises `SettingError` when the name or the head does not fit.
 
@@ -128,8 +138,7 @@ def make_drafter(name: str | None, target: Target, head: AnyHead | None) -> Draf
     if name is None and head is None:
         name = "auto" if isinstance(target.mtp, RecurrentHead) else "none"  # a trained head that stands for the target's modules drafts
     name = name or DEFAULT_DRAFTER
-    if name not in DRAFTERS:
-        raise SettingError(f"unknown drafter {name!r}", f"choose one of {', '.join(DRAFTERS)}")
+    check_names(name)
     if name == "none":
         return NoDrafter()
     if name == "lookup":
@@ -185,11 +194,8 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
     a name to start each call alike, which is what lets a seed replay at a temperature above 0."""
     spec = DEFAULT_PLAN if spec is None else spec
+    check_names(plan=spec)
     lengths: Planner | None = always(spec)
-    if lengths is None and spec not in (*ADAPTIVE, "early-stop", "lagged"):
-        raise SettingError(
-            f"unknown plan {spec!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
-        )
     if drafter.block_size == 0:
         return Always()
     if lengths is not None:

@@ -54,9 +54,10 @@ def run(options: argparse.Namespace) -> int:
         options.lr = LOW_RANK_RATE
     config, prompts = training(options, DEFAULTS)
     check_settings(config, {}, None if options.answers else len(prompts or ()))
-    from dspark.head.folder import named_head
+    from dspark.head.folder import named_head, read_config
 
     source = named_head(options.head)
+    read_config(source)
     server = open_server(options)
     target = open_target(options)
     from dspark.train.adapt import adapt, gain_report

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         asked = [prompt for prompt, _ in prompts]
         return bench_contexts(options, lengths, asked, [prompt for prompt, _ in given if prompt not in asked])
     from dspark.generation import make_law
-    from dspark.head.folder import find_head, load_head, named_head
+    from dspark.head.folder import find_head, kind_in, load_head, named_head
     from dspark.head.mtp import own_mtp
     from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
     from dspark.measure.report import figures, write_report
@@ -113,6 +113,8 @@ def run(options: argparse.Namespace) -> int:
         )
     if "dflash" in kinds and options.dflash_head is None:
         raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
+    for folder in [options.dflash_head] * ("dflash" in kinds) + [folder for name, folder in others.items() if name in kinds]:
+        kind_in(named_head(folder))
     target = open_target(options)
     if no_head and "auto" in kinds and own_mtp(target, say) is None:
         raise HeadError(

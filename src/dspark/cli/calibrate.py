@@ -41,22 +41,23 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
+    from dspark.generation import make_law
     from dspark.head.calibration import doubts, refuse_unwritable, write_calibration
-    from dspark.head.folder import dspark_only, load_head, named_head, refuse_bundled
+    from dspark.head.folder import dspark_only, load_head, named_head, read_config
 
+    for temperature in options.temperature or [0.0]:  # at 0 the other two are left out, but must have a meaning
+        make_law(temperature, options.top_k, options.top_p)
     folder = named_head(options.head)
-    refuse_bundled(folder)
+    read_config(folder)
     refuse_unwritable(folder)
     target = open_target(options)
     head = dspark_only(load_head(folder, target, calibrated=False), folder)
-    from dspark.generation import make_law
     from dspark.measure.bench import machine
     from dspark.measure.calibrate import Settings, calibrate, table
     from dspark.train.run import Bar
 
     temperatures = dict.fromkeys(options.temperature or [0.0, 1.0])
     laws = [Settings(T, options.top_k, options.top_p) if T else Settings() for T in temperatures]
-    make_law(0.0, options.top_k, options.top_p)  # refuses what no law could mean, even where T=0 leaves it out
     bar = Bar()
     if prompts:
         ids = [(target.prompt_ids(p.content), name) for p, name in prompts]

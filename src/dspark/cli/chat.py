@@ -12,6 +12,7 @@ from dspark.cli.options import (
     add_sampling,
     add_target,
     check_sampling,
+    check_text,
     open_head,
     open_target,
     sampling_options,
@@ -35,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise PromptError("the input is closed", "chat reads its turns from stdin")
     check_sampling(options)
+    check_text("--system", options.system or "")
     target = open_target(options)
     head = open_head(options, target)
     say_calibration(head, options.temperature)
@@ -74,9 +76,10 @@ def run(options: argparse.Namespace) -> int:
             write(piece)
 
         try:
+            check_text("the message", text)
             ids = target.prompt_ids(messages)
             result = generate(target, head, ids, drafter=drafter, plan=plan, on_text=show, **sampling_options(options))
-        except PromptError as error:  # the conversation has outgrown the context; it is not lost
+        except PromptError as error:  # no text, or the conversation has outgrown the context; it is not lost
             say(f"error: {error}\nhint: /new starts a new conversation")
             messages.pop()
             continue

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     if path is None or (options.out and options.out_option):
         raise SettingError("one place to write is needed", "dspark convert SRC DST --to FORMAT")
     set_threads(options)
-    from dspark.formats.convert import convert, detect, named_target
+    from dspark.formats.convert import convert, detect, layers_read, named_target, refuse_existing, refuse_taps
     from dspark.head.folder import named_head
     from dspark.target.load import load_target
 
@@ -48,6 +48,10 @@ def run(options: argparse.Namespace) -> int:
     kind = options.kind or detect(source)
     if kind == options.to and options.taps is None:
         raise SettingError(f"{source} is in the format {kind} already", "choose another with --to")
+    refuse_existing(path)
+    own, num_layers = layers_read(source, kind)
+    if options.taps is not None:
+        refuse_taps(options.taps, own, num_layers)
     name = options.target or named_target(source, kind)
     if name is None:
         raise SettingError(f"{source} does not name its target", "give it: `--target TARGET`")

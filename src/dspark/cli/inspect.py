@@ -6,9 +6,6 @@ import re
 from dataclasses import asdict
 
 from dspark.errors import HeadError
-from dspark.head.calibration import read_calibration, summary
-from dspark.head.folder import golden_file, named_head, read_any_config, read_tensors
-from dspark.head.golden import told_by
 from dspark.prompts import read_json
 
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # what the hub reads at the top of a card
@@ -20,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from dspark.head.calibration import read_calibration, summary
+    from dspark.head.folder import golden_file, named_head, read_any_config, read_tensors
+    from dspark.head.golden import told_by
+
     folder = named_head(options.head)
     config, section = read_any_config(folder)
     calibration = read_calibration(folder, config.block_size)

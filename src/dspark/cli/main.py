@@ -1,10 +1,12 @@
 """Entry point: find the verb, run it, print a user's mistake once."""
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
 import io
+import os
 import sys
 
 from dspark import __version__
@@ -25,6 +27,12 @@ VERBS = {
     "convert": "write a head in another project's format, or read one",
     "inspect": "show what a head is and how it was made",
     "demo": "the whole promise on the demo target, in a minute",
+}
+
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than is allowed here (ulimit -f)",
 }
 
 
@@ -48,6 +56,7 @@ def verb_parser(verb: str) -> Parser:
     module = importlib.import_module(f"dspark.cli.{verb}")
     module.add_arguments(parser)
     parser.set_defaults(verb=verb, run=module.run)
+    parser.having = lambda name: [other for other in VERBS if other != verb and name in verb_parser(other)._option_string_actions]
     return parser
 
 
@@ -63,26 +72,48 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     raise SettingError(f"there is no verb {arguments[0]!r}", f"{f'the nearest is {near[0]}; ' if near else ''}see `dspark --help`")
 
 
+def open_closed_streams() -> None:
+    """What the caller closed points to nowhere: the next files that are opened would get the numbers of those streams, and `print` writes
+    to stdout what is for a stderr that is not there."""
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = (open(os.devnull, "w") if stream is None else stream for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  until the end
+
+
+def let_go_of_output() -> None:
+    """What nobody takes any more is not written again when the process ends."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: list[str] | None = None) -> int:
     verb = None
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not end the answer
         sys.stdout.reconfigure(errors="replace")
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-        verb = options.verb
-        return options.run(options) or 0
+        try:
+            options = parse(sys.argv[1:] if arguments is None else arguments)
+            verb = options.verb
+            return options.run(options) or 0
+        finally:
+            sys.stdout.flush()  # now, while it can be told that it fails
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        sys.stderr.close()
+        let_go_of_output()
         return 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FULL:
             raise
         where = f" ({error.filename})" if error.filename else ""
         more = "; the run continues with --resume" if verb in ("train", "adapt") else ""
-        print(f"error: the disk is full{where}\nhint: free some space{more}", file=sys.stderr)
+        print(f"error: {FULL[error.errno]}{where}\nhint: free some space{more}", file=sys.stderr)
+        let_go_of_output()
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

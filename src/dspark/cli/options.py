@@ -107,9 +107,10 @@ def sampling_options(options: argparse.Namespace) -> dict:
 
 @starting()
 def check_sampling(options: argparse.Namespace) -> None:
-    """Raises `SettingError` for sampling settings without meaning, before anything is loaded or measured."""
-    from dspark.generation import check_settings, make_law
+    """Raises `SettingError` for sampling settings without meaning, and for drafters and plans that are none, before anything is loaded or measured."""
+    from dspark.generation import check_names, check_settings, make_law
 
+    check_names(options.drafter, options.plan)
     check_settings(options.max_new_tokens, options.seed, options.stop)
     make_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
 
@@ -134,12 +135,27 @@ def set_threads(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
 
 
+def check_heads(options: argparse.Namespace) -> None:
+    """Whether the folders given for heads hold some, and of a kind that can be what it is asked to be: their files tell, before the target is
+    loaded. Raises `HeadError`, and `SettingError` where one leaves the other nothing to do."""
+    from dspark.head.folder import kind_in, named_head
+    from dspark.head.mtp import cannot_stand
+
+    head, mtp = (getattr(options, name, None) for name in ("head", "mtp"))
+    if mtp is not None and (kind := kind_in(named_head(mtp))) not in RECURRENT_KINDS:
+        raise cannot_stand(kind)
+    if head not in (None, "none") and (kind := kind_in(named_head(head))) in RECURRENT_KINDS and mtp is not None:
+        raise SettingError(f"--head is of the kind {kind}, and --mtp stands for the same", "leave one of them out")
+
+
 @starting()
 def open_target(options: argparse.Namespace):
+    """The target asked for, with what stands for its modules. What can be said of the options before it is loaded is said before."""
     set_threads(options)
     drafter = getattr(options, "drafter", None)
     if getattr(options, "mtp", None) is not None and drafter not in (None, "auto", "mtp", "mtp+dspark"):
         raise SettingError(f"--mtp cannot take effect with --drafter {drafter}", "leave one of them out")
+    check_heads(options)
     from dspark.target.load import load_target
 
     target = load_target(options.target, dtype=options.dtype, device=options.device, runtime=options.runtime, rollback=options.rollback)
@@ -168,8 +184,6 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
     head = load_head(folder, target)
     if isinstance(head, Head) and head.bundled:
         say(f"drafting with the head in the checkpoint {folder}")
-    if getattr(options, "mtp", None) is not None and head.kind in RECURRENT_KINDS:
-        raise SettingError(f"--head is of the kind {head.kind}, and --mtp stands for the same", "leave one of them out")
     return head
 
 
@@ -181,12 +195,14 @@ def say_calibration(head, temperature: float) -> None:
         say(f"calibrated for {' and '.join(f'T={T}' for T in fitted)}; T={temperature:g} uses the fit for T={nearest:g}")
 
 
+def check_text(what: str, text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for bytes that are no text
+        raise PromptError(f"{what} {text!a} is not text in this terminal's encoding", "write it in UTF-8")
+
+
 def open_prompts(texts: list[str], file: str | None) -> list[Prompt]:
     for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for bytes that are no text
-            raise PromptError(
-                f"the prompt {text!a} is not text in this terminal's encoding", "write it in UTF-8, or use --prompts FILE.jsonl"
-            )
+        check_text("the prompt", text)
     prompts = [Prompt(text) for text in texts] + (read_prompts(file) if file else [])
     if not prompts:
         raise PromptError("no prompt given", "pass a PROMPT, or --prompts FILE.jsonl")
@@ -224,6 +240,8 @@ def check_folder(name: str, folder: str | Path, files: Sequence[str]) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in files:
+                if (path / file).is_dir():
+                    raise SettingError(f"{name} is {folder}, in which {file} is a folder", "move it away, or name another folder")
                 check_file(name, path / file)
         finally:
             for each in made:

@@ -3,16 +3,21 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
-from typing import NoReturn
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from dspark.errors import SettingError
 
-OPTION = re.compile(r"-(?![\d.])[^\s]+")  # what stands where a number, a text with blanks or a lone dash does not
+OPTION = re.compile(r"-[^\s]+")  # what stands where a text with blanks or a lone dash does not
+NUMBER_FIRST = re.compile(r"-[\d.]")  # a number, or a text that begins with one
+NEAR = 0.7  # of difflib's ratio of the names without their dashes; --taps and --mtp come to 0.57
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which raises `SettingError` for what it cannot read."""
+    """argparse's, which raises `SettingError` for what it cannot read. `having` tells which other verbs know an option."""
+
+    having: Callable[[str], list[str]] = staticmethod(lambda name: [])
 
     def error(self, message: str) -> NoReturn:
         raise SettingError(message, f"see `{self.prog} --help`")
@@ -25,19 +30,39 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """An option that does not exist is told before one that is missing: it may be the same, mistyped."""
+        """An option that does not exist is told before one that is missing: it may be the same, mistyped. What reads as an option
+        and may be a text is told the form in which it is one."""
         known = self._option_string_actions
-        if {"-h", "--help"} & {*arguments}:
-            return
         for before, argument in zip(["", *arguments], arguments, strict=False):
+            wants = known.get(before)
+            if wants is not None and wants.nargs is None and (argument == "--" or self._parse_optional(argument) is not None):
+                reads = "ends the options" if argument == "--" else "reads as an option"
+                raise SettingError(
+                    f"{before} needs a value, and {argument} {reads}", f"if it is the value, write {shlex.quote(f'{before}={argument}')}"
+                )
             if argument == "--":  # texts from here on
                 return
             name = argument.partition("=")[0]
-            if not OPTION.fullmatch(name) or any(option.startswith(name) or option == name[:2] for option in known):
+            if {"-h", "--help"} & {*arguments} or not OPTION.fullmatch(name) or self._negative_number_matcher.match(argument):
                 continue
-            if before in known and known[before].nargs is None:
+            if name in known or (name.startswith("--") and any(option.startswith(name) for option in known)):
+                continue
+            if NUMBER_FIRST.match(name):
                 raise SettingError(
-                    f"{before} needs a value, and {argument} reads as an option", f"if it is the value, write {before}={argument}"
+                    f"{argument} reads as an option, and there is none", f"if it is a text, write it behind --: -- {shlex.quote(argument)}"
                 )
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            raise SettingError(f"there is no option {name}", f"{f'the nearest is {near[0]}; ' if near else ''}see `{self.prog} --help`")
+            raise SettingError(f"there is no option {name}", f"{self.told(name)}see `{self.prog} --help`")
+
+    def told(self, name: str) -> str:
+        """Where an option of this name is, or one that may have been meant."""
+        if verbs := self.having(name):
+            return f"{' and '.join([', '.join(verbs[:-1]), verbs[-1]] if verbs[1:] else verbs)} ha{'ve' if verbs[1:] else 's'} it; "
+        bare = {option.lstrip("-"): option for option in self._option_string_actions}
+        near = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=NEAR)
+        return f"the nearest is {bare[near[0]]}; " if near else ""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """As argparse's, of which some take the value in --stop=-- for the end of the options."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)

@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.costs is not None:
+        check_file("--costs", options.costs)
     target = open_target(options)
     from dspark.drafters.arbiter import LOOKUP_TOKENS
     from dspark.head.folder import dspark_only
@@ -32,8 +34,6 @@ def run(options: argparse.Namespace) -> int:
 
     if not 1 <= options.context <= target.max_context - max(ROWS) - 1:
         raise SettingError(f"--context is {options.context}", f"use 1 to {target.max_context - max(ROWS) - 1} for this target")
-    if options.costs is not None:
-        check_file("--costs", options.costs)
     head = open_head(options, target)
     if options.costs is not None:
         if head is None:

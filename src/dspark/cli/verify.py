@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from importlib.resources import files
 
-from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say
+from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say, starting
 from dspark.prompts import read_prompts
 
 OUTCOMES = {True: "ok  ", False: "FAIL", None: "skip"}
@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     prompts = open_prompts([], options.prompts) if options.prompts else read_prompts(str(files("dspark") / "demo_prompts.jsonl"))
+    with starting():
+        from dspark.generation import check_names, check_settings
+
+    check_settings(options.max_new_tokens, 0, ())
+    for name in options.drafter:
+        check_names(name)
     target = open_target(options)
     head = open_head(options, target)
     from dspark.measure.lossless import verify_pair

@@ -1,10 +1,11 @@
 """From any format to any other: read, compare with the target, write, read back, replay the golden vectors."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,9 +43,7 @@ def detect(path: Path) -> str:
         raise HeadError(f"{path} is no GGUF file", "give a GGUF file, or the folder of a head")
     if not (path / "config.json").exists():
         raise HeadError(f"no head at {path}: no file, and no folder with config.json", "give a GGUF file, or the folder of a head")
-    raw = read_json(path / "config.json", HeadError, "restore the file")
-    if not isinstance(raw, dict):
-        raise HeadError(f"{path}/config.json is damaged: an object was expected", "restore the file")
+    raw = config_of(path)
     section = raw.get("dspark")
     if "speculators_model_type" in raw:
         return "speculators"
@@ -61,12 +60,45 @@ def named_target(path: Path, kind: str) -> str | None:
     """The target that a head says it was made for."""
     if kind == "gguf":
         return gguf_file.read_file(path)[0].get("dspark.target") or None
-    raw = read_json(path / "config.json", HeadError, "restore the file")
+    raw = config_of(path)
     section, verifier = raw.get("dspark"), raw.get("speculators_config")
     if isinstance(section, dict) and section.get("target"):
         return str(section["target"])
     verifier = verifier.get("verifier") if isinstance(verifier, dict) else None
     return verifier.get("name_or_path") if isinstance(verifier, dict) else None
+
+
+def layers_read(path: Path, kind: str) -> tuple[list[int], int | None]:
+    """The target's layers that a head reads, and how many the target has: what its own files say of them, in dspark's numbers. Empty, and
+    None, where they say nothing that can be read. Raises `HeadError` for a head of dspark's own that is not converted."""
+    taps: Any
+    number: Any
+    if kind == OWN:
+        config, _ = read_config(path)
+        taps, first, number = list(config.target_layer_ids), 0, config.num_target_layers
+    elif kind == "gguf":
+        keys, _ = gguf_file.read_file(path)
+        taps, first, number = keys.get(f"{gguf_file.ARCH}.target_layers"), 1, keys.get("dspark.num_target_layers")
+    else:
+        raw = config_of(path)
+        inner = raw.get("dflash_config")
+        name, first = ("aux_hidden_state_layer_ids", 1) if kind == "speculators" else ("target_layer_ids", 0)
+        taps, number = (inner if isinstance(inner, dict) else raw).get(name), raw.get("num_target_layers")
+    readable = isinstance(taps, list) and all(type(i) is int for i in taps)
+    return [i - first for i in taps] if readable else [], number if type(number) is int else None
+
+
+def config_of(path: Path) -> dict:
+    raw = read_json(path / "config.json", HeadError, "restore the file")
+    if not isinstance(raw, dict):
+        raise HeadError(f"{path}/config.json is damaged: an object was expected", "restore the file")
+    return raw
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise `HeadError` where something is already."""
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise HeadError(f"{path} exists already", "choose another place, or delete it")
 
 
 def convert(
@@ -77,8 +109,7 @@ def convert(
 
     Raises `HeadError` for what a format cannot hold, for a head of another target, for files that are not whole or
     follow another convention, and for golden vectors that do not come out again."""
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise HeadError(f"{path} exists already", "choose another place, or delete it")
+    refuse_existing(path)
     head = read_own(source) if kind == OWN else FORMATS[kind].read(source, target)
     refuse_other_target(head.config, head.section, target)
     refuse_broken(head.weights, f"{head.where} is damaged", "restore the file")
@@ -105,13 +136,21 @@ def convert(
 
 def retapped(head: Portable, taps: tuple[int, ...], target: Target) -> Portable:
     """The same tensors behind other layers. Golden vectors, calibration and card were of the head as it was, and stay behind."""
-    count = len(head.config.target_layer_ids)
-    if len(taps) != count or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < target.num_layers:
-        raise SettingError(
-            f"--taps is {','.join(map(str, taps))}; the head reads {count} layers of {target.num_layers}, in ascending order",
-            f"give {count} layers in ascending order, from 0 to {target.num_layers - 1}; it reads {','.join(map(str, head.config.target_layer_ids))} now",
-        )
+    refuse_taps(taps, head.config.target_layer_ids, target.num_layers)
     return replace(head, config=replace(head.config, target_layer_ids=taps), section={}, kept=None)
+
+
+def refuse_taps(taps: Sequence[int], own: Sequence[int], num_layers: int | None) -> None:
+    """Raise `SettingError` unless `taps` can stand in the place of a head's `own`, of a target of so many layers. What is not known (empty,
+    or None) refuses nothing."""
+    count = f"{len(own)} layers" if own else "layers"
+    too_high = num_layers is not None and taps[-1] >= num_layers
+    if (own and len(taps) != len(own)) or list(taps) != sorted(set(taps)) or taps[0] < 0 or too_high:
+        of, to = ("", "") if num_layers is None else (f" of {num_layers}", f" to {num_layers - 1}")
+        raise SettingError(
+            f"--taps is {','.join(map(str, taps))}; the head reads {count}{of}, in ascending order",
+            f"give {count} in ascending order, from 0{to}" + (f"; it reads {','.join(map(str, own))} now" if own else ""),
+        )
 
 
 def read_own(path: Path) -> Portable:

@@ -122,9 +122,22 @@ def refuse_other_pair(calibration: Calibration, head: Head, target: Target, fold
         raise HeadError(f"{folder / NAME} was measured with another target than {target.name or 'this one'}: {calibration.target}", WAY_OUT)
 
 
+def behind(file: Path) -> Path:
+    """What is replaced when a file is written anew: of a link what it points to, so that the link stays. In the hub's cache the link itself,
+    since other revisions may share what is behind it."""
+    real = Path(os.path.realpath(file))
+    return file if real.parent.name == "blobs" else real
+
+
+def beside(file: Path) -> Path:
+    """Where it is written first, in the folder in which it is then renamed."""
+    real = behind(file)
+    return real.with_name(f".{real.name}.new")
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Raise `HeadError` unless `write_calibration` can write here."""
-    trial = folder / f".{NAME}.new"
+    trial = beside(folder / NAME)
     try:
         trial.touch()
         trial.unlink()
@@ -136,10 +149,10 @@ def refuse_unwritable(folder: Path) -> None:
 
 def write_calibration(calibration: Calibration, folder: Path) -> None:
     """Write calibration.json beside its place and rename it. Raises `HeadError` when the disk is full or closed to us."""
-    whole = folder / f".{NAME}.new"
+    whole = beside(folder / NAME)
     try:
         whole.write_text(as_text(calibration), encoding="utf-8")
-        os.replace(whole, folder / NAME)
+        os.replace(whole, behind(folder / NAME))
     except OSError as error:
         whole.unlink(missing_ok=True)
         raise HeadError(f"cannot write {folder / NAME}: {error.strerror}", "free some space, or make the folder writable") from error

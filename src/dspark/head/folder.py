@@ -271,6 +271,14 @@ def read_any_config(folder: Path) -> tuple[HeadConfig | RecurrentConfig, dict]:
     return checked_config(values, f"{folder}/config.json"), section
 
 
+def kind_in(folder: Path) -> str:
+    """The kind of the head in a folder, by its config.json alone. Raises `HeadError` where there is no head."""
+    if describes_head(folder):
+        return "dspark"
+    config, _ = read_any_config(folder)
+    return config.kind if isinstance(config, RecurrentConfig) else "dspark" if config.markov_rank else "dflash"
+
+
 def recurrent_config(raw: dict, section: dict, where: str) -> RecurrentConfig:
     """Raises `HeadError` naming what is missing, unknown or senseless."""
     values: dict[str, Any] = {key: (section if key in ONLY_OURS else raw).get(key) for key in RECURRENT_KEYS}

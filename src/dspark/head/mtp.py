@@ -144,10 +144,12 @@ def stand_for_modules(target: Target, head: AnyHead) -> None:
     """From now on a trained head of the kind mtp or eagle3 is what the target has for modules: `load_mtp` and `own_mtp` give it, and so it
     drafts wherever modules would, beside a DSpark head too. Raises `HeadError` for a head of another kind."""
     if not isinstance(head, RecurrentHead):
-        raise HeadError(
-            f"a head of the kind {head.kind} cannot stand for multi-token-prediction modules", "take one of the kind mtp or eagle3"
-        )
+        raise cannot_stand(head.kind)
     target.mtp = head
+
+
+def cannot_stand(kind: str) -> HeadError:
+    return HeadError(f"a head of the kind {kind} cannot stand for multi-token-prediction modules", "take one of the kind mtp or eagle3")
 
 
 def load_mtp(target: Target) -> MtpHead | RecurrentHead:

@@ -62,16 +62,17 @@ def fleet_table(found: Sequence[Machines], load: float, least_pace: float) -> st
     for f in found:
         count = "too slow" if f.machines is None else f"{f.machines}"
         lines.append(f"{f.num_requests:>8} {f.plan:<14} {f.answers_per_second:>10.3f} {f.pace:>14.1f} {count:>9}")
-    fitting = [f for f in found if f.machines is not None]
-    for name, chosen in (
-        ("without drafts", [f for f in fitting if f.plan == "plain"]),
-        ("with drafts", [f for f in fitting if f.plan != "plain"]),
+    for name, replayed, missing in (
+        ("without drafts", [f for f in found if f.plan == "plain"], "plain decoding was not replayed"),
+        ("with drafts", [f for f in found if f.plan != "plain"], "no plan that drafts was replayed"),
     ):
-        if chosen:
-            best = best_of(chosen)
-            lines.append(f"{load:g} answers/s {name}: {best[0].machines} machines ({'; or '.join(ways(best))})")
+        fitting = [f for f in replayed if f.machines is not None]
+        if fitting:
+            best = best_of(fitting)
+            said = f"{best[0].machines} machines ({'; or '.join(ways(best))})"
         else:
-            lines.append(f"{load:g} answers/s {name}: no batch of these gives each request {least_pace:g} tokens/s")
+            said = f"no batch of these gives each request {least_pace:g} tokens/s" if replayed else f"{missing} (--plans)"
+        lines.append(f"{load:g} answers/s {name}: {said}")
     return "\n".join(lines)
 
 

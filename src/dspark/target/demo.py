@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dspark.errors import TargetError
+from dspark.errors import SettingError, TargetError
 from dspark.target import hub
 
 NAME = "smollm2-135m"
@@ -27,16 +27,33 @@ Say = Callable[[str], None]
 
 
 def cache_directory() -> Path:
-    """Where dspark keeps what it downloads; `DSPARK_CACHE` overrides it."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspark"
-    return Path(os.environ.get("DSPARK_CACHE", default))
+    """Where dspark keeps what it downloads; `DSPARK_CACHE` overrides it. Raises `SettingError` where there is no home either."""
+    if own := os.environ.get("DSPARK_CACHE"):
+        return Path(own)
+    if caches := os.environ.get("XDG_CACHE_HOME"):  # set to nothing is not set
+        return Path(caches) / "dspark"
+    try:
+        return Path.home() / ".cache" / "dspark"
+    except RuntimeError as error:  # a container may run as a user that nobody knows
+        raise SettingError("this user has no home folder to keep a cache in", "set DSPARK_CACHE to a folder") from error
 
 
 def ensure_demo_target(say: Say, directory: Path | None = None) -> Path:
-    """The folder with the demo target, made on first use. Raises `TargetError` when no source answers."""
+    """The folder with the demo target, made on first use. Raises `TargetError` when no source answers or nothing can be written."""
     folder = (directory or cache_directory()) / NAME
     if is_complete(folder):
         return folder
+    try:
+        make_demo_target(say, folder)
+    except OSError as error:
+        raise TargetError(
+            f"cannot keep the demo target in {folder.parent}: {error.strerror or error}", "set DSPARK_CACHE to a folder that is yours"
+        ) from error
+    say(f"demo target is ready in {folder}")
+    return folder
+
+
+def make_demo_target(say: Say, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / NAME
@@ -57,8 +74,6 @@ def ensure_demo_target(say: Say, directory: Path | None = None) -> Path:
         (made / "dspark-source.json").write_text(json.dumps(label))
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
-    say(f"demo target is ready in {folder}")
-    return folder
 
 
 def is_complete(folder: Path) -> bool:
@@ -66,7 +81,7 @@ def is_complete(folder: Path) -> bool:
     try:
         label = json.loads((folder / "dspark-source.json").read_text())
         return (folder / "model.safetensors").stat().st_size == label["size"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

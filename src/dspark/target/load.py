@@ -89,9 +89,10 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         reason = (
             "there is no such folder, and the hub cannot be reached" if cached_only and isinstance(error, OSError) else first_line(error)
         )
+        other = f"{like(name)}give a folder written by `save_pretrained`, a hub id of a causal language model, or {demo.NAME}"
         raise TargetError(
             f"cannot load target {str(name)!r} on {device}: {reason}",
-            f"{like(name)}give a folder written by `save_pretrained`, a hub id of a causal language model, or {demo.NAME}",
+            f"if its files are damaged, delete {where}: it is fetched anew" if str(name) == demo.NAME else other,
         ) from error
     missing = sorted(loading["missing_keys"])
     if missing:

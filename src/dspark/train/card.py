@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dspark.errors import HeadError
-from dspark.head.calibration import summary
+from dspark.head.calibration import behind, beside, summary
 from dspark.head.head import Head
 from dspark.head.recurrent import AnyHead
 from dspark.prompts import read_json
@@ -85,8 +85,9 @@ Versions, data and the training curve are in `provenance.json`.
 def check_card(folder: Path) -> None:
     """Raise `HeadError` unless `add_contexts` can write to this head."""
     read_card(folder)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise HeadError(f"cannot write to {folder}: it is not yours", "copy the head to a folder of your own, and measure that")
+    for place in {folder, *(behind(folder / name).parent for name in (CARD, RECORD))}:
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise HeadError(f"cannot write to {place}: it is not yours", "copy the head to a folder of your own, and measure that")
 
 
 def read_card(folder: Path) -> tuple[str, dict]:
@@ -116,10 +117,12 @@ def add_contexts(folder: Path, measured: dict) -> None:
     texts = {RECORD: json.dumps(provenance, indent=2) + "\n", CARD: with_contexts(card, provenance[CONTEXTS])}
     try:
         for name, text in texts.items():
-            (folder / f"{name}.new").write_text(text, encoding="utf-8")
+            beside(folder / name).write_text(text, encoding="utf-8")
         for name in texts:
-            os.replace(folder / f"{name}.new", folder / name)
+            os.replace(beside(folder / name), behind(folder / name))
     except OSError as error:
+        for name in texts:
+            beside(folder / name).unlink(missing_ok=True)
         raise HeadError(f"cannot write to {folder}: {error.strerror}", "free some space, or make the folder writable") from error
 
 

@@ -237,7 +237,7 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
         with path.open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the last one beyond ulimit -f
             raise SettingError(
                 f"no space for the feature cache {path} ({size * dtype.itemsize / 1e9:.1f} GB)", "lower --cache-gb, or free some space"
             ) from error

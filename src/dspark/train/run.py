@@ -376,7 +376,7 @@ def different(before: dict, now: dict) -> list[str]:
 def finished(out: Path) -> dict | None:
     """The provenance of a run whose last figures were measured, else None."""
     record = out / "provenance.json"
-    if not (record.exists() and (out / "model.safetensors").exists()):
+    if not all((out / name).exists() for name in ("provenance.json", "model.safetensors", "config.json", "golden.safetensors")):
         return None
     provenance = read_json(record, HeadError, "delete it and continue with --resume: the figures are measured again")
     return provenance if isinstance(provenance, dict) and provenance.get("held_out_rounds") else None
