@@ -10,9 +10,9 @@ from itertools import product
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from transformers.modeling_layers import MtpModel
 
+from chances import p_value
 from dspark.core import sampling, verifier
 from dspark.core.calibration import OnlineCalibration
 from dspark.core.decode import Drafter, Scored, decode
@@ -28,7 +28,6 @@ from tiny import randomized, tiny_head, tiny_model, tiny_recurrent
 VOCABULARY = 12
 NUM_NEW = 3
 PROMPT = (4, 0, 1, 4, 0)  # the lookup proposes 1, which this target says about a quarter of the time
-RARE = 8  # cells expected less often than this are merged
 LAWS = {
     "T=1": make_law(1.0),
     "top-p": make_law(0.8, top_p=0.9),
@@ -256,26 +255,11 @@ def exact_law(name: str) -> dict[tuple[int, ...], float]:
     return chances
 
 
-def p_value(said: Counter, law: str) -> float:
-    """Chi-square of counts against the exact law; what is impossible must not occur at all."""
-    num_samples, chances = said.total(), exact_law(law)
-    impossible = [tokens for tokens in said if chances[tokens] == 0]
-    assert not impossible, f"{impossible[0]} has probability 0"
-    common = [tokens for tokens, chance in chances.items() if chance * num_samples >= RARE]
-    counts, expected = [said[tokens] for tokens in common], [chances[tokens] * num_samples for tokens in common]
-    rest = num_samples - sum(expected)
-    if rest >= RARE:
-        counts.append(num_samples - sum(counts))
-        expected.append(rest)
-    scale = sum(counts) / sum(expected)
-    return chisquare(counts, [value * scale for value in expected]).pvalue
-
-
 @pytest.mark.parametrize(("law", "num_samples"), [("T=1", 2_000), ("top-p", 2_000), pytest.param("T=1", 200_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
     said, accepted = sample(drafter, law, num_samples)
-    assert p_value(said, law) > 1e-4
+    assert p_value(said, exact_law(law)) > 1e-4
     # Rejections and acceptances both took part.
     assert drafter == "none" or min(accepted[0], num_samples - accepted[0]) > num_samples / 100
 
@@ -287,7 +271,7 @@ def test_continuations_have_the_law_of_the_target(drafter, law, num_samples):
 )
 def test_continuations_have_the_law_of_the_target_under_planners_that_remember(drafter, planner, num_samples):
     said, accepted = sample(drafter, planner, num_samples)
-    assert p_value(said, planner) > 1e-4
+    assert p_value(said, exact_law(planner)) > 1e-4
     # Rounds with and without verified tokens, rejections and acceptances all took part.
     assert min(accepted["parked"], accepted[0], accepted[1]) > num_samples / 100
 
@@ -295,13 +279,13 @@ def test_continuations_have_the_law_of_the_target_under_planners_that_remember(d
 @pytest.mark.parametrize("num_samples", [4_000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_whoever_drafts_in_whatever_round_keeps_the_law(num_samples):
     said, accepted = sample("by text", "T=1", num_samples)
-    assert p_value(said, "T=1") > 1e-4
+    assert p_value(said, exact_law("T=1")) > 1e-4
     assert min(accepted[0], num_samples - accepted[0]) > num_samples / 100
 
 
 def test_a_choice_that_looks_at_what_was_drafted_changes_the_law():
     said, _ = sample("peeking", "T=1", 4_000)
-    assert p_value(said, "T=1") < 1e-6
+    assert p_value(said, exact_law("T=1")) < 1e-6
 
 
 WRONG_RULES = {
@@ -315,7 +299,7 @@ WRONG_RULES = {
 def test_chi_square_rejects_a_wrong_rule(rule, monkeypatch):
     monkeypatch.setattr(verifier, rule, WRONG_RULES[rule])
     said, _ = sample("vanilla", "T=1", 1_500)
-    assert p_value(said, "T=1") < 1e-6
+    assert p_value(said, exact_law("T=1")) < 1e-6
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)

@@ -248,9 +248,11 @@ def verify_joint(case: Case, plan, block_size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("law", ["greedy", "T=1.5", "top-p", "repetition"])
-def test_verify_has_the_law_of_the_target(law, plan):
-    case = make_case(LAWS[law], "sparse")
+@pytest.mark.parametrize(
+    ("law", "draft"), [("greedy", "sparse"), ("T=1.5", "sparse"), ("T=1.5", "random"), ("top-p", "sparse"), ("repetition", "random")]
+)
+def test_verify_has_the_law_of_the_target(law, draft, plan):
+    case = make_case(LAWS[law], draft)
     for block_size in (1, 2):
         expected = target_joint(case.p, PROMPT, block_size + 1)
         assert (verify_joint(case, PLANS[plan], block_size) - expected).abs().max() < 1e-12
@@ -390,6 +392,110 @@ def test_stopping_at_once_keeps_the_law(steps_per_second):
     plan = early_stop(Costs(0.0, tuple(1 / speed for speed in steps_per_second)))
     assert first_token(round_joint(appendix_case(), plan, 2)) == pytest.approx([0.7, 0.3], abs=1e-12)
     assert bias(appendix_case(), plan, 2) < 1e-12
+
+
+# Drafts that end for what they drew, and what a later round knows --------------------------
+
+
+def ends_after(tokens: Tokens) -> bool:
+    """Where a draft ends: after about every third text."""
+    return (7 * tokens[-1] + 3 * tokens[-2] + len(tokens)) % 3 == 0
+
+
+def ended_drafts(case: Case, block_size: int, begun: Tokens = ()):
+    """Every draft of up to `block_size` tokens of a drafter that may end behind any of them, with its probability."""
+    for x, chance in enumerate(case.q(case.prompt + begun).tolist()):
+        block = (*begun, x)
+        ended = len(block) < block_size and ends_after(case.prompt + block)
+        if chance == 0:
+            continue
+        if len(block) < block_size and not ended:
+            for draft, rest in ended_drafts(case, block_size, block):
+                yield draft, chance * rest
+        else:
+            rows = torch.stack([case.q(case.prompt + block[:k]) for k in range(len(block))])
+            yield Draft(list(block), rows, confidences_of(case, block), num_asked=block_size if ended else 0), chance
+
+
+def bias_of_ended(case: Case, plan, block_size: int) -> float:
+    law = block_law(case, block_size)
+    joint = sum(
+        (chance * law(tuple(draft.tokens), draft.planned(plan)) for draft, chance in ended_drafts(case, block_size)),
+        start=torch.zeros((), dtype=torch.float64),
+    )
+    return (joint - target_joint(case.p, case.prompt, block_size + 1)).abs().max().item()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_drafts_that_end_for_what_they_drew_keep_the_law(plan):
+    for draft, seed in product(("random", "sparse"), range(2)):
+        case = make_case(LAWS["T=1"], draft, seed=seed)
+        assert len({len(made.tokens) for made, _ in ended_drafts(case, 3)}) > 1
+        assert bias_of_ended(case, PLANS[plan], 3) < 1e-12
+
+
+def test_a_plan_that_sees_that_a_draft_ended_changes_the_law(monkeypatch):
+    monkeypatch.setattr(Draft, "planned", lambda draft, plan: plan(draft.confidences, len(draft.tokens)))
+    assert max(bias_of_ended(make_case(LAWS["T=1"], "random", seed=seed), PLANS["worth"], 3) for seed in range(4)) > 1e-3
+
+
+def test_what_was_refused_may_decide_who_drafts_next():
+    """The next round's drafter and plan go by the whole draft before, its refused tokens too, and by how many of it stood."""
+    cases = [make_case(LAWS["T=1"], draft, seed=5) for draft in ("random", "sparse", "single token")]
+    assert all(torch.equal(case.p(PROMPT), cases[0].p(PROMPT)) for case in cases)
+
+    @cache
+    def second_round(turn: int, said: Tokens) -> torch.Tensor:
+        case = replace(cases[turn], prompt=PROMPT + said)
+        joint = round_joint(case, (fixed, PLANS["threshold"], fixed)[turn], 1)
+        return joint if len(said) == 1 else joint.sum(-1)
+
+    joint, turns = torch.zeros((VOCABULARY,) * 3, dtype=torch.float64), {}
+    for block, chance in blocks(cases[0], 2):
+        p_KV, draft = drafted(cases[0], block)
+        standing = standing_of(p_KV, draft)
+        ends = [*(ending(p_KV[k], draft.probs_KV[k], standing[k]) for k in range(2)), standing[2]]
+        laws = [*(residual(p_KV[k], draft.probs_KV[k], standing[k]) for k in range(2)), p_KV[2]]
+        recover = cells(torch.cat([row.cumsum(-1) for row in laws]).tolist())
+        for piece in product(cells(ends[1:2]), cells(ends[2:]), recover):
+            (first, _), (second, _), (last, _) = piece
+            verdict = verify(p_KV, draft, [first, second], last)
+            said = (*block[: verdict.num_accepted], verdict.next_token)
+            turn = (sum(block) + verdict.num_accepted) % 3
+            turns.setdefault(said, set()).add(turn)
+            rest = 1.0 if len(said) == 3 else second_round(turn, said)
+            joint[said] += chance * prod(width for _, width in piece) * rest
+    assert any(len(taken) == 3 for said, taken in turns.items() if len(said) < 3)  # after one text, by what was refused
+    assert (joint - target_joint(cases[0].p, PROMPT, 3)).abs().max() < 1e-12
+
+
+# Rounding --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-6, -1e-6])
+def test_rounding_of_the_rows_is_not_amplified(off):
+    """Rows in float32 whose sums are off, and drafts whose laws are the target's but for rounding: the law is off by no more."""
+    exact = make_case(LAWS["T=1"], "equal")
+    rng = torch.Generator().manual_seed(0)
+    p = cache(lambda tokens: exact.p(tokens).float() * (1 + off))
+    q = cache(lambda tokens: normalised(exact.p(tokens) * (1 + 1e-6 * torch.randn(VOCABULARY, generator=rng))).float())
+    rounded = Case(p, q, exact.confidence)
+    joint = round_joint(rounded, fixed, 3)
+    assert (joint / joint.sum() - target_joint(exact.p, PROMPT, 4)).abs().max() < 2e-6
+    assert abs(joint.sum() - 1) < 1e-5
+
+
+def test_uniforms_at_their_ends_and_parts_that_cannot_stand():
+    """A token that the target all but never says: its part of the block stands for the uniform 0 alone."""
+    p_KV, q_KV = torch.tensor([[1e-30, 1.0]]).repeat(17, 1), torch.tensor([[1.0, 0.0]]).repeat(16, 1)
+    draft = Draft([0] * 16, q_KV)
+    assert verify(p_KV, draft, [ALMOST_ONE] * 16, 0.5) == Verdict(0, 1)
+    assert verify(p_KV, draft, [nextafter(0, 1)] * 16, 0.5).next_token == 1
+    impossible = torch.tensor([[0.0, 1.0]]).repeat(17, 1)
+    assert verify(impossible, draft, [0.0] * 16, 0.0) == Verdict(0, 1)
+    only = torch.ones(3, 1)
+    assert verify(only, Draft([0, 0], only[:2]), [ALMOST_ONE] * 2, ALMOST_ONE) == Verdict(2, 0)
+    assert verify(p_KV[:1], draft, [], 0.5) == Verdict(0, 1)  # nothing was planned
 
 
 # Two requests planned together ------------------------------------------------------------
