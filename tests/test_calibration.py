@@ -15,7 +15,7 @@ from dspark.core.planner import Always, threshold
 from dspark.drafters import DSparkDrafter
 from dspark.errors import HeadError, PromptError, SettingError
 from dspark.generation import generate, make_law, split_law
-from dspark.head.calibration import doubts, read_calibration, refuse_unwritable, write_calibration
+from dspark.head.calibration import beside_kept, doubts, read_calibration, refuse_unwritable, write_calibration
 from dspark.head.folder import load_head, save_head
 from dspark.measure.calibrate import Settings, calibrate, halves
 from dspark.measure.calibration import (
@@ -197,6 +197,20 @@ def folder(target, tmp_path):
 def test_a_calibration_is_saved_and_loaded_with_its_head(folder, target):
     assert load_head(folder, target).calibration.fits == (TINY_FIT, replace(TINY_FIT, temperature=1.0))
     assert load_head(folder, target, calibrated=False).calibration is None
+
+
+def test_a_new_fit_takes_the_place_of_that_for_its_settings_alone(folder, target):
+    old = load_head(folder, target).calibration
+    narrow = replace(TINY_FIT, top_p=0.9, temperature=1.0)
+    again = replace(TINY_FIT, rounds=TINY_FIT.rounds + 1)
+    found = replace(old, fits=(again, narrow))
+    kept = beside_kept(found, folder, 4)
+    assert kept.fits == (again, narrow, replace(TINY_FIT, temperature=1.0))
+    assert kept.nearest(1.0) == narrow  # the newest
+    other = replace(found, precision="another")
+    assert beside_kept(other, folder, 4) == other
+    (folder / "calibration.json").write_text("{")
+    assert beside_kept(found, folder, 4) == found
 
 
 def test_a_calibration_from_before_margins_is_read(folder, target):

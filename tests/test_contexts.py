@@ -73,7 +73,7 @@ def test_the_table_goes_into_the_card_and_stays_when_the_card_is_written_anew(pa
     target, head = pair
     monkeypatch.setattr("dspark.cli.bench.open_head", lambda options, target: head)
     monkeypatch.setattr("dspark.cli.bench.open_target", lambda options: target)
-    trained = {"steps": 1, "sequences_per_step": 1, "anchors_per_sequence": 1, "optimizer": "adamw", "seed": 0}
+    trained = {"steps": 1, "sequences_per_step": 1, "anchors_per_sequence": 1, "optimizer": "adamw", "seed": 0, "held_out": 1}
     provenance = {"answers": 1, "answer_tokens": 9, "command": "dspark train", "train": trained, "held_out_teacher_forced": {}}
     folder, card = tmp_path / "head", write_card(head, target, provenance, None)
     save_head(head, target, folder, list(range(3, 30)), provenance, card)

@@ -107,7 +107,7 @@ class TrainConfig:
     feature_dtype: str = "bfloat16"  # float8: half the bytes; each state rounded to 3 bits of mantissa, beside a scale
 
 
-# `dspark adapt`: the head knows its trade already, so a fifth of the work, in smaller steps, which forget less. The loss is the one
-# that the shipped head was trained with (bench/results/smollm2-135m-training.md).
+# `dspark adapt`: the head knows its trade already, so a fifth of the steps of `train`. Its loss is `distil` (cli/adapt.py), with which the
+# shipped head was trained (bench/results/smollm2-135m-training.md).
 ADAPT = TrainConfig(num_prompts=800, steps=400, learning_rate=1.5e-3)  # measured in docs/adapting.md
 LOW_RANK_RATE = 1e-3  # learning rate of low-rank updates: their factors start at 0 and are few

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     from dspark.generation import make_law
-    from dspark.head.calibration import doubts, refuse_unwritable, write_calibration
+    from dspark.head.calibration import beside_kept, doubts, refuse_unwritable, write_calibration
     from dspark.head.folder import dspark_only, load_head, named_head, read_config
 
     for temperature in options.temperature or [0.0]:  # at 0 the other two are left out, but must have a meaning
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         ids = invented(target, options.num_prompts or INVENTED, bar)
     curve = "margin" if options.margin else "bias" if options.bias else "temperatures"
     found, reports = calibrate(target, head, ids, laws, options.max_new_tokens, bar, curve)
-    write_calibration(found, folder)
+    write_calibration(beside_kept(found, folder, head.config.block_size), folder)
     print(table(reports))
     print(f"\nwritten to {folder / 'calibration.json'}")
     for doubt in doubts(found):

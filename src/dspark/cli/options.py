@@ -96,7 +96,9 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> 
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the best tokens up to this mass (1: all)")
     group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below this share of the best one (0: none)")
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="as in transformers (1: none)")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed replays the same tokens (default 0)")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed replays the same tokens with the same head and plan (default 0)"
+    )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the text before TEXT; may be given again")
 
 

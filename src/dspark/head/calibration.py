@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,23 @@ def refuse_unwritable(folder: Path) -> None:
         raise HeadError(
             f"cannot write to {folder}: {error.strerror}", "copy the head to a folder of your own, and calibrate that"
         ) from error
+
+
+def beside_kept(found: Calibration, folder: Path, block_size: int) -> Calibration:
+    """These fits, and the folder's for other settings if they are of the same pair and precision. A file that cannot be read is not kept."""
+    try:
+        old = read_calibration(folder, block_size)
+    except HeadError:
+        old = None
+    if old is None or replace(old, fits=()) != replace(found, fits=()):
+        return found
+    new = {settings(fit) for fit in found.fits}  # they come first: of two for one temperature a request takes the first
+    return replace(found, fits=(*found.fits, *(fit for fit in old.fits if settings(fit) not in new)))
+
+
+def settings(fit: Fit) -> tuple[float, int, float]:
+    """Of the law that it was fitted under."""
+    return fit.temperature, fit.top_k, fit.top_p
 
 
 def write_calibration(calibration: Calibration, folder: Path) -> None:

@@ -69,7 +69,7 @@ def fleet_table(found: Sequence[Machines], load: float, least_pace: float) -> st
         fitting = [f for f in replayed if f.machines is not None]
         if fitting:
             best = best_of(fitting)
-            said = f"{best[0].machines} machines ({'; or '.join(ways(best))})"
+            said = f"{best[0].machines} machine{'' if best[0].machines == 1 else 's'} ({'; or '.join(ways(best))})"
         else:
             said = f"no batch of these gives each request {least_pace:g} tokens/s" if replayed else f"{missing} (--plans)"
         lines.append(f"{load:g} answers/s {name}: {said}")

@@ -73,7 +73,7 @@ Acceptance by position given that all before it were accepted (held-out answers,
 | law | {positions} |
 |---|{"---|" * config.block_size}
 {rows}
-{contexts_section(provenance.get(CONTEXTS, ()))}{TRAINED}{provenance["answers"]} answers ({provenance["answer_tokens"]:,} tokens) of the target's own, {train["steps"]} steps of
+{contexts_section(provenance.get(CONTEXTS, ()))}{TRAINED}{provenance["answers"]} answers ({provenance["answer_tokens"]:,} tokens) of the target's own, {train["held_out"]} of them held out; {train["steps"]} steps of
 {train["sequences_per_step"] * train["anchors_per_sequence"]} anchors, {train["optimizer"]}, seed {train["seed"]}:
 
     {provenance["command"]}
