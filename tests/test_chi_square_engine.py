@@ -1,4 +1,4 @@
-"""Answers of the engine and of a grafted model, sampled without a seed of their own, have the joint law of the target."""
+"""Answers of the engine to requests without a seed have the joint law of the target."""
 
 import random
 from collections import Counter
@@ -75,7 +75,7 @@ def sample(law: Law, num_samples: int, plan: str) -> tuple[Counter, Counter]:
     return Counter(tuple(ids[:NUM_COUNTED]) for ids in answers), sources
 
 
-@pytest.mark.parametrize("num_samples", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_samples", [300, pytest.param(5_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("law", "plan"), [("T=1", "fixed"), ("top-p", "threshold:0.01"), ("repetition", "auto")])
 def test_answers_of_the_engine_have_the_law_of_the_target(law, plan, num_samples):
     said, sources = sample(LAWS[law], num_samples, plan)
