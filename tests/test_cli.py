@@ -224,6 +224,17 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
         [r["token_ids"] for r in document["prompts"] if r["mode"] == m] for m in ("plain", "dspark", "lookup", "hf")
     )  # fmt: skip
     assert plain == drafted == lookup == hf
+    # So little mass that the best token alone is left of each row: sampling says what greedy decoding does.
+    code, out, err = run(
+        capsys, "bench", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 8, "--compare", "plain,dspark,lookup,hf", "--json",
+        "--temperature", 1, "--top-p", 1e-6,
+    )  # fmt: skip
+    assert code == 0 and "T=1, top-p 1e-06" in err
+    assert [r["token_ids"] for r in json.loads(out.splitlines()[-1])["prompts"]] == [r["token_ids"] for r in document["prompts"]]
+    code, _, err = run(capsys, "bench", "/nowhere", "--prompts", file, "--temperature", 1, "--top-p", 1.5)
+    assert code == 2 and "top_p is 1.5" in err
+    code, _, err = run(capsys, "bench", "/nowhere", "--prompts", file, "--contexts", "16", "--limit", 1, "--top-p", 0.9)
+    assert code == 2 and "--top-p cannot take effect with --contexts" in err
 
 
 def test_a_drafter_that_drafts_nothing_is_not_called_ok(place, capsys):

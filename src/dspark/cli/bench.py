@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="above T=0: keep this mass (1: all, the default)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="times each prompt is decoded in each mode (default %(default)s)"
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
     prompts = first_of_each_set(prompts, options.limit)
     if lengths and options.mtp is not None:
         raise SettingError("--mtp cannot take effect with --contexts", "to measure that head, give it as --head")
+    if lengths and options.top_p != 1:
+        raise SettingError("--top-p cannot take effect with --contexts", "leave one of them out")
     if lengths:
         asked = [prompt for prompt, _ in prompts]
         return bench_contexts(options, lengths, asked, [prompt for prompt, _ in given if prompt not in asked])
@@ -101,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
         check_report(options.report, names)
     if recorded:
         names += [RECORDED] if RECORDED not in names else []
-    make_law(options.temperature)
+    make_law(options.temperature, top_p=options.top_p)
     kinds = {name.partition("@")[0] for name in names}
     if options.mtp is not None and not kinds & {"auto", "mtp", "mtp+dspark"}:
         raise SettingError("--mtp cannot take effect: no mode drafts with it", "name auto, mtp or mtp+dspark in --compare, or leave it out")
@@ -151,6 +154,7 @@ def run(options: argparse.Namespace) -> int:
             options.repeats,
             lambda done, total: bar.update(done - bar.n),
             watch,
+            options.top_p,
         )
     made_by = {"machine": machine(target.device), "arguments": {k: v for k, v in vars(options).items() if k not in ("run", "verb")}}
     report = aggregate(runs)
@@ -173,8 +177,9 @@ def run(options: argparse.Namespace) -> int:
         }
         write_report(figures(report, trace, made_by, shapes), table(report), Path(options.report))
         say(f"report in {Path(options.report) / 'index.html'}")
+    law = f"T={options.temperature:g}" + (f", top-p {options.top_p:g}" if options.top_p < 1 and options.temperature else "")
     say(
-        f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, batch 1, T={options.temperature:g}, {options.max_new_tokens} new tokens, interleaved"
+        f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, batch 1, {law}, {options.max_new_tokens} new tokens, interleaved"
     )
     print(table(report))
     if "plain" in report:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -79,6 +80,7 @@ def bench(
     repeats: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     watch: Callable[[str, int, Result], None] = lambda mode, index, result: None,
+    top_p: float = 1.0,
 ) -> list[Run]:
     """Decode every prompt (ids, set name) in every mode. `watch` sees each mode's first answer to each prompt.
 
@@ -90,7 +92,7 @@ def bench(
             check_request(target, ids, max_new_tokens, seed + index, ())
         except PromptError as error:
             raise PromptError(f"prompt {index} (set {name}): {error.message}", error.hint) from error
-    ways = {mode.name: Way(target, mode, temperature) for mode in modes}
+    ways = {mode.name: Way(target, mode, temperature, top_p) for mode in modes}
     for way in ways.values():
         way.decode(prompts[0][0], min(8, max_new_tokens), 0)  # warms up
     runs = []
@@ -127,8 +129,9 @@ def check_modes(names: Sequence[str], heads: Sequence[str] = ()) -> None:
 class Way:
     """A mode at work. Its planner learns from prompt to prompt, at any temperature: a seed replays a whole run, not a prompt of it."""
 
-    def __init__(self, target: Target, mode: Mode, temperature: float):
-        self.target, self.mode, self.temperature = target, mode, temperature
+    def __init__(self, target: Target, mode: Mode, temperature: float, top_p: float = 1.0):
+        self.target, self.mode = target, mode
+        self.law: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
         if mode.kind in DRAFTER_OF:
             named = mode.head is not None and mode.name.partition("@")[0] not in MODES
             self.drafter = make_drafter(mode.head.kind if mode.head and named else DRAFTER_OF[mode.kind], target, mode.head)
@@ -136,17 +139,17 @@ class Way:
 
     def decode(self, ids: list[int], max_new_tokens: int, seed: int) -> Result:
         if self.mode.kind not in DRAFTER_OF:
-            return hf_generate(self.target, ids, max_new_tokens, self.temperature, seed, lookup=self.mode.kind == "hf-lookup")
-        return generate(
-            self.target, self.mode.head, ids, max_new_tokens, temperature=self.temperature, seed=seed, drafter=self.drafter, plan=self.plan
-        )
+            return hf_generate(self.target, ids, max_new_tokens, seed, lookup=self.mode.kind == "hf-lookup", **self.law)
+        return generate(self.target, self.mode.head, ids, max_new_tokens, seed=seed, drafter=self.drafter, plan=self.plan, **self.law)
 
 
-def hf_generate(target: Target, ids: list[int], max_new_tokens: int, temperature: float, seed: int, lookup: bool) -> Result:
+def hf_generate(
+    target: Target, ids: list[int], max_new_tokens: int, seed: int, lookup: bool, temperature: float = 0.0, top_p: float = 1.0
+) -> Result:
     """transformers' own loop on the same model: the baseline most people have."""
     target.untap()
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p} if temperature else {"do_sample": False}
     more = {"prompt_lookup_num_tokens": 8} if lookup else {}
     begin = time.perf_counter()
     prompt = torch.tensor([ids], device=target.device)
