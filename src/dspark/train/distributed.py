@@ -169,6 +169,8 @@ def processes(parallel: str | None, device: str) -> Iterator[Ranks]:
         return
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps one store for all its starts: addresses of processes that have ended must not be found in it.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
         on_gpu = device.startswith("cuda")
         if on_gpu and local_size > torch.cuda.device_count():
