@@ -75,6 +75,12 @@ def sample(law: Law, num_samples: int, plan: str) -> tuple[Counter, Counter]:
     return Counter(tuple(ids[:NUM_COUNTED]) for ids in answers), sources
 
 
+def test_a_wrong_rule_is_seen(monkeypatch):
+    monkeypatch.setattr("dspark.core.verifier.acceptance", lambda p_V, q_V, token, standing: 1.0)
+    said, _ = sample(LAWS["T=1"], 300, "fixed")
+    assert p_value(said, exact_law(LAWS["T=1"])) < 1e-6
+
+
 @pytest.mark.parametrize("num_samples", [300, pytest.param(5_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("law", "plan"), [("T=1", "fixed"), ("top-p", "threshold:0.01"), ("repetition", "auto")])
 def test_answers_of_the_engine_have_the_law_of_the_target(law, plan, num_samples):

@@ -19,6 +19,7 @@ from dspark.core.sampling import Law, Streams, draw, probs
 from dspark.core.verifier import Draft, FewTokens, Verdict, acceptance, ending, residual, verify
 from dspark.errors import LogitsError
 from dspark.generation import make_law
+from dspark.measure.lossless import law_error
 
 VOCABULARY = 5
 PROMPT = (2, 0)
@@ -606,3 +607,14 @@ def test_the_fast_judge_says_what_the_reference_says(name):
 def test_laws_of_few_tokens_are_dense_rows():
     law = FewTokens(torch.tensor([[3, 1], [0, 4]]), torch.tensor([[0.25, 0.75], [1.0, 0.0]]), VOCABULARY)
     assert [law[k].tolist() for k in range(len(law))] == [[0, 0.75, 0, 0.25, 0], [1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("standing", [1.0, 0.6])
+def test_the_law_check_of_verify_sees_a_wrong_rule(standing, monkeypatch):
+    case = make_case(LAWS["T=1"], "random")
+    p_V, q_V = case.p(PROMPT), case.q(PROMPT)
+    assert law_error(p_V, q_V, standing) < 1e-15
+    for rule, wrong in (("stands", lambda p, q, s: torch.ones_like(p)), ("residual", lambda p, q, s: p)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dspark.measure.lossless.{rule}", wrong)
+            assert law_error(p_V, q_V, standing) > 1e-3

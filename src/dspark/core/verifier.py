@@ -93,10 +93,15 @@ class Verdict:
     next_token: int
 
 
+def stands(p: torch.Tensor, q: torch.Tensor, standing: float = 1.0) -> torch.Tensor:
+    """Chance that a block stands up to a token of chance p under the target and q > 0 under the draft, where it does up to the one
+    before with chance `standing`; elementwise, in double precision."""
+    return ((p / q).double() * standing).clamp_max(1.0)
+
+
 def acceptance(p_V: torch.Tensor, q_V: torch.Tensor, token: int, standing: float = 1.0) -> float:
-    """Chance that a block stands up to a token drawn from q, where it does up to the one before with chance `standing`.
-    q(token) > 0, since it was drawn."""
-    return min(1.0, standing * (p_V[token] / q_V[token]).item())
+    """`stands` of a token that was drawn from q."""
+    return stands(p_V[token], q_V[token], standing).item()
 
 
 def left_over(p_V: torch.Tensor, q_V: torch.Tensor, standing: float = 1.0) -> torch.Tensor:

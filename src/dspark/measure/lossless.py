@@ -11,7 +11,7 @@ import torch
 
 from dspark.config import MAX_BLOCK
 from dspark.core.sampling import probs
-from dspark.core.verifier import acceptance, ending, residual
+from dspark.core.verifier import acceptance, ending, residual, stands
 from dspark.generation import generate, make_drafter, make_law, make_planner
 from dspark.head.head import SelfTest
 from dspark.head.recurrent import AnyHead
@@ -21,7 +21,6 @@ from dspark.target.target import Target
 # precision: the same row computed in a pass of another length differs by a few of these.
 TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 LAW_PROMPTS = 4
-LIKELIEST = 256  # tokens of a draft's law for which the verifier's own chance is asked
 NOTHING_DRAFTED = "nothing was drafted on these prompts; --prompts takes others"
 NEVER_DRAFTS = "this drafter never drafts: there is nothing to compare"
 
@@ -151,14 +150,11 @@ def nothing(drafter: str) -> str:
 
 
 def law_error(p_V: torch.Tensor, q_V: torch.Tensor, standing: float = 1.0) -> float:
-    """How far what comes of drawing the next token from q, where a block stands so far with chance `standing`, is from p that often.
-
-    The verifier's own chance of a token is asked for its likeliest ones; for all it is min(1, s p / q), to which these are compared."""
-    kept_V = torch.minimum(q_V, standing * p_V)
-    likeliest = [token for token in q_V.topk(min(LIKELIEST, len(q_V))).indices.tolist() if q_V[token] > 0]
-    asked = max(abs(q_V[token].item() * acceptance(p_V, q_V, token, standing) - kept_V[token].item()) for token in likeliest)
+    """How far what comes of drawing the next token from q, where a block stands so far with chance `standing`, is from p that often."""
+    kept_V, drawn = torch.zeros_like(p_V), q_V > 0
+    kept_V[drawn] = q_V[drawn] * stands(p_V[drawn], q_V[drawn], standing)
     replaced_V = (1 - kept_V.sum()) * ending(p_V, q_V, standing) * residual(p_V, q_V, standing)
-    return max(asked, (kept_V + replaced_V - standing * p_V).abs().max().item())
+    return (kept_V + replaced_V - standing * p_V).abs().max().item()
 
 
 def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:
