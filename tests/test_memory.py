@@ -244,8 +244,7 @@ def resident():
 
 given_back, before = faults(), resident()
 with freed_memory_kept():
-    faults()
-    kept, held = faults(), resident()
+    kept, held = min(faults() for _ in range(20)), resident()  # a small thing may settle in what was freed, now and then
 print(given_back, kept, held - before, resident() - before)
 """
 

@@ -20,9 +20,9 @@ from dspark.train.answers import INVENT_TOKENS, OPENER_TOKENS, batch_size
 from dspark.train.features import default_taps, fits_gpu, token_bytes
 from dspark.train.sample import sample_batch
 
-# What is measured while training: points of the curve and answers each; prompts and tokens of real rounds, and tokens after each
-# held-out prompt to calibrate on, both at T = 0 and 1.
-CURVE_POINTS, CURVE_ANSWERS = 10, 48
+# What is measured while training: points of the curve at most, steps between two at least (a look costs more than a step), and answers
+# each; prompts and tokens of real rounds, and tokens after each held-out prompt to calibrate on, both at T = 0 and 1.
+CURVE_POINTS, CURVE_STEPS, CURVE_ANSWERS = 10, 25, 48
 ROUNDS_PROMPTS, ROUNDS_TOKENS = 16, 64
 CALIBRATION_TOKENS = 128
 TEXT_BYTES = 8  # of a token of prompts and answers, as they are written down
@@ -171,9 +171,14 @@ def stepping(target: Target, config: TrainConfig, shape: dict, found: Pace) -> f
     return found.passes(3 * rows * row_work(target, shape)) + (GPU_COMPILING if target.device.type == "cuda" else 0)  # forth and back
 
 
+def curve_every(steps: int) -> int:
+    """Steps from one point of the held-out curve to the next; the last step has one too."""
+    return max(CURVE_STEPS, steps // CURVE_POINTS)
+
+
 def measuring(target: Target, config: TrainConfig, shape: dict, found: Pace) -> float:
     """The curve's points, the last look at held-out answers (an anchor a token), rounds that are decoded, and the calibration's."""
-    looks = CURVE_POINTS * min(CURVE_ANSWERS, config.held_out) + config.held_out
+    looks = math.ceil(config.steps / curve_every(config.steps)) * min(CURVE_ANSWERS, config.held_out) + config.held_out
     rows = looks * config.max_answer_tokens * shape.get("block_size", 5)
     decoded = 2 * (min(ROUNDS_PROMPTS, config.held_out) * ROUNDS_TOKENS + config.held_out * CALIBRATION_TOKENS)
     return found.passes(rows * row_work(target, shape)) + decoded * found.token_seconds

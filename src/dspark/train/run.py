@@ -39,7 +39,7 @@ from dspark.train.answers import (
 )
 from dspark.train.card import write_card
 from dspark.train.distributed import ALONE, Ranks
-from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, CURVE_POINTS, ROUNDS_PROMPTS, ROUNDS_TOKENS, estimate
+from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, ROUNDS_PROMPTS, ROUNDS_TOKENS, curve_every, estimate
 from dspark.train.features import FeatureStore, default_taps
 from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
@@ -585,7 +585,7 @@ def three_layers(num_layers: int) -> tuple[int, ...]:
 def run_steps(
     head: AnyHead, target: Target, store: FeatureStore, config: TrainConfig, work: Path, bar: Bar, ranks: Ranks = ALONE
 ) -> list[dict]:
-    """Train to the end, drawing the bar and keeping a curve of held-out figures every tenth of the way."""
+    """Train to the end, drawing the bar and keeping a curve of held-out figures: ten points, fewer in a short run."""
     curve_file = work / "curve.jsonl"
     cpu_start, steps_at_start = time.process_time(), None
     average: torch.Tensor | None = None
@@ -601,7 +601,7 @@ def run_steps(
         if step % show_every == 0 or step == config.steps:
             accepted = " ".join(f"{a:.2f}" for a in average.tolist())
             bar("training", step, config.steps, f"loss {result.total.item():.3f} acceptance {accepted}")
-        if step % max(1, config.steps // CURVE_POINTS) == 0 or step == config.steps:
+        if step % curve_every(config.steps) == 0 or step == config.steps:
             whole = ranks.whole(head)
             ranks.once(add_point, whole, step)
 
