@@ -10,10 +10,10 @@ from dspark.core.decode import Scored, decode
 from dspark.core.planner import Always, Costs, CostTable
 from dspark.core.sampling import Law, Streams
 from dspark.core.verifier import Draft, FewTokens
-from dspark.drafters import Arbiter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, PromptLookup
 from dspark.errors import SettingError
 from dspark.generation import generate, make_drafter, make_law, make_planner, stream
-from dspark.profiling import planning_costs
+from dspark.profiling import planning_costs, profile
 from dspark.target.load import use_runtime
 from dspark.target.target import Target
 from tiny import NATIVE_SHAPE, tiny_head, tiny_model
@@ -163,6 +163,30 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("DSPARK_CACHE", "/proc/nowhere")  # a cache that cannot be written is measured anew, without a word more
     planning_costs(target, head, 6, said.append)
     assert len(said) == 8
+
+
+def test_a_draft_is_measured_as_in_a_round(monkeypatch):
+    """Behind one pass over a block, which a draft went before: many passes let its weights and code grow cold."""
+    target = Target(tiny_model("llama"))
+    head = tiny_head(target)
+    clock, passes = [0.0], []
+    real_score, real_draft = target.score, DSparkDrafter.draft
+
+    def score(state, tokens, **options):
+        passes.append(len(tokens))
+        clock[0] += 1e-3
+        return real_score(state, tokens, **options)
+
+    def draft(drafter, *arguments):
+        clock[0] += 2e-3 if passes == [head.config.block_size + 1] else 9e-3
+        passes.clear()
+        return real_draft(drafter, *arguments)
+
+    monkeypatch.setattr(target, "score", score)
+    monkeypatch.setattr(DSparkDrafter, "draft", draft)
+    monkeypatch.setattr("dspark.profiling.time.perf_counter", lambda: clock[0])
+    found = profile(target, head, 20, rows=(1, 2, 9), repeats=3, with_bandwidth=False)
+    assert found.draft == pytest.approx(2) and found.rows == pytest.approx({1: 1, 2: 1, 9: 1})
 
 
 @pytest.mark.parametrize("plan", ["length:", "length:-1", "length:x", "threshold:2", "threshold", "always", "auto:3", ""])
