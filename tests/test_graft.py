@@ -187,14 +187,13 @@ def law_of_transformers(settings: dict) -> dict[tuple[int, ...], float]:
     return defaultdict(float, begun)
 
 
-@pytest.mark.parametrize("num_samples", [200, pytest.param(5_000, marks=pytest.mark.slow)])
+ALL_WARPERS = ("native", "dspark", {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.04})
+REPETITION = ("eager", "auto", {"temperature": 1.3, "repetition_penalty": 1.4, "top_p": 0.95})
+
+
 @pytest.mark.parametrize(
-    ("runtime", "drafter", "settings"),
-    [
-        ("native", "dspark", {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.04}),
-        ("eager", "auto", {"temperature": 1.3, "repetition_penalty": 1.4, "top_p": 0.95}),
-    ],
-    ids=["all warpers", "repetition"],
+    ("runtime", "drafter", "settings", "num_samples"),
+    [(*ALL_WARPERS, 100), *(pytest.param(*each, 4_000, marks=pytest.mark.slow) for each in (ALL_WARPERS, REPETITION))],
 )
 def test_sampled_tokens_have_the_law_of_transformers(runtime, drafter, settings, num_samples, monkeypatch):
     rounds, said, model = [], Counter(), small_model()
