@@ -166,15 +166,15 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
 
 
 def test_a_draft_is_measured_as_in_a_round(monkeypatch):
-    """Behind one pass over a block, which a draft went before: many passes let its weights and code grow cold."""
+    """Behind one pass over a block, which a draft went before: many passes let its weights and code grow cold. And a plain pass behind another."""
     target = Target(tiny_model("llama"))
     head = tiny_head(target)
     clock, passes = [0.0], []
     real_score, real_draft = target.score, DSparkDrafter.draft
 
     def score(state, tokens, **options):
+        clock[0] += 1e-3 if passes else 4e-3
         passes.append(len(tokens))
-        clock[0] += 1e-3
         return real_score(state, tokens, **options)
 
     def draft(drafter, *arguments):

@@ -112,6 +112,7 @@ def profile(
         if repeat > LEAST_REPEATS and time.perf_counter() - started > seconds:
             break
         bandwidths.append(read_bandwidth(1, str(target.device)) if with_bandwidth else 0.0)
+        score(1)  # plain passes come behind plain passes
         found = {n: timed(score, n) for n in rows}
         for _ in range(2 if block_size else 0):  # the second is as in a round: behind many passes a draft takes half as long again
             score(block_size + 1)
