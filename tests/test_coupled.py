@@ -51,6 +51,15 @@ def test_a_choice_has_the_law_it_is_made_from():
     assert chi_square < 16.3  # 3 degrees of freedom, one in a thousand
 
 
+def test_what_is_next_to_impossible_is_not_said():
+    """Among so many numbers one would be 0 if they lay on a grid of 2^-23, and its token win whatever its chance."""
+    size = 2**19
+    chances = torch.full((size,), 1e-15)
+    chances[5] = 1.0
+    noise = Coupled(0)
+    assert [noise.choose(chances, position, size) for position in range(30)] == [5] * 30
+
+
 def test_neighbouring_positions_and_seeds_are_independent():
     firsts = torch.stack([Coupled(seed).exponentials(position, 4000, torch.device("cpu")) for seed in (0, 1) for position in (7, 8)])
     assert (torch.corrcoef(firsts) - torch.eye(4)).abs().max() < 5 / math.sqrt(4000)

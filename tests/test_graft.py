@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from collections import Counter, defaultdict
 from functools import cache
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from chances import p_value
+from dspark.core.decode import decode
 from dspark.errors import HeadError, SettingError
 from dspark.grafting import graft, ungraft
 from dspark.target.target import Target
@@ -162,6 +165,56 @@ def test_sampling_replays_from_torchs_seed(model, settings):
         answers.append(new_tokens(model.generate(PROMPT, do_sample=True, max_new_tokens=NUM_NEW, **settings)))
     assert answers[0] == answers[1] != answers[2]
     assert len(answers[0]) == NUM_NEW
+
+
+# A vocabulary so small that every beginning of three tokens can be counted.
+SMALL = torch.tensor([[4, 0, 1, 4, 0]])
+NUM_COUNTED = 3
+
+
+def small_model():
+    return tiny_model("llama", vocab_size=16, num_hidden_layers=2, **NATIVE_SHAPE)
+
+
+def law_of_transformers(settings: dict) -> dict[tuple[int, ...], float]:
+    """Every beginning's probability by the scores that transformers' own loop would draw the next token from."""
+    model, begun = small_model(), {(): 1.0}
+    for _ in range(NUM_COUNTED):
+        ids = torch.tensor([[*SMALL[0].tolist(), *tokens] for tokens in begun])
+        scores = model.generate(ids, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **settings).scores
+        rows = scores[0].double().softmax(-1).tolist()
+        begun = {(*b, x): begun[b] * p for b, row in zip(begun, rows, strict=True) for x, p in enumerate(row) if p > 0}
+    return defaultdict(float, begun)
+
+
+ALL_WARPERS = ("native", "dspark", {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.04})
+REPETITION = ("eager", "auto", {"temperature": 1.3, "repetition_penalty": 1.4, "top_p": 0.95})
+
+
+@pytest.mark.parametrize(
+    ("runtime", "drafter", "settings", "num_samples"),
+    [(*ALL_WARPERS, 80), *(pytest.param(*each, 4_000, marks=pytest.mark.slow) for each in (ALL_WARPERS, REPETITION))],
+)
+def test_sampled_tokens_have_the_law_of_transformers(runtime, drafter, settings, num_samples, monkeypatch):
+    rounds, said, model = [], Counter(), small_model()
+
+    def noted(*arguments):
+        for done in decode(*arguments):
+            rounds.append(done)
+            yield done
+
+    monkeypatch.setattr("dspark.grafting.decode", noted)
+    graft(model, tiny_head(Target(model), rank=16, head_dim=16, block_size=5), runtime, drafter=drafter)
+    with torch.random.fork_rng():
+        for seed in range(num_samples):
+            torch.manual_seed(seed)
+            sequences = model.generate(SMALL, do_sample=True, max_new_tokens=NUM_COUNTED + 1, **settings)
+            said[tuple(sequences[0, SMALL.shape[1] :][:NUM_COUNTED].tolist())] += 1
+        expected = law_of_transformers(settings)
+    assert p_value(said, expected) > 1e-5
+    # Acceptances and rejections both took part.
+    assert sum(done.num_accepted for done in rounds) > num_samples / 20
+    assert sum(done.num_accepted < done.num_planned for done in rounds) > num_samples / 20
 
 
 def test_top_k_of_one_samples_the_greedy_tokens(model):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import dspark.warpers
 from dspark.core.sampling import probs
@@ -121,6 +121,61 @@ def test_a_sum_at_the_border_is_sorted():
     assert same(0.75 + 1e-6, logits) == [1]
     assert same(0.75 + 1e-4, logits) == []
     assert same(0.75 - 1e-4, logits) == []
+
+
+LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in (49_152, 151_936)]
+
+
+@pytest.mark.parametrize("size", [5, VOCAB, *LARGE])
+def test_a_border_at_the_very_sums_of_transformers(size):
+    """At its sum of each rank's tokens and all worse ones, and by the least that floats can be beside it."""
+    random = torch.Generator().manual_seed(1)
+    normal = torch.randn(5, size, generator=random)
+    rows = torch.stack(
+        [normal[0], 6 * normal[1], (4 * normal[2]).round(), normal[3].bfloat16().float(), peaked(1, size)[0] if size > 57 else normal[4]]
+    )
+    sums = rows.sort().values.softmax(-1).cumsum(-1)
+    looked = 0
+    for rank in (rank for rank in (0, 1, 2, 7, 63, 64, 300, 512) if rank < size):
+        for row, tail in zip(rows, sums[:, -1 - rank].tolist(), strict=True):
+            for off in (0, 2**-24, -(2**-24), 2**-17, -(2**-17), 2**-10):
+                if 0 <= (top_p := 1 - tail * (1 + off)) <= 1:
+                    looked += not same(top_p, row[None])
+    assert looked > 5 or size <= dspark.warpers.SMALL
+
+
+ODD = {
+    "zeros of both signs": lambda size: torch.where(torch.arange(size) % 2 == 0, 0.0, -0.0)[None].clone(),
+    "all on one": lambda size: torch.full((1, size), -200.0).index_fill(1, torch.tensor([size // 2]), 0.0),
+    "all but none on one": lambda size: torch.full((1, size), -16.0).index_fill(1, torch.tensor([size // 2]), 0.0),
+    "infinite": lambda size: torch.randn(1, size).index_fill(1, torch.tensor([size // 2]), math.inf),
+    "lowest": lambda size: torch.full((1, size), torch.finfo(torch.float32).min).index_fill(1, torch.tensor([0, size // 2]), 1.0),
+    "two heights": lambda size: torch.where(torch.arange(size) % 7 == 0, 3.0, 0.0)[None].clone(),
+    "one finite": lambda size: torch.full((1, size), -math.inf).index_fill(1, torch.tensor([size - 1]), 5.0),
+    "equal": lambda size: torch.zeros(2, size),
+}
+
+
+@pytest.mark.parametrize("size", [1, 5, VOCAB, *LARGE])
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_rows(kind, size):
+    logits = ODD[kind](size)
+    for top_p in (1e-6, 0.5, 0.9, 1 - 1e-7):
+        for more in (logits, torch.cat([logits, torch.arange(size)[None] / size])):
+            same(top_p, more)
+            same(top_p, more.bfloat16(), min_tokens_to_keep=2)
+
+
+@pytest.mark.parametrize("size", [VOCAB, *LARGE])
+@pytest.mark.parametrize("kind", ["peaked", "between", "tied", "bfloat16", "equal", "masked"])
+def test_among_other_warpers(kind, size):
+    logits = kinds(size)[kind]
+    for k, p, least in ((1, 0.5, 0.1), (50, 0.95, 0.02), (64, 0.9, 1e-3), (600, 0.99, 1e-6), (size - 1, 1 - 1e-6, 0.0)):
+        for before, behind in (([TopKLogitsWarper(k)], [MinPLogitsWarper(least)]), ([TopKLogitsWarper(k), MinPLogitsWarper(least)], [])):
+            warpers = [TemperatureLogitsWarper(0.7), *before, TopPLogitsWarper(p), *behind]
+            assert torch.equal(
+                probs(split_law(warpers, greedy=False), [()] * len(logits), logits), LogitsProcessorList(warpers)(None, logits).softmax(-1)
+            )
 
 
 def test_float32_sums_of_many_equal_numbers_do_not_mislead():

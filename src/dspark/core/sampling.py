@@ -118,7 +118,8 @@ class Coupled:
             while len(self.kept) >= self.KEPT:
                 del self.kept[min(self.kept)]
             random = np.random.Generator(np.random.Philox(key=[self.seed, position]))
-            numbers = random.standard_exponential(vocab_size, dtype=np.float32)
+            # Drawn in double precision: float32 ones lie on a grid of 2^-23, and in a large vocabulary one of them often is 0.
+            numbers = random.standard_exponential(vocab_size).astype(np.float32)
             self.kept[position] = torch.from_numpy(numbers).clamp_min(torch.finfo(torch.float32).tiny).to(device)
         return self.kept[position]
 
