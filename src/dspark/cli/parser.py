@@ -11,7 +11,8 @@ from dspark.errors import SettingError
 
 OPTION = re.compile(r"-[^\s]+")  # what stands where a text with blanks or a lone dash does not
 NUMBER_FIRST = re.compile(r"-[\d.]")  # a number, or a text that begins with one
-PLACES = ("TARGET", "HEAD", "DIR", "SRC", "DST")  # what an option that takes one shows; empty, each would be the current folder
+# What an option that must not be empty shows: as a folder it would be the current one, as a key none at all.
+NAMES = ("TARGET", "HEAD", "DIR", "SRC", "DST", "FILE", "FILE.jsonl", "TRACE", "NAME", "URL", "KEY")
 NEAR = 0.7  # of difflib's ratio of the names without their dashes; --taps and --mtp come to 0.57
 
 
@@ -63,10 +64,10 @@ class Parser(argparse.ArgumentParser):
         return f"the nearest is {bare[near[0]]}; " if near else ""
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """As argparse's, of which some take the value in --stop=-- for the end of the options; an empty folder or name is refused."""
-        if action.metavar in PLACES and "" in arg_strings:
+        """As argparse's, of which some take the value in --stop=-- for the end of the options; an empty folder, name or key is refused."""
+        if action.metavar in NAMES and "" in arg_strings:
             name = action.option_strings[0] if action.option_strings else action.metavar
-            raise SettingError(f"{name} is empty", "name one; a variable of the shell that is not set reads like this")
+            raise SettingError(f"{name} is empty", "give one, or leave it out; a variable of the shell that is not set reads like this")
         if action.option_strings and action.nargs is None and arg_strings == ["--"]:
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
