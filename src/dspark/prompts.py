@@ -24,12 +24,14 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         # not splitlines: JSON strings may hold U+2028 and its like as they are
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise PromptError(f"cannot read prompts file {path}: {error.strerror}") from error
+        raise PromptError(
+            f"cannot read prompts file {path}: {error.strerror}", "check the path; a line holds one prompt, as JSON"
+        ) from error
     except UnicodeDecodeError as error:
-        raise PromptError(f"prompts file {path} is not UTF-8 text (byte {error.start})") from error
+        raise PromptError(f"prompts file {path} is not UTF-8 text (byte {error.start})", "save it in UTF-8") from error
     prompts = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise PromptError(f"prompts file {path} holds no prompt")
+        raise PromptError(f"prompts file {path} holds no prompt", 'write one a line: {"prompt": "..."}')
     return prompts
 
 

@@ -131,7 +131,8 @@ def move(model: Any, device: str) -> None:
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's kinds for a device it does not know, lacks, or cannot fill
-        raise SettingError(f"cannot put the target on {device}: {first_line(error)}", "use --device cpu, or a GPU like cuda") from error
+        gpu = "a GPU like cuda" if torch.cuda.is_available() else "install a build of torch that finds your GPU"
+        raise SettingError(f"cannot put the target on {device}: {first_line(error)}", f"use --device cpu, or {gpu}") from error
 
 
 def like(name: str | Path) -> str:
