@@ -77,6 +77,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["train", "{target}", "--out", ""], "--out is empty"),
         (["calibrate", "", "--target", "{target}"], "HEAD is empty"),
         (["serve", "{target}", "--api-key", ""], "--api-key is empty"),
+        (["serve", "{target}", "--name="], "--name is empty"),
         (["generate", "{target}", "hi", "--prompts", ""], "--prompts is empty"),
         (["bench", "{target}", "--trace="], "--trace is empty"),
         (["generate", "{target}", "x" * 600], "exceeds the target's context of 512"),

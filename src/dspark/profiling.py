@@ -94,7 +94,7 @@ def profile(
 
     def draft(text: list[int]) -> None:
         assert drafter is not None
-        drafter.draft(text, drafter.block_size, Law(greedy=True), generator)
+        drafter.draft(text, block_size, Law(greedy=True), generator)
         drafter.commit(newest)
         flush(drafter)
 

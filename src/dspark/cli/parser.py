@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, of which some take the value in --stop=-- for the end of the options; an empty folder, name or key is refused."""
         if action.metavar in NAMES and "" in arg_strings:
             name = action.option_strings[0] if action.option_strings else action.metavar
-            raise SettingError(f"{name} is empty", "give one, or leave it out; a variable of the shell that is not set reads like this")
+            raise SettingError(f"{name} is empty", "give one; a variable of the shell that is not set reads like this")
         if action.option_strings and action.nargs is None and arg_strings == ["--"]:
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)

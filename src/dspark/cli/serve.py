@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network (default 127.0.0.1: this machine)"
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one (default 8000)")
-    parser.add_argument("--name", default=None, help="what clients call the model (default: the target's name)")
+    parser.add_argument("--name", default=None, metavar="NAME", help="what clients call the model (default: the target's name)")
     parser.add_argument("--api-key", default=None, metavar="KEY", help=f"clients must send it (default: ${KEY}; else none is needed)")
     parser.add_argument("--speculation", choices=("auto", "off"), default="auto", help="for requests that do not say (default auto)")
     parser.add_argument(
