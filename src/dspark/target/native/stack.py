@@ -237,14 +237,13 @@ class NativeStack:
         hidden_R = [h_GD.float().contiguous() for h_GD in hidden_R]
         addresses = [(ctypes.c_void_p * R)(*[t.data_ptr() for t in tensors]) for tensors in (hidden_R, logits_R)]
         ids = (ctypes.c_int64 * R)(*anchors)
-        sampling, kept = samplings(drawn_R, G)
+        sampling, _alive = samplings(drawn_R, G)
         described = Chain(
             w2, w1.data_ptr(), draft_ids.data_ptr(), None if confidence is None else confidence.data_ptr(),
             ctypes.addressof(addresses[0]), ctypes.addressof(ids), ctypes.addressof(sampling), ctypes.addressof(addresses[1]),
             *[ctypes.addressof(array) for array in (choices, confidences, margins)], R, G, torch.get_num_threads(),
         )  # fmt: skip
         compiled().stack_chain(ctypes.byref(self.stack), ctypes.byref(described))
-        del kept
         parts = [slice(r * G, (r + 1) * G) for r in range(R)]
         return [(choices[part], confidences[part], margins[part]) for part in parts]
 
@@ -257,13 +256,12 @@ class NativeStack:
         `embeddings` [V, D] are of the stack's precision."""
         G = rest.num_rows
         logits, choices = torch.empty(G, self.num_out), (ctypes.c_int32 * G)()
-        sampling, kept = samplings([drawn], G)
+        sampling, _alive = samplings([drawn], G)
         described = Follow(
             segments([rest]).all[0], embeddings.data_ptr(), draft_ids.data_ptr(), ctypes.addressof(sampling), x_D.data_ptr(),
             logits.data_ptr(), ctypes.addressof(choices), token, torch.get_num_threads(),
         )  # fmt: skip
         compiled().stack_follow(ctypes.byref(self.stack), ctypes.byref(described))
-        del kept
         return list(choices), logits
 
 
