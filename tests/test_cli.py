@@ -80,6 +80,8 @@ def test_streamed_text_is_the_text(place, capsys):
         (["serve", "{target}", "--name="], "--name is empty"),
         (["generate", "{target}", "hi", "--prompts", ""], "--prompts is empty"),
         (["bench", "{target}", "--trace="], "--trace is empty"),
+        (["generate", "{target}", "hi", "--device", ""], "--device is empty"),
+        (["train", "{target}", "--out", "{new}", "--device="], "--device is empty"),
         (["generate", "{target}", "x" * 600], "exceeds the target's context of 512"),
         (["generate", "{target}", "x" * 600], "hint: shorten the prompt\n"),
         (["generate", "{target}", "hi", "--head", "none", "--drafter", "dspark"], "needs a head, and there is none"),
@@ -145,6 +147,15 @@ def test_a_mistake_gives_one_message_and_exit_2(place, capsys, tmp_path, argumen
     code, out, err = run(capsys, *[a.format(**names) if a.startswith("{") else a for a in arguments])
     assert code == 2 and out == ""
     assert says in err and err.count("error:") == 1 and "Traceback" not in err
+
+
+def test_an_empty_key_in_the_environment_does_not_open_the_server(capsys, monkeypatch):
+    monkeypatch.setenv("DSPARK_API_KEY", "")
+    told = "error: $DSPARK_API_KEY is set and empty\nhint: give it a key, or `unset DSPARK_API_KEY` for a server that needs none\n"
+    assert run(capsys, "serve", "/nowhere") == (2, "", told)
+    assert "no folder /nowhere" in run(capsys, "serve", "/nowhere", "--port", 0, "--api-key", "sesame")[2]  # what is given wins
+    monkeypatch.delenv("DSPARK_API_KEY")
+    assert "no folder /nowhere" in run(capsys, "serve", "/nowhere", "--port", 0)[2]
 
 
 def test_a_bad_prompts_line_is_named(place, capsys, tmp_path):

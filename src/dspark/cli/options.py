@@ -57,7 +57,7 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str =
         default=dtype,
         help=f"precision of the target: auto (the checkpoint's own), float32, bfloat16 or int8 weights (default {dtype})",
     )
-    parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="where the target runs (default cpu)")
     parser.add_argument(
         "--runtime",
         default="auto",

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         say(note)
     canary = Canary(engine, options.canary, metrics.on_canary, options.canary_dir)
     settings = Options(
-        model=options.name or model_name(options.target), api_key=options.api_key or os.environ.get(KEY) or None,
+        model=options.name or model_name(options.target), api_key=options.api_key or os.environ.get(KEY),
         max_request_bytes=options.max_request_kb * 1024, request_seconds=options.request_seconds, speculation=options.speculation,
     )  # fmt: skip
     app = make_app(engine, settings, metrics, canary)
@@ -114,7 +114,9 @@ def open_modules(options: argparse.Namespace, target):
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises `SettingError` for numbers without meaning."""
+    """Raises `SettingError` for numbers without meaning, and for a key that is none."""
+    if options.api_key is None and os.environ.get(KEY) == "":
+        raise SettingError(f"${KEY} is set and empty", f"give it a key, or `unset {KEY}` for a server that needs none")
     for name, least in (("max_running", 1), ("max_waiting", 0), ("max_request_kb", 1)):
         if getattr(options, name) < least:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", f"give at least {least}")
