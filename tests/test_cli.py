@@ -65,10 +65,10 @@ def test_streamed_text_is_the_text(place, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["generate", "{target}", "hi", "--temperature", "-1"], "temperature is -1.0"),
-        (["generate", "{target}", "hi", "--top-p", "0"], "top_p is 0.0"),
-        (["generate", "{target}", "hi", "--seed", "-2"], "seed is -2"),
-        (["generate", "{target}", "hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "{target}", "hi", "--temperature", "-1"], "--temperature is -1.0"),
+        (["generate", "{target}", "hi", "--top-p", "0"], "--top-p is 0.0"),
+        (["generate", "{target}", "hi", "--seed", "-2"], "--seed is -2"),
+        (["generate", "{target}", "hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["generate", "{target}", ""], "prompt 0 is empty"),
         (["generate", "{target}"], "no prompt given"),
         (["generate", "", "hi"], "TARGET is empty\nhint: give one"),
@@ -119,7 +119,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["bench", "{target}", "--prompts", "{prompts}", "--other", "mine"], "write NAME=HEAD"),
         (["bench", "{target}", "--prompts", "{prompts}", "--other", "mine=/nowhere", "--compare", "plain,mine"], "/nowhere"),
         (["bench", "{target}", "--prompts", "{long}", "--compare", "hf"], "prompt 1 (set p): prompt of"),
-        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--seed", "-1"], "seed is -1"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--seed", "-1"], "--seed is -1"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--max-new-tokens", "600"], "600 new ones exceeds"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "{head}", "--trace", "/nowhere/t"], "--trace is /nowhere/t"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--report", "out"], "add plain to --compare"),
@@ -252,7 +252,7 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
     assert code == 0 and "T=1, top-p 1e-06" in err
     assert [r["token_ids"] for r in json.loads(out.splitlines()[-1])["prompts"]] == [r["token_ids"] for r in document["prompts"]]
     code, _, err = run(capsys, "bench", "/nowhere", "--prompts", file, "--temperature", 1, "--top-p", 1.5)
-    assert code == 2 and "top_p is 1.5" in err
+    assert code == 2 and "--top-p is 1.5" in err
     code, _, err = run(capsys, "bench", "/nowhere", "--prompts", file, "--contexts", "16", "--limit", 1, "--top-p", 0.9)
     assert code == 2 and "--top-p cannot take effect with --contexts" in err
 
@@ -307,7 +307,7 @@ def test_heads_that_are_none_are_told_before_the_target_is_loaded(place, capsys,
         (["generate", "/nowhere", "hi", "--drafter", "magic"], "unknown drafter 'magic'"),
         (["chat", "/nowhere", "--plan", "length:-1"], "unknown plan 'length:-1'"),
         (["verify", "/nowhere", "--drafter", "dspark", "--drafter", "magic"], "unknown drafter 'magic'"),
-        (["verify", "/nowhere", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["verify", "/nowhere", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["calibrate", "/nowhere/head", "--target", "/nowhere", "--temperature", "1", "--temperature", "-1"], "temperature is -1.0"),
         (["profile", "/nowhere", "--costs", "/nowhere/file"], "--costs is /nowhere/file"),
     ],
@@ -660,7 +660,7 @@ def test_arguments_that_cannot_be_read_give_one_message_and_no_usage(capsys, arg
 
 def test_texts_and_values_may_begin_with_a_dash(capsys):
     code, _, err = run(capsys, "generate", "/nowhere", "--stop=--end", "--repetition-penalty", "-1", "-5 degrees", "--", "--hepl", "-x")
-    assert code == 2 and "repetition_penalty is -1.0" in err
+    assert code == 2 and "--repetition-penalty is -1.0" in err
     assert parse(["generate", "target", "hi", "--stop=--"]).stop == ["--"]
 
 
@@ -680,10 +680,28 @@ def test_no_verb_shows_the_verbs(capsys):
     assert ended.value.code == 0 and all(verb in out for verb in VERBS)
 
 
-def test_sampling_settings_are_checked_before_anything_is_loaded(capsys):
+def test_sampling_settings_are_checked_in_the_options_names_before_anything_is_loaded(capsys):
     for verb in (["generate", "/nowhere", "hi"], ["chat", "/nowhere"]):
-        for setting, says in (("--temperature", "temperature is"), ("--seed", "seed is"), ("--max-new-tokens", "max_new_tokens is")):
-            assert says in run(capsys, *verb, setting, "-1")[2]
+        for setting in ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--max-new-tokens"):
+            code, out, err = run(capsys, *verb, setting, "-1")
+            assert code == 2 and out == "" and err.startswith(f"error: {setting} is -1")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "/nowhere", "hi", "--temperature", "-1"],
+        ["chat", "/nowhere", "--max-new-tokens", "0"],
+        ["bench", "/nowhere", "--prompts", "/nowhere", "--seed", "-1"],
+        ["calibrate", "/nowhere", "--target", "/nowhere", "--top-p", "2"],
+        ["verify", "/nowhere", "--max-new-tokens", "0"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_setting_without_meaning_is_said_before_torch_is_imported(command):
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "dspark", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"error: {command[-2]} is {command[-1]}" in done.stderr
+    assert "| torch" not in done.stderr and "| transformers" not in done.stderr
 
 
 def test_the_collector_waits_for_a_start_only():

@@ -14,6 +14,7 @@ from dspark.cli.options import (
     add_target,
     check_file,
     check_folder,
+    flag,
     open_head,
     open_prompts,
     open_target,
@@ -21,6 +22,7 @@ from dspark.cli.options import (
     say_calibration,
 )
 from dspark.errors import HeadError, SettingError
+from dspark.limits import check_law, check_settings
 
 RECORDED = "dspark@fixed"  # the mode whose rounds a trace holds
 
@@ -75,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     for name in ("max_new_tokens", "repeats", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
+            raise SettingError(f"{flag(name)} is {getattr(options, name)}", "use 1 or more")
+    check_settings(options.max_new_tokens, options.seed, (), flag)
+    check_law(options.temperature, top_p=options.top_p, called=flag)
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     lengths, given = context_lengths(options), prompts
     prompts = first_of_each_set(prompts, options.limit)
@@ -86,7 +90,6 @@ def run(options: argparse.Namespace) -> int:
     if lengths:
         asked = [prompt for prompt, _ in prompts]
         return bench_contexts(options, lengths, asked, [prompt for prompt, _ in given if prompt not in asked])
-    from dspark.generation import make_law
     from dspark.head.folder import find_head, kind_in, load_head, named_head
     from dspark.head.mtp import own_mtp
     from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
@@ -104,7 +107,6 @@ def run(options: argparse.Namespace) -> int:
         check_report(options.report, names)
     if recorded:
         names += [RECORDED] if RECORDED not in names else []
-    make_law(options.temperature, top_p=options.top_p)
     kinds = {name.partition("@")[0] for name in names}
     if options.mtp is not None and not kinds & {"auto", "mtp", "mtp+dspark"}:
         raise SettingError("--mtp cannot take effect: no mode drafts with it", "name auto, mtp or mtp+dspark in --compare, or leave it out")
@@ -230,14 +232,12 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
     from tqdm import tqdm
 
     from dspark.drafters import DSparkDrafter, MtpDrafter
-    from dspark.generation import make_law
     from dspark.head.folder import find_head
     from dspark.head.head import Head
     from dspark.measure.bench import machine
     from dspark.measure.contexts import answered, by_context, check_lengths, context_table
     from dspark.train.card import add_contexts, check_card
 
-    make_law(options.temperature)
     folder = None if options.head == "none" else find_head(options.head, options.target)
     if options.card and folder is not None:
         check_card(folder)

@@ -12,6 +12,7 @@ from typing import Any
 from dspark import collector_waits
 from dspark.config import RECURRENT_KINDS
 from dspark.errors import PromptError, SettingError
+from dspark.limits import check_law, check_names, check_settings
 from dspark.prompts import Prompt, read_prompts
 
 NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own, unless a head of its kind is given
@@ -107,14 +108,16 @@ def sampling_options(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
 
 
-@starting()
 def check_sampling(options: argparse.Namespace) -> None:
-    """Raises `SettingError` for sampling settings without meaning, and for drafters and plans that are none, before anything is loaded or measured."""
-    from dspark.generation import check_names, check_settings, make_law
-
+    """Raises `SettingError` for sampling settings without meaning, and for drafters and plans that are none, before torch is imported."""
     check_names(options.drafter, options.plan)
-    check_settings(options.max_new_tokens, options.seed, options.stop)
-    make_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    check_settings(options.max_new_tokens, options.seed, options.stop, flag)
+    check_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, flag)
+
+
+def flag(name: str) -> str:
+    """The option that sets what Python calls so."""
+    return f"--{name.replace('_', '-')}"
 
 
 def threads_help() -> str:
