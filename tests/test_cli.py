@@ -443,6 +443,23 @@ def test_train_resumes_by_itself_names_what_differs_and_says_when_it_is_finished
         "--sequences=2", "--anchors=4"])  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("sglng", "specforge, for SGLang"), ("sglang", "specforge, for SGLang"), ("VLLM", "speculators, for vLLM"), ("llama.cpp", "gguf, for llama.cpp"),
+     ("llamacpp", "gguf, for llama.cpp"), ("GGUF", "gguf, for llama.cpp"), ("speculator", "speculators, for vLLM"), ("DeepSpec", "deepspec")],
+)  # fmt: skip
+def test_who_names_an_engine_or_mistypes_a_format_is_told_the_format(capsys, given, meant):
+    for option in ("--to", "--from"):
+        code, out, err = run(capsys, "convert", "/nowhere", "out", option, given)
+        assert code == 2 and out == "" and err.startswith(f"error: {option} is {given!r}, which is no format\nhint: use {option} {meant}; ")
+    every = "speculators (vLLM), specforge (SGLang), gguf (llama.cpp), deepspec, dspark\n"
+    assert err.endswith(f"; all formats: {every}")
+    assert (
+        run(capsys, "convert", "/nowhere", "out", "--to", "onnx")[2]
+        == f"error: --to is 'onnx', which is no format\nhint: all formats: {every}"
+    )
+
+
 @pytest.mark.parametrize(("tau", "warns"), [(1.0, True), (99.0, False)])
 def test_a_head_that_does_not_pay_here_yet_is_said(place, tau, warns):
     text = advice(str(place / "head"), {"break_even": 1.5, "held_out_rounds": {"tau_t0": tau}})
