@@ -477,6 +477,15 @@ def test_inspect_prints_the_card(place, capsys):
     assert json.loads(out)["config"]["block_size"] == 4
 
 
+def test_the_command_on_a_card_works_as_inspect_prints_it(place, capsys, tmp_path):
+    folder = shutil.copytree(place / "head", tmp_path / "my head")
+    (folder / "README.md").write_text(f'    dspark generate {place / "target"} "..." --head DIR\n')
+    line = run(capsys, "inspect", folder)[1].splitlines()[0]
+    assert line == f"    dspark generate {place / 'target'} \"...\" --head '{folder}'"
+    assert run(capsys, *shlex.split(line)[1:], "--max-new-tokens", 3)[0] == 0
+    assert "--head" not in run(capsys, "inspect", "smollm2-135m")[1].partition("Trained on")[0]  # the target's own: found without
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 from dataclasses import asdict
 
 from dspark.errors import HeadError
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     card = folder / "README.md"
     text = f"{folder}: no card; target {section.get('target')}, block size {config.block_size}"
     try:
-        print(FRONT_MATTER.sub("", card.read_text(encoding="utf-8")) if card.exists() else text)
+        shown = FRONT_MATTER.sub("", card.read_text(encoding="utf-8")) if card.exists() else text
+        print(shown.replace("--head DIR", f"--head {shlex.quote(options.head)}"))  # a card does not know where its head lies
         if drafted is not None:
             print("golden text: draft accepted {} of {} tokens when the head was saved".format(*drafted))
         if calibration is not None:
