@@ -18,7 +18,7 @@ import dspark.generation
 from dspark.cli.main import VERBS, main, parse
 from dspark.cli.options import check_file, cores, starting
 from dspark.cli.train import advice
-from dspark.errors import PromptError, RuntimeUnavailable
+from dspark.errors import PromptError, RuntimeUnavailable, SettingError
 from dspark.measure.lossless import roll_back
 from dspark.prompts import ROLES, read_prompts
 from dspark.server.schemas import Message
@@ -379,6 +379,23 @@ def test_a_recorded_bench_run_is_reported_and_replayed(place, capsys, tmp_path, 
     ]:
         code, out, err = run(capsys, "replay", trace, *arguments)
         assert code == 2 and out == "" and says in err
+
+
+def test_a_report_that_fails_leaves_the_figures_of_the_run(place, capsys, tmp_path, monkeypatch):
+    def fails(*_):
+        raise SettingError("cannot write the report", "name another folder")
+
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
+    monkeypatch.setattr("dspark.profiling.PLANNING_SECONDS", 0.1)
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dspark.measure.report.write_report", fails)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n')
+    code, out, err = run(
+        capsys, "bench", place / "target", "--head", place / "head", "--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 4, "--compare", "plain",
+        "--trace", tmp_path / "t", "--report", tmp_path / "page", "--json",
+    )  # fmt: skip
+    assert code == 2 and err.endswith("error: cannot write the report\nhint: name another folder\n") and (tmp_path / "t").exists()
+    assert "tokens/s" in out.splitlines()[0] and json.loads(out.splitlines()[-1])["modes"].keys() == {"plain", "dspark@fixed"}
 
 
 def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeypatch):
