@@ -301,6 +301,23 @@ def test_heads_that_are_none_are_told_before_the_target_is_loaded(place, capsys,
     assert "no head at /nowhere/head" in run(capsys, *bench, "--compare", "plain,b", "--other", "b=/nowhere/head")[2]
 
 
+def test_a_head_in_the_place_of_the_target_is_told_its_target(place, capsys, tmp_path):
+    folder = place / "head"
+    hint = f"give its target, {place / 'target'}, and this as the head: `--head {folder}`"
+    assert run(capsys, "generate", folder, "hi") == (2, "", f"error: {folder} is a draft head, not a target\nhint: {hint}\n")
+    for config, target in (
+        ({"speculators_model_type": "dspark", "speculators_config": {"verifier": {"name_or_path": "org/model"}}}, "org/model"),
+        ({"model_type": "qwen3", "dflash_config": {}, "dspark": {"target": "mine"}}, "mine"),
+        ({"model_type": "qwen3", "target_layer_ids": [1], "block_size": 7}, "TARGET"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        err = run(capsys, "generate", tmp_path, "hi")[2]
+        assert (
+            err.startswith(f"error: {tmp_path} is a draft head, not a target\nhint: give its target, {target}, and")
+            and len(err.splitlines()) == 2
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
