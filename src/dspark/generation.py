@@ -23,7 +23,7 @@ from dspark.drafters.arbiter import GUESS_TRUST, GUESSED, LOOKUP_TOKENS, NOMINAL
 from dspark.errors import PromptError, SettingError
 from dspark.head.mtp import MtpHead, load_mtp, own_mtp
 from dspark.head.recurrent import AnyHead, RecurrentHead
-from dspark.limits import ADAPTIVE, check_law, check_names, check_settings
+from dspark.limits import ADAPTIVE, check_law, check_length, check_names, check_settings
 from dspark.profiling import planning_costs
 from dspark.target.target import Target
 from dspark.text import TextStream
@@ -162,7 +162,8 @@ def usual_acceptance(drafter: Drafter) -> tuple[Sequence[float], float]:
 
 
 def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callable[[str], None] = lambda text: None) -> Planner:
-    """The planner that `spec` names, one of `limits.PLANS`; None: auto. Raises `SettingError` for another.
+    """The planner that `spec` names, one of `limits.PLANS`; None: auto. Raises `SettingError` for another, and for a length that the
+    drafter never drafts.
 
     online is auto with confidences corrected by what was accepted so far. Both, early-stop and lagged need this machine's costs, which are measured at first use (profiling.py).
     An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
@@ -172,6 +173,7 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     lengths: Planner | None = always(spec)
     if drafter.block_size == 0:
         return Always()
+    check_length(spec, drafter.block_size)
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
     models = drafter.models if isinstance(drafter, Arbiter | SeededDrafter) else [drafter]

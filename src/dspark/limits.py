@@ -55,3 +55,13 @@ def check_names(drafter: str | None = None, plan: str | None = None) -> None:
         raise SettingError(
             f"unknown plan {plan!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
         )
+
+
+def check_length(plan: str, block_size: int) -> None:
+    """Raises `SettingError` for a plan length:N of more tokens than a draft of `block_size` has: it would be `fixed` under another name."""
+    lengths = always(plan)
+    if lengths is not None and (lengths.length or 0) > block_size:
+        raise SettingError(
+            f"plan {plan!r} asks for more tokens than are ever drafted: at most {block_size} here",
+            f"use length:{block_size}, or fixed for all that is drafted",
+        )
