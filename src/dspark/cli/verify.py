@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from importlib.resources import files
 
-from dspark.cli.options import add_head, add_target, flag, open_head, open_prompts, open_target, say
+from dspark.cli.options import add_head, add_target, flag, open_head, open_prompts, open_target
 from dspark.limits import check_names, check_settings
 from dspark.prompts import read_prompts
 
@@ -37,9 +37,10 @@ def run(options: argparse.Namespace) -> int:
     target = open_target(options)
     head = open_head(options, target)
     from dspark.measure.lossless import verify_pair
+    from dspark.train.run import Bar
 
     ids = [target.prompt_ids(p.content) for p in prompts]
-    checks = verify_pair(target, head, ids, options.max_new_tokens, options.drafter, say)
+    checks = verify_pair(target, head, ids, options.max_new_tokens, options.drafter, Bar())
     passed = all(check.passed is not False for check in checks)
     if options.json:
         print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks]}))
