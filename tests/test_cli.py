@@ -225,7 +225,16 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
     monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
-    code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
+    code, out, err = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
+    for stage in (
+        "greedy tokens, drafter dspark",
+        "greedy tokens, drafter lookup",
+        "law of a round, drafter lookup",
+        "roll-back",
+        "replay",
+    ):
+        assert f"{stage}:   0%" in err and f"{stage}: 100%" in err and f"{stage}:" not in out
+    assert "| 2/2 [" in err
     assert code == 0 and "FAIL" not in out and out.count("ok  ") >= 4
     assert "ok   law of a round at T=1 (lookup)" in out
     code, out, _ = run(
@@ -492,6 +501,36 @@ def test_who_names_an_engine_or_mistypes_a_format_is_told_the_format(capsys, giv
         run(capsys, "convert", "/nowhere", "out", "--to", "onnx")[2]
         == f"error: --to is 'onnx', which is no format\nhint: all formats: {every}"
     )
+
+
+def test_a_head_whose_run_was_stopped_says_so_and_how_to_go_on(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
+    out = tmp_path / "my head"
+    begin = ["train", place / "target", "--out", out, "--num-prompts", 6, "--held-out", 2, "--max-answer-tokens", 12]
+    begin += ["--steps", 2, "--sequences", 2, "--anchors", 4, "--draft-vocab", 0, "--dtype", "float32", "--layers", 1]
+    generate = ["generate", place / "target", "hi", "--head", out, "--max-new-tokens", 3]
+    go_on = f"`dspark train {place / 'target'} --out '{out}' --resume`"
+    note = f"warning: the run that makes {out} was stopped before it measured and calibrated this head; go on with {go_on}"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dspark.train.run.run_steps", stopped)
+        assert run(capsys, *begin)[0] == 130
+    code, _, err = run(capsys, *generate)
+    assert code == 2 and f"no head in {out}: it holds no config.json\nhint: its run goes on with {go_on}\n" in err
+    with monkeypatch.context() as patch:
+        patch.setattr("dspark.train.run.held_out_rounds", stopped)
+        assert run(capsys, *begin, "--resume")[0] == 130
+    code, _, err = run(capsys, *generate)
+    assert code == 0 and err.splitlines().count(note) == 1
+    code, _, err = run(capsys, "inspect", out)
+    assert code == 0 and note in err
+    code, _, err = run(capsys, *shlex.split(go_on.strip("`"))[1:])
+    assert code == 0 and "warning: the run" not in err
+    code, _, err = run(capsys, *generate)
+    assert code == 0 and "warning: the run" not in err and "warning" not in run(capsys, "inspect", out)[2]
 
 
 @pytest.mark.parametrize(("tau", "warns"), [(1.0, True), (99.0, False)])

@@ -415,8 +415,8 @@ def test_a_body_of_another_content_type_is_refused_by_the_headers_name(http, kin
     told = "the body was not read as JSON: send the header Content-Type: application/json with it"
     assert answer.status_code == 400
     assert answer.json() == {"error": {"message": told, "type": "invalid_request_error", "param": None, "code": None}}
-    for kind in ("application/json; charset=utf-8", "APPLICATION/JSON"):
-        assert http.post("/v1/chat/completions", content=body, headers={"Content-Type": kind}).status_code == 200
+    for right in ("application/json; charset=utf-8", "APPLICATION/JSON"):
+        assert http.post("/v1/chat/completions", content=body, headers={"Content-Type": right}).status_code == 200
 
 
 def test_nesting_that_only_a_later_step_cannot_take_is_refused(http):

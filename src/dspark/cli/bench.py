@@ -20,6 +20,7 @@ from dspark.cli.options import (
     open_target,
     say,
     say_calibration,
+    say_unfinished,
 )
 from dspark.errors import HeadError, SettingError
 from dspark.limits import check_law, check_settings
@@ -120,6 +121,7 @@ def run(options: argparse.Namespace) -> int:
         raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
     for folder in [options.dflash_head] * ("dflash" in kinds) + [folder for name, folder in others.items() if name in kinds]:
         kind_in(named_head(folder))
+        say_unfinished(named_head(folder))
     target = open_target(options)
     if no_head and "auto" in kinds and own_mtp(target, say) is None:
         raise HeadError(

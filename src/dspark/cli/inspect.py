@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import asdict
 
+from dspark.cli.options import say_unfinished
 from dspark.errors import HeadError
 from dspark.prompts import read_json
 
@@ -24,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
 
     folder = named_head(options.head)
     config, section = read_any_config(folder)
+    say_unfinished(folder)
     calibration = read_calibration(folder, config.block_size)
     golden = golden_file(folder)
     drafted = told_by(read_tensors(golden)) if golden.exists() else None

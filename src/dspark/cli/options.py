@@ -169,6 +169,7 @@ def open_target(options: argparse.Namespace):
         from dspark.head.folder import load_head, named_head
         from dspark.head.mtp import stand_for_modules
 
+        say_unfinished(named_head(options.mtp))
         stand_for_modules(target, load_head(named_head(options.mtp), target))
     return target
 
@@ -186,10 +187,19 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
         say(f"no head is known for {target.name}: {otherwise} (train one: `dspark train {target.name} --out DIR`)")
     if folder is None:
         return None
+    say_unfinished(folder)
     head = load_head(folder, target)
     if isinstance(head, Head) and head.bundled:
         say(f"drafting with the head in the checkpoint {folder}")
     return head
+
+
+def say_unfinished(folder: Path) -> None:
+    """A word where the run that makes the head in this folder was stopped before its end."""
+    from dspark.head.folder import way_on
+
+    if on := way_on(folder):
+        say(f"warning: the run that makes {folder} was stopped before it measured and calibrated this head; go on with `{on}`")
 
 
 def say_calibration(head, temperature: float) -> None:
