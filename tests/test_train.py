@@ -324,6 +324,7 @@ def test_the_estimate_of_a_resumed_run_counts_what_is_left(tmp_path, capsys, mon
         return [stage for stage in stages if stage in text]
 
     monkeypatch.setattr("dspark.train.run.held_out_calibration", lambda *_: None)
+    monkeypatch.setattr("dspark.train.estimate.pace", lambda *_: Pace(128, 0.1, 0.1))
 
     def estimated() -> str:
         return next(line for line in capsys.readouterr().err.splitlines() if " of memory (" in line)
