@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from dspark.core.decode import Scored, decode
-from dspark.core.planner import Always, Costs, CostTable
+from dspark.core.planner import Always, Costs, CostTable, DraftedBy, Mean, Seeded
 from dspark.core.sampling import Law, Streams
 from dspark.core.verifier import Draft, FewTokens
-from dspark.drafters import Arbiter, DSparkDrafter, PromptLookup
+from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, PromptLookup
 from dspark.errors import SettingError
 from dspark.generation import generate, make_drafter, make_law, make_planner, stream
 from dspark.profiling import planning_costs, profile
 from dspark.target.load import use_runtime
 from dspark.target.target import Target
-from tiny import NATIVE_SHAPE, tiny_head, tiny_model
+from tiny import NATIVE_SHAPE, tiny_head, tiny_model, tiny_recurrent
 
 GREEDY = Law(greedy=True)
 FREE = CostTable((0,), (Costs(0.2, tuple(1 + 0.01 * k for k in range(17))),))
@@ -187,6 +187,59 @@ def test_a_draft_is_measured_as_in_a_round(monkeypatch):
     monkeypatch.setattr("dspark.profiling.time.perf_counter", lambda: clock[0])
     found = profile(target, head, 20, rows=(1, 2, 9), repeats=3, with_bandwidth=False)
     assert found.draft == pytest.approx(2) and found.rows == pytest.approx({1: 1, 2: 1, 9: 1})
+
+
+def test_what_each_token_of_a_chain_costs_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    target = Target(tiny_model("llama"))
+    head = tiny_recurrent(target, "eagle3", 5)
+    clock, real_draft = [0.0], MtpDrafter.draft
+
+    def draft(drafter, ids, limit, *more):
+        clock[0] += 3e-3 + 2e-3 * limit
+        return real_draft(drafter, ids, limit, *more)
+
+    def score(state, tokens, real_score=target.score, **options):
+        clock[0] += 10e-3
+        return real_score(state, tokens, **options)
+
+    monkeypatch.setattr(MtpDrafter, "draft", draft)
+    monkeypatch.setattr(target, "score", score)
+    monkeypatch.setattr("dspark.profiling.time.perf_counter", lambda: clock[0])
+    found = profile(target, head, 20, rows=(1, 2, 9), repeats=3, with_bandwidth=False)
+    assert (found.draft, found.draft_each) == (pytest.approx(13), pytest.approx(2))
+    costs = planning_costs(target, head, 6).costs[0]
+    assert (costs.draft, costs.each) == (pytest.approx(13), pytest.approx(2))
+    assert planning_costs(target, head, 6).costs[0] == costs  # the kept ones
+    drafts = DraftedBy(CostTable((0,), (Costs(4.0, (9.0, 9.0)),)), CostTable((0,), (costs,)))
+    assert drafts.at(7) == Costs(costs.draft, (9.0, 9.0), costs.each)
+    assert Seeded(drafts.table, drafts.drafts, 4).at(7) == Costs(
+        pytest.approx(4 + 13 - 8), (9.0, 9.0)
+    )  # its first token, and the other's whole draft
+
+
+def test_an_arbiter_asks_a_chain_for_what_pays_only():
+    target = Target(tiny_model("llama"))
+    chain = MtpDrafter(tiny_recurrent(target, "eagle3", 5), target)
+    lookup = PromptLookup(128, 15)
+    lengths = []
+
+    class Noted(Arbiter):
+        def learn(self, num_drafted, num_planned, num_accepted):
+            lengths.append((self.chosen is self.mtp_planner, num_drafted, num_planned))
+            super().learn(num_drafted, num_planned, num_accepted)
+
+    arbiter = Noted(None, lookup, [0.5], 8.0, chain)
+    dear = CostTable((0,), (Costs(0.5, (1.0,) * 16, 0.1),))
+    for table, longest in ((dear, 2), (CostTable((0,), (Costs(0.01, (1.0,) * 16, 0.001),)), 5)):
+        lengths.clear()
+        arbiter.plan_with(table)
+        arbiter.mtp_planner.usual = [Mean(1 / 64, 0.35, 1e6) for _ in range(5)]  # known for sure
+        list(decode(target, arbiter, [3, 17, 99, 45], GREEDY, Streams(0), 40, planner=arbiter))
+        mine = [(drafted, planned) for chain_did, drafted, planned in lengths[:-5] if chain_did and drafted]
+        assert mine and all(drafted == planned for drafted, planned in mine)
+        assert {drafted for drafted, _ in mine} <= {longest, longest + 1}  # now and then one more
+        assert sum(drafted == longest for drafted, _ in mine) >= len(mine) - 2
 
 
 @pytest.mark.parametrize("plan", ["length:", "length:-1", "length:x", "threshold:2", "threshold", "always", "auto:3", ""])

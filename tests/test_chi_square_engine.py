@@ -59,6 +59,7 @@ HEADS = {
     "dspark": lambda target: {"head": tiny_head(target, head_dim=16, block_size=5)},
     "chained": lambda target: {"head": tiny_head(target, rank=16, head_dim=16, block_size=5)},  # drawn natively
     "modules": lambda target: {"mtp": MtpHead(*with_target(target, 2))},
+    "native eagle3": lambda target: {"head": tiny_recurrent(target, "eagle3", block_size=3, seed=4, head_dim=16)},  # drawn natively
     "trained mtp": lambda target: {"head": tiny_recurrent(target, "mtp", block_size=3, draft_vocab=9, seed=4)},
 }
 
@@ -119,7 +120,9 @@ def test_answers_of_the_engine_have_the_law_of_the_target(law, plan, num_samples
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [5_000])
-@pytest.mark.parametrize(("drafter", "plan"), [("modules", "fixed"), ("trained mtp", "auto"), ("chained", "fixed")])
+@pytest.mark.parametrize(
+    ("drafter", "plan"), [("modules", "fixed"), ("trained mtp", "auto"), ("native eagle3", "fixed"), ("chained", "fixed")]
+)
 def test_whoever_drafts_in_the_engine_keeps_the_law(drafter, plan, num_samples):
     answers, sources, drafted = sample(plain(LAWS["T=1"]), num_samples, plan, drafter)
     assert p_value(beginnings(answers), exact_law(LAWS["T=1"])) > 1e-5

@@ -50,6 +50,46 @@ def test_a_useless_head_costs_less_than_one_percent(costs, trust):
     assert drafted > 0 and time / tokens < 1.01
 
 
+CHAIN = Costs(0.6, (1.0, 1.03, 1.06, 1.09, 1.12, 1.15), each=0.1)  # 0.2 for one token, 0.1 for each further
+
+
+@pytest.mark.parametrize("chance", [0.45, 0.6, 0.8])
+def test_a_draft_of_several_passes_is_as_long_as_pays(chance):
+    """As fast as the best fixed length, whatever the guess it began with."""
+
+    def rate(planner, costs) -> float:
+        rng, time, tokens = random.Random(1), 0.0, 0
+        for _ in range(6000):
+            asked = planner.ask(GAMMA, tokens)
+            planned = planner.plan(None, asked)
+            accepted = next((k for k in range(planned) if rng.random() >= chance), planned)
+            planner.learn(asked, planned, accepted)
+            time += costs.score(planned) + (costs.draft - costs.each * (GAMMA - asked) if asked else 0.0)
+            tokens += accepted + 1
+        return tokens / time
+
+    best = max(rate(Always(length=length), CHAIN) for length in range(GAMMA + 1))
+    for guess in (0.3, 0.5, 0.9):
+        found = rate(Adaptive(always_there(CHAIN), [guess] * GAMMA, 8), CHAIN)
+        assert found > 0.98 * best
+    whole = rate(Always(), CHAIN)
+    assert chance > 0.7 or whole < 0.95 * best  # there was something to find
+
+
+def test_a_draft_of_several_passes_learns_that_more_pays():
+    """Its later tokens are asked for now and then, so a text that turned easy is seen."""
+    planner = Adaptive(always_there(CHAIN), [0.5] * GAMMA, 8)
+    for chance, least, most in ((0.3, 0, 2), (0.95, 4, 5)):
+        rng, asked = random.Random(2), []
+        for _ in range(1500):
+            asked.append(planner.ask(GAMMA, 0))
+            accepted = next((k for k in range(asked[-1]) if rng.random() >= chance), asked[-1])
+            assert planner.plan(None, asked[-1]) == asked[-1]
+            planner.learn(asked[-1], asked[-1], accepted)
+        late = [length for length in asked[-200:] if length]
+        assert least <= sum(late) / max(1, len(late)) <= most
+
+
 @pytest.mark.parametrize("chance", [0.5, 0.6, 0.8])
 def test_a_head_that_pays_is_hardly_ever_parked(chance):
     planner = Adaptive(always_there(FLAT), [chance] * GAMMA)
@@ -99,7 +139,7 @@ def test_confidences_that_are_off_are_put_right_online(costs):
             planned = planner.plan([0.3] * asked, asked)
             accepted = next((k for k in range(planned) if rng.random() >= 0.8), planned)
             planner.learn(asked, planned, accepted)
-            time, tokens = time + (planner.cost(planned) if asked else 1.0), tokens + accepted + 1
+            time, tokens = time + (planner.cost(planned, asked) if asked else 1.0), tokens + accepted + 1
         return tokens / time
 
     assert rate(OnlineCalibration(GAMMA)) > 1.1 * rate(None)

@@ -19,14 +19,17 @@ from dspark.config import TrainConfig
 from dspark.core.decode import decode
 from dspark.core.planner import Always
 from dspark.core.sampling import GREEDY, Coupled, Streams
+from dspark.core.verifier import Draft
 from dspark.drafters import Arbiter, MtpDrafter
 from dspark.drafters.arbiter import NOMINAL
 from dspark.engine.engine import Engine
 from dspark.engine.load import Load
 from dspark.errors import HeadError, SettingError
 from dspark.generation import generate, make_drafter, make_law
+from dspark.head.chain import NativeChain
 from dspark.head.folder import load_head, save_head
 from dspark.head.mtp import stand_for_modules
+from dspark.head.recurrent import RecurrentHead
 from dspark.measure.lossless import verify_pair
 from dspark.target.load import load_target
 from dspark.target.native.runtime import NativeRuntime
@@ -62,6 +65,22 @@ def target_of(family: str) -> Target:
     return Target(tiny_model(family), name="tiny")
 
 
+@cache
+def native_target() -> Target:
+    model = tiny_model("llama", **NATIVE_SHAPE)
+    return Target(model, name="tiny", runtime=NativeRuntime(model))
+
+
+@pytest.fixture(params=["eager", "native"])
+def any_runtime(request, target) -> Target:
+    return target if request.param == "eager" else native_target()
+
+
+def head_for(target: Target, kind: str, block_size: int = 4, draft_vocab: int | None = None) -> RecurrentHead:
+    """One that runs as its target does."""
+    return tiny_recurrent(target, kind, block_size, draft_vocab, head_dim=8 if target.runtime is None else 16)
+
+
 def committed(drafter: MtpDrafter, ids: list[int]) -> MtpDrafter:
     drafter.start()
     drafter.commit(drafter.target.prefill(drafter.target.start(), ids[:-1]))
@@ -70,8 +89,9 @@ def committed(drafter: MtpDrafter, ids: list[int]) -> MtpDrafter:
 
 def laws_along(drafter: MtpDrafter, ids: list[int], tokens: list[int]) -> torch.Tensor:
     """The stated laws at T = 1 of a draft after `ids` that says these tokens."""
-    forced, choices = Coupled(0), drafter.head.draft_ids.tolist()
-    forced.choose = lambda q_C, position, size, ids_C=None: choices.index(tokens[position - len(ids)])  # type: ignore[method-assign]
+    forced = Coupled(0)
+    wanted = lambda place: torch.tensor([tokens[place - len(ids)]])  # noqa: E731
+    forced.exponentials = lambda place, size, device: torch.ones(size).index_fill(0, wanted(place), 1e-30)  # type: ignore[method-assign]
     draft = drafter.draft(ids, len(tokens), make_law(1.0), forced)
     assert draft.tokens == tokens
     return torch.stack([draft.probs_KV[k] for k in range(len(tokens))])
@@ -123,8 +143,9 @@ def test_a_chain_without_a_state_before_it_teaches_nothing(kind, target, tmp_pat
 
 @pytest.mark.parametrize("block_size", range(1, 9))
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_are_those_of_transformers(kind, block_size, target):
-    head = tiny_recurrent(target, kind, block_size, draft_vocab=None if block_size % 2 else 40)
+def test_greedy_tokens_are_those_of_transformers(kind, block_size, any_runtime):
+    target = any_runtime
+    head = head_for(target, kind, block_size, draft_vocab=None if block_size % 2 else 32)
     for length in (1, 2, block_size + 2):
         prompt = (PROMPT * 2)[:length]
         result = generate(target, head, prompt, NUM_NEW, plan="fixed")
@@ -141,9 +162,10 @@ def test_targets_of_other_families_keep_their_text(kind, family):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_stays_of_what_was_rejected(kind, target):
+def test_nothing_stays_of_what_was_rejected(kind, any_runtime):
     """After rounds of every accepted count, and drafts of every length, a draft is that of a drafter which saw the final text only."""
-    head = tiny_recurrent(target, kind, 4)
+    target = any_runtime
+    head = head_for(target, kind)
     truth, drafter, lengths, compared = plain_greedy(target, PROMPT, 24), MtpDrafter(head, target), cycle([4, 1, 3, 0, 2]), 0
 
     class Mixed(Oracle):
@@ -155,7 +177,8 @@ def test_nothing_stays_of_what_was_rejected(kind, target):
             if tokens:
                 fresh = committed(MtpDrafter(head, target), list(ids))
                 assert fresh.draft(ids, num, law, generator).tokens == tokens
-                assert drafter.num_final == fresh.num_final and drafter.cache.get_seq_length() == fresh.cache.get_seq_length()
+                assert drafter.num_final == fresh.num_final
+                assert target.runtime is not None or drafter.cache.get_seq_length() == fresh.cache.get_seq_length()
                 assert (laws_along(drafter, ids, tokens) - laws_along(fresh, ids, tokens)).abs().max() < ROUNDING
                 compared += 1
             return super().draft(ids, limit, law, generator)
@@ -172,17 +195,20 @@ def test_nothing_stays_of_what_was_rejected(kind, target):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_text_is_read_in_passes_of_any_size(kind, target, monkeypatch):
-    head = tiny_recurrent(target, kind)
+def test_a_long_text_is_read_in_passes_of_any_size(kind, any_runtime, monkeypatch):
+    target = any_runtime
+    head = head_for(target, kind)
     whole = laws_along(committed(MtpDrafter(head, target), PROMPT), PROMPT, [4, 8, 12])
     monkeypatch.setattr("dspark.head.recurrent.PASS_ROWS", 3)
+    monkeypatch.setattr("dspark.target.native.stack.MAX_ROWS", 3)
     pieces = laws_along(committed(MtpDrafter(head, target), PROMPT), PROMPT, [4, 8, 12])
     assert (whole - pieces).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_seed_replays_and_a_mask_ends_a_draft(kind, target):
-    head = tiny_recurrent(target, kind, draft_vocab=64)
+def test_a_seed_replays_and_a_mask_ends_a_draft(kind, any_runtime):
+    target = any_runtime
+    head = head_for(target, kind, draft_vocab=64)
     answers = [generate(target, head, PROMPT, 16, temperature=1.0, seed=seed, plan="fixed").token_ids for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 
@@ -193,6 +219,86 @@ def test_a_seed_replays_and_a_mask_ends_a_draft(kind, target):
     for temperature in (0.0, 1.0):
         draft = drafter.draft(PROMPT, 3, make_law(temperature, logits_processors=[none_after_two]), torch.Generator())
         assert (len(draft.tokens), draft.num_asked) == (2, 3) and all(token % 2 == 0 for token in draft.tokens)
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_natively_a_head_says_what_it_says_eagerly(kind, draft_vocab):
+    """States and logits of slots read in two passes, and the laws of a whole draft."""
+    target = native_target()
+    head = head_for(target, kind, draft_vocab=draft_vocab)
+    drafters = [committed(MtpDrafter(head, target, modules=modules), PROMPT) for modules in (None, head)]
+    assert isinstance(drafters[0].modules, NativeChain) and drafters[1].modules is head
+    passes = []
+    for modules, features_TMD in ((drafter.modules, torch.cat(drafter.pending)) for drafter in drafters):
+        hidden_TD, cache = modules.hidden(features_TMD), modules.start()
+        first = modules.run(0, hidden_TD[:4], PROMPT[1:5], 0, cache)
+        passes.append([*first, *modules.run(0, hidden_TD[4:], PROMPT[5:], 4, cache)])
+    for native, eager in zip(*passes, strict=True):
+        assert (native - eager).abs().max() < ROUNDING * eager.abs().max()
+    laws = [laws_along(drafter, PROMPT, [4, 8, 12, 64]) for drafter in drafters]
+    assert (laws[0] - laws[1]).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("law", ["greedy", "T=0.8", "top-k, top-p", "min-p"])
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_drawn_in_one_go_is_what_is_drawn_token_by_token(kind, seeded, law, monkeypatch):
+    """The same tokens from the same numbers, and the same stated laws."""
+    target = native_target()
+    head = head_for(target, kind, draft_vocab=64)
+    settings = {"greedy": {"temperature": 0.0}, "T=0.8": {"temperature": 0.8}, "min-p": {"temperature": 1.2, "min_p": 0.05}}
+    wanted = make_law(**settings.get(law, {"temperature": 0.9, "top_k": 12, "top_p": 0.8}))
+
+    def drafts() -> list[Draft]:
+        drafter = committed(MtpDrafter(head, target), PROMPT)
+        return [drafter.draft(PROMPT, 4, wanted, Coupled(n) if seeded else torch.Generator().manual_seed(n)) for n in range(20)]
+
+    at_once, calls = drafts(), []
+    follow = NativeChain.follow
+    monkeypatch.setattr(NativeChain, "follow", lambda *arguments: calls.append(1) or follow(*arguments))
+    assert [d.tokens for d in drafts()] == [d.tokens for d in at_once] and len(calls) == 20
+    monkeypatch.setattr("dspark.drafters.mtp.NativeChain", type(None))  # so that no runner is one
+    one_by_one = drafts()
+    assert len(calls) == 20 and len({tuple(d.tokens) for d in at_once}) == (1 if law == "greedy" else pytest.approx(16, abs=5))
+    for together, alone in zip(at_once, one_by_one, strict=True):
+        assert together.tokens == alone.tokens and len(together.tokens) == 4
+        assert max((together.probs_KV[k] - alone.probs_KV[k]).abs().max() for k in range(4)) < 1e-5
+
+
+def test_broken_numbers_end_a_draft_behind_the_tokens_they_led_to():
+    target = native_target()
+    drafter = committed(MtpDrafter(head_for(target, "eagle3"), target), PROMPT)
+
+    def draft() -> Draft:
+        return drafter.draft(PROMPT, 4, make_law(1.0), Coupled(0))
+
+    first = draft().tokens
+    assert len(set(first)) == 4
+    table = target.model.get_input_embeddings().weight
+    kept = table.detach().clone()
+    try:
+        table.data[first[1]] = float("nan")  # joined in the third token's slot
+        broken = draft()
+    finally:
+        table.data.copy_(kept)
+    assert broken.tokens == first[:2] and broken.num_asked == 4
+    assert draft().tokens == first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fork_goes_on_from_what_both_texts_share(kind, any_runtime):
+    target = any_runtime
+    head = head_for(target, kind)
+    texts = [[*PROMPT, 7, 7], [*PROMPT[:6], 5, 9, 64]]
+    parent = committed(MtpDrafter(head, target), texts[0])
+    truth = [committed(MtpDrafter(head, target), text).draft(text, 4, GREEDY, torch.Generator()).tokens for text in texts]
+    assert parent.draft(texts[0], 4, GREEDY, torch.Generator()).tokens == truth[0]
+    known = 6 - 1  # the slot before the first other token has read that token
+    fork = parent.fork(known)
+    fork.commit(target.prefill(target.start(), texts[1][:-1])[known:])
+    assert fork.draft(texts[1], 4, GREEDY, torch.Generator()).tokens == truth[1]
+    assert parent.draft(texts[0], 4, GREEDY, torch.Generator()).tokens == truth[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -543,7 +649,7 @@ def test_the_engine_drafts_with_them_and_keeps_every_answer(kind, runtime, monke
     model, steps = tiny_model("llama", **NATIVE_SHAPE), []
     target = Target(model, runtime=NativeRuntime(model) if runtime == "native" else None)
     requests = mixed_requests(12)
-    engine = Engine(target, tiny_recurrent(target, kind, draft_vocab=64), max_running=4, plan="fixed", on_step=steps.append)
+    engine = Engine(target, head_for(target, kind, draft_vocab=64), max_running=4, plan="fixed", on_step=steps.append)
     assert f"the head ({kind})" in engine.notes()[0]
     ears = [ear for asked in (requests, requests[:4]) for ear in serve(engine, asked)]  # some again, which are known then
     truths = [reference(target, request) for request in requests]
@@ -581,7 +687,7 @@ def test_planners_ask_for_any_length(target):
 def test_beside_a_dspark_head_they_stand_for_the_targets_modules(kind, runtime):
     model = tiny_model("llama", **NATIVE_SHAPE)
     target = Target(model, runtime=NativeRuntime(model) if runtime == "native" else None)
-    head, chain = tiny_head(target), tiny_recurrent(target, kind, draft_vocab=64)
+    head, chain = tiny_head(target), head_for(target, kind, draft_vocab=64)
     stand_for_modules(target, chain)
     truth = plain_greedy(target, PROMPT * 3, 40)
     turns = make_drafter("auto", target, head)

@@ -223,12 +223,13 @@ def tiny_recurrent(
     seed: int = 0,
     trained_steps: int = 1,
     layer_ids: tuple[int, ...] | None = None,
+    head_dim: int = 8,
 ) -> RecurrentHead:
-    """A random head of this kind for this target; `draft_vocab` keeps every n-th id only."""
+    """A random head of this kind for this target; `draft_vocab` keeps every n-th id only. A `head_dim` of 16 can run natively."""
     last = target.num_layers - 1
     config = RecurrentConfig(
         **tiny_sizes(target, block_size, draft_vocab),
-        head_dim=8,
+        head_dim=head_dim,
         target_layer_ids=layer_ids or ((last,) if kind == "mtp" else tuple(sorted({0, last // 2, last}))),
         kind=kind,
         trained_steps=trained_steps,

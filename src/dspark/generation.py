@@ -181,7 +181,7 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     first, *others = (planning_costs(target, head, 1 + drafter.block_size, say) for head in heads or [None])
     table: Table = first
     if isinstance(drafter, SeededDrafter):
-        table = Seeded(first, others[0], 1 / drafter.mtp.block_size)
+        table = Seeded(first, others[0], drafter.mtp.block_size - 1)
     if spec not in ADAPTIVE:
         lengths = Lagged(table) if spec == "lagged" else EarlyStop(table)
     if isinstance(drafter, Arbiter):

@@ -28,7 +28,7 @@ from dspark.target.demo import cache_directory
 from dspark.target.quantize import num_bytes
 from dspark.target.target import State, Target
 
-METHOD = 2  # one more whenever costs are measured in another way: those in the cache are then measured again
+METHOD = 3  # one more whenever costs are measured in another way: those in the cache are then measured again
 REPEATS = 11
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 BANDWIDTH_BYTES = 2**29  # far beyond any cache
@@ -39,8 +39,8 @@ LEAST_REPEATS = 3
 
 @dataclass(frozen=True)
 class Profile:
-    """Milliseconds of one pass by number of rows after `context` tokens; of one draft with its commit; and what
-    bounds both: bytes of weights a pass reads, and the machine's read bandwidth in bytes a second."""
+    """Milliseconds of one pass by number of rows after `context` tokens; of one draft with its commit, and how much of that is each
+    token's behind the first; and what bounds all: bytes of weights a pass reads, and the machine's read bandwidth in bytes a second."""
 
     context: int
     rows: dict[int, float]
@@ -48,6 +48,7 @@ class Profile:
     block_size: int | None
     weight_bytes: int
     bandwidth: float
+    draft_each: float = 0.0  # 0: a draft is one pass
 
     @property
     def share_of_bandwidth(self) -> float:
@@ -86,15 +87,17 @@ def profile(
         drafter.commit(features)
         flush(drafter)
     newest, num_drafts, block_size = features[-2:], 0, drafter.block_size if drafter else 0
+    lengths = [] if drafter is None else [block_size, 1] if isinstance(drafter, MtpDrafter) and block_size > 1 else [block_size]
 
     def score(num_rows: int) -> None:
         tokens = (ids * num_rows)[:num_rows]
         target.score(state, tokens)
         forget(target, state, tokens)
 
-    def draft(text: list[int]) -> None:
+    def draft(length: int) -> None:
         assert drafter is not None
-        drafter.draft(text, block_size, Law(greedy=True), generator)
+        text = ids + ids[: len(newest)] * num_drafts  # what was committed so far, and an anchor
+        drafter.draft(text, length, Law(greedy=True), generator)
         drafter.commit(newest)
         flush(drafter)
 
@@ -105,7 +108,7 @@ def profile(
             torch.cuda.synchronize(target.device)  # what was committed may still be on its way
         return 1e3 * (time.perf_counter() - begin)
 
-    times: dict[int, list[float]] = {n: [] for n in (0, *rows)}  # 0: of the draft
+    times: dict[int, list[float]] = {n: [] for n in (*rows, *(-length for length in lengths))}  # below 0: of drafts
     bandwidths = []
     started = time.perf_counter()
     for repeat in range(repeats + 1):  # the first one warms up
@@ -114,22 +117,24 @@ def profile(
         bandwidths.append(read_bandwidth(1, str(target.device)) if with_bandwidth else 0.0)
         score(1)  # plain passes come behind plain passes
         found = {n: timed(score, n) for n in rows}
-        for _ in range(2 if block_size else 0):  # the second is as in a round: behind many passes a draft takes half as long again
-            score(block_size + 1)
-            found[0] = timed(draft, ids + ids[: len(newest)] * num_drafts)  # what was committed so far, and an anchor
+        for length in lengths[:1] + lengths:  # the second is as in a round: behind many passes a draft takes half as long again
+            score(length + 1)
+            found[-length] = timed(draft, length)
             num_drafts += 1
         if repeat:
             for n, taken in found.items():
                 times[n].append(taken)
         progress(repeat + 1)
-    medians = {n: statistics.median(each) for n, each in times.items() if each}
+    medians = {n: statistics.median(each) for n, each in times.items()}
+    whole, first = (medians[-length] for length in (lengths[0], lengths[-1])) if lengths else (None, None)
     return Profile(
         context,
         {n: medians[n] for n in rows},
-        medians.get(0),
+        whole,
         block_size or None,
         weight_bytes(target),
         statistics.median(bandwidths),
+        max(0.0, (whole - first) / (block_size - 1)) if whole and first and block_size > 1 else 0.0,
     )
 
 
@@ -168,7 +173,7 @@ def planning_costs(
             if found and time.perf_counter() - started > PLANNING_SECONDS / 2:
                 break  # a large model: the prompt alone would take long; the first costs then hold for all lengths
             measured = profile(target, head, context, range(1, most_rows + 1), seconds=PLANNING_SECONDS, with_bandwidth=False)
-            found[context] = Costs(measured.draft or 0.0, ascending(list(measured.rows.values())))
+            found[context] = Costs(measured.draft or 0.0, ascending(list(measured.rows.values())), measured.draft_each)
         return CostTable(tuple(found), tuple(found.values()))
 
     return cached_costs(target, head, {"rows": most_rows}, measure, again)
@@ -212,10 +217,11 @@ def stored_costs(path: Path, depends_on: dict) -> CostTable | None:
         found = json.loads(path.read_bytes())
         if found["depends_on"] != depends_on:
             return None
-        costs = tuple(Costs(float(c["draft"]), tuple(float(r) for r in c["rows"])) for c in found["costs"])
+        costs = tuple(Costs(float(c["draft"]), tuple(float(r) for r in c["rows"]), float(c["each"])) for c in found["costs"])
         table = CostTable(tuple(int(context) for context in found["contexts"]), costs)
         sound = (
-            all(len(c.rows) == depends_on["rows"] and min(c.rows) > 0 <= c.draft for c in costs) and len(costs) == len(table.contexts) > 0
+            all(len(c.rows) == depends_on["rows"] and min(c.rows) > 0 <= c.draft >= c.each for c in costs)
+            and len(costs) == len(table.contexts) > 0
         )
         return table if sound else None
     except (OSError, ValueError, KeyError, TypeError):

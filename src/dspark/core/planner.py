@@ -43,10 +43,12 @@ class Planner(Protocol):
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds on this machine: of a draft pass, and of a target pass of 1, 2, ... rows."""
+    """Milliseconds on this machine: of a whole draft, and of a target pass of 1, 2, ... rows; and how much less a draft takes for each
+    token that it leaves out: nothing, where a draft is one pass."""
 
     draft: float
     rows: tuple[float, ...]
+    each: float = 0.0
 
     def score(self, num_planned: int) -> float:
         """A target pass over the anchor and so many tokens; past the last measured count, in proportion to it."""
@@ -76,6 +78,7 @@ class CostTable:
         return Costs(
             low.draft + share * (high.draft - low.draft),
             tuple(a + share * (b - a) for a, b in zip(low.rows, high.rows, strict=True)),
+            low.each + share * (high.each - low.each),
         )
 
 
@@ -95,20 +98,21 @@ class DraftedBy:
     drafts: Table
 
     def at(self, context: int) -> Costs:
-        return replace(self.table.at(context), draft=self.drafts.at(context).draft)
+        drafts = self.drafts.at(context)
+        return replace(self.table.at(context), draft=drafts.draft, each=drafts.each)
 
 
 @dataclass(frozen=True)
 class Seeded:
-    """The costs of a table whose drafts take a share of another one's draft more."""
+    """The costs of a table whose drafts begin with the first token of another one's, which could have so many more."""
 
     table: Table
     seeds: Table
-    share: float
+    num_more: int
 
     def at(self, context: int) -> Costs:
-        costs = self.table.at(context)
-        return replace(costs, draft=costs.draft + self.share * self.seeds.at(context).draft)
+        costs, seeds = self.table.at(context), self.seeds.at(context)
+        return replace(costs, draft=costs.draft + seeds.draft - self.num_more * seeds.each)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class WithoutDrafts:
     table: Table
 
     def at(self, context: int) -> Costs:
-        return replace(self.table.at(context), draft=0.0)
+        return replace(self.table.at(context), draft=0.0, each=0.0)
 
 
 # Plans of one block ----------------------------------------------------------------------
@@ -356,6 +360,7 @@ class Adaptive:
     CLEARLY = -0.1  # plain steps a round: one deviation of the mean of 64 rounds that break even
     HOPE = 0.1  # at least expected of a head at first, so that it is tried
     BORROWED = 8.0  # rounds' worth of trust in a position's neighbour
+    LONGER = 16  # in one of so many drafted rounds a draft of several passes has one more than pays, so that its chance stays known
     PAUSES = (2, 256)  # rounds between probes: at first, at most
 
     def __init__(
@@ -367,21 +372,22 @@ class Adaptive:
         online: OnlineCalibration | None = None,
     ):
         self.table, self.costs, self.pace, self.online = table, table.at(0), pace or Pace(), online
-        self.num_tokens = 0
+        self.num_tokens = self.asked = self.num_drafts = 0
         self.confidences: Sequence[float] | None = None  # of this round's draft, as the drafter gave them
         self.usual = [Mean(self.LATELY, chance, trust if k == 0 else 1.0) for k, chance in enumerate(expected)]
         self.trust = trust
-        gain, cost = self.best_round(expected)
+        gain, cost, _ = self.best_round(expected)
         self.hope_for(max(gain, self.HOPE), cost)
 
-    def best_round(self, acceptance: Sequence[float]) -> tuple[float, float]:
-        """What the best number of verified tokens gains with this acceptance by position, and what it costs, in plain steps."""
-        survival, tau, best = 1.0, 1.0, (-math.inf, 0.0)
-        for k, chance in enumerate(acceptance):
+    def best_round(self, acceptance: Sequence[float], pace: float = 1.0) -> tuple[float, float, int]:
+        """Of the best number of verified tokens, with this acceptance by position: what it gains beyond what its time brings at this pace,
+        what it costs, in plain steps, and how many they are."""
+        survival, tau, best = 1.0, 1.0, (-math.inf, 0.0, 0)
+        for k, chance in enumerate(acceptance, 1):
             survival *= chance
             tau += survival
-            best = max(best, (tau - self.cost(k + 1), self.cost(k + 1)))
-        return best
+            best = max(best, (tau - pace * self.cost(k, k), self.cost(k, k), -k))
+        return best[0], best[1], -best[2]
 
     def hope_for(self, gain: float, cost: float) -> None:
         """Begin with these as the gain and cost of rounds so far."""
@@ -392,7 +398,8 @@ class Adaptive:
     def costs_changed(self) -> None:
         """Drafting pays or not at the new costs; the acceptance that was seen says what to expect."""
         self.costs = self.table.at(self.num_tokens)
-        self.hope_for(*self.best_round(self.acceptance()))
+        gain, cost, _ = self.best_round(self.acceptance())
+        self.hope_for(gain, cost)
         if self.parked:
             self.wait = self.pause = self.PAUSES[1] // 8
 
@@ -401,9 +408,10 @@ class Adaptive:
         """For a drafter nobody has measured yet: a guess, worth a few rounds only."""
         return cls(table, [0.5] * block_size, trust=8)
 
-    def cost(self, num_planned: int) -> float:
+    def cost(self, num_planned: int, num_drafted: int) -> float:
         """Of a drafted round, in plain steps."""
-        return (self.costs.draft + self.costs.score(num_planned)) / self.costs.plain
+        left_out = max(0, len(self.usual) - num_drafted)
+        return (self.costs.draft - self.costs.each * left_out + self.costs.score(num_planned)) / self.costs.plain
 
     @property
     def parked(self) -> bool:
@@ -417,9 +425,19 @@ class Adaptive:
 
     def ask(self, limit: int, num_tokens: int) -> int:
         self.num_tokens, self.costs = num_tokens, self.table.at(num_tokens)
-        return 0 if self.parked and self.wait > 0 else limit
+        self.asked = 0 if self.parked and self.wait > 0 else self.num_to_draft(limit)
+        return self.asked
+
+    def num_to_draft(self, limit: int) -> int:
+        """All, where a draft is one pass; else as many as usually gain most."""
+        if not self.costs.each or limit < 1:
+            return limit
+        _, _, num = self.best_round(self.acceptance()[:limit], self.pace.value)
+        return min(limit, num + (self.num_drafts % self.LONGER == self.LONGER - 1))
 
     def plan(self, confidences: Sequence[float] | None, limit: int) -> int:
+        if confidences is None and self.costs.each:
+            return limit  # no more than these was asked for
         usual = self.acceptance()
         usual += usual[-1:] * (limit - len(usual))
         self.confidences = confidences
@@ -442,7 +460,8 @@ class Adaptive:
             self.wait -= 1
             self.pace.add(1, 1.0)
             return
-        cost = self.cost(num_planned)
+        self.num_drafts += 1
+        cost = self.cost(num_planned, num_drafted)
         self.pace.add(num_accepted + 1, cost)
         self.spent.add(cost)
         self.judge(num_planned, num_accepted)

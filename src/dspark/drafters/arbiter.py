@@ -96,8 +96,12 @@ class Arbiter:
         if proposal is None:
             drafter = self.drafting
             assert drafter is not None
-            return drafter.draft(ids, limit, law, noise)
+            return drafter.draft(ids, self.to_draft(limit), law, noise)
         return proposal
+
+    def to_draft(self, limit: int) -> int:
+        """How many tokens `drafting` is to draft."""
+        return limit if self.lengths is not None or self.chosen is None else min(limit, self.chosen.asked)
 
     @property
     def drafting(self) -> DSparkDrafter | MtpDrafter | None:

@@ -265,20 +265,21 @@ def begin(ask: Ask, logits_GC: torch.Tensor) -> Block:
         logits_KC, shortlist_KC = logits_KC.topk(head.config.num_choices, dim=-1)
     ids_KC = head.draft_ids.expand(num, -1) if shortlist_KC is None else head.draft_ids[shortlist_KC]
     uniforms = [] if isinstance(ask.noise, Coupled) else Streams.uniforms(ask.noise, num)
-    return Block(ask, logits_KC, shortlist_KC, ids_KC, uniforms, drawn_by(ask, num, uniforms))
+    places = range(len(ask.ids), len(ask.ids) + num)
+    drawn = drawn_by(ask.law, ask.noise, uniforms, places, head.config.vocab_size, head.fc.weight.device)
+    return Block(ask, logits_KC, shortlist_KC, ids_KC, uniforms, drawn)
 
 
-def drawn_by(ask: Ask, num: int, uniforms: list[float]) -> Drawn | None:
-    """How the tokens of a draft are drawn, if their law is made of temperature, top-k, top-p and min-p in this order; else None."""
-    law, kinds = ask.law, [type(warper) for warper in ask.law.warpers]
+def drawn_by(
+    law: Law, noise: torch.Generator | Coupled, uniforms: Sequence[float], places: range, vocab_size: int, device: torch.device
+) -> Drawn | None:
+    """How tokens at these places of the text are drawn, if their law is made of temperature, top-k, top-p and min-p in this order; else None."""
+    kinds = [type(warper) for warper in law.warpers]
     plain = all(getattr(w, "min_tokens_to_keep", 1) == 1 and getattr(w, "filter_value", -math.inf) == -math.inf for w in law.warpers)
     if law.greedy or law.processors or not plain or kinds != [kind for kind in WARPERS if kind in kinds]:
         return None
     settings = {name: getattr(warper, name) for warper, name in zip(law.warpers, (WARPERS[kind] for kind in kinds), strict=True)}
-    races: list[torch.Tensor] = []
-    if isinstance(ask.noise, Coupled):
-        head, device = ask.drafter.head, ask.drafter.head.fc.weight.device
-        races = [ask.noise.exponentials(len(ask.ids) + k, head.config.vocab_size, device) for k in range(num)]
+    races = [noise.exponentials(place, vocab_size, device) for place in places] if isinstance(noise, Coupled) else []
     return Drawn(**{"temperature": 1.0, **settings}, uniforms=uniforms, races=races)
 
 

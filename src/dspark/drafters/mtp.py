@@ -16,25 +16,30 @@ import torch
 
 from dspark.core.sampling import Coupled, Law, Streams, best, draw
 from dspark.core.verifier import Draft, FewTokens, Rows
-from dspark.drafters.dspark import law_of_choices
+from dspark.drafters.dspark import drawn_by, law_of_choices
+from dspark.head.chain import Modules, NativeChain, make_modules
 from dspark.head.mtp import MtpHead
 from dspark.head.recurrent import RecurrentHead
+from dspark.target.native.cache import Cache
+from dspark.target.native.stack import Drawn
 from dspark.target.rollback import HOLD_EVERYTHING
 from dspark.target.target import Target
 
 
 class MtpDrafter:
-    """Draws up to `block_size` tokens (default: the head's), each after a pass of a module over the one before."""
+    """Draws up to `block_size` tokens (default: the head's), each after a pass of a module over the one before.
 
-    def __init__(self, head: MtpHead | RecurrentHead, target: Target, block_size: int | None = None):
-        self.head: Any = head
-        self.target = target
+    `modules` run the head on this target; drafters of many requests share them."""
+
+    def __init__(self, head: MtpHead | RecurrentHead, target: Target, block_size: int | None = None, modules: Modules | None = None):
+        self.head, self.target = head, target
+        self.modules: Any = modules or make_modules(head, target)
         self.block_size = head.block_size if block_size is None else block_size
         self.start()
 
     def start(self) -> None:
         self.tap()
-        self.cache = self.head.start()
+        self.cache = self.modules.start()
         self.pending: list[torch.Tensor] = []
         self.num_committed = 0
         self.whole = True  # not so after a pass that failed half way: its caches are of no use any more
@@ -61,8 +66,9 @@ class MtpDrafter:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the modules' caches and what they have yet to read take."""
-        tensors = [tensor for layer in self.cache.layers for tensor in vars(layer).values()]
+        """Memory that the modules' caches, unless they are pages of a pool, and what they have yet to read take."""
+        layers = [] if isinstance(self.cache, Cache) else self.cache.layers
+        tensors = [tensor for layer in layers for tensor in vars(layer).values()]
         held = [tensor for tensor in (*tensors, *self.pending, *self.waiting) if isinstance(tensor, torch.Tensor)]
         storages = [tensor.untyped_storage() for tensor in held]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # more than a view of it shows
@@ -70,31 +76,38 @@ class MtpDrafter:
     @property
     def slot_bytes(self) -> int:
         """Memory of one slot in all modules' caches; known once all of them have drafted."""
+        if isinstance(self.cache, Cache):
+            return self.modules.slot_bytes
         tensors = [tensor for layer in self.cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
         return sum(tensor.nbytes // tensor.shape[-2] for tensor in tensors if tensor.dim() > 2 and tensor.shape[-2])
 
-    @property
-    def num_slots(self) -> int:
-        """At most, of each module, that the next draft adds."""
-        return self.num_committed - min(self.num_final) + self.block_size
+    def draft_bytes(self, slot_bytes: int) -> int:
+        """Memory that the next draft takes at most, beyond what it has, with so much for a slot."""
+        if isinstance(self.cache, Cache):
+            return self.cache.growth(self.num_final[0], self.num_committed + self.block_size)
+        return slot_bytes * (self.num_committed - min(self.num_final) + self.block_size)
 
     def can_fork(self, num_tokens: int) -> bool:
         """Are the modules' caches cut back to so many tokens without what a sliding window has forgotten?"""
-        return num_tokens == self.num_committed or all(type(layer) in HOLD_EVERYTHING for layer in self.cache.layers)
+        if num_tokens == self.num_committed or isinstance(self.cache, Cache):
+            return True
+        return all(type(layer) in HOLD_EVERYTHING for layer in self.cache.layers)
 
     def fork(self, num_tokens: int) -> "MtpDrafter":
         """A drafter for another text that begins with the same tokens: `num_tokens` of them if that is all that is known here, else with as
         many more as there are modules, since each module's last slots have read a token further on."""
         assert self.can_fork(num_tokens), "a sliding window cannot be cut back"
-        forked = MtpDrafter(self.head, self.target, self.block_size)
-        forked.cache, forked.num_committed = copy.deepcopy(self.cache), num_tokens
+        forked = MtpDrafter(self.head, self.target, self.block_size, self.modules)
+        native = isinstance(self.cache, Cache)
+        forked.cache = self.cache.fork(min(self.num_final[0], num_tokens)) if native else copy.deepcopy(self.cache)
+        forked.num_committed = num_tokens
         known = self.num_committed - sum(map(len, self.pending))  # hidden states that module 0 has read, or that wait for it
         pending_TMD = torch.cat(self.pending)[: max(0, num_tokens - known)] if self.pending else None
         forked.pending = [] if pending_TMD is None else [pending_TMD.clone()]
         for k, num_final in enumerate(self.num_final):
             forked.num_final[k] = min(num_final, num_tokens)
             if num_final > num_tokens:
-                self.head.forget(k, num_final - num_tokens, forked.cache)
+                self.modules.forget(k, num_final - num_tokens, forked.cache)
             waiting_TD = self.waiting[k]
             if waiting_TD is not None:
                 forked.waiting[k] = waiting_TD[: max(0, num_tokens - num_final)].clone()
@@ -114,7 +127,7 @@ class MtpDrafter:
         self.whole = False
         features_TMD = torch.cat(self.pending)
         self.pending = [features_TMD.new_empty(0, *features_TMD.shape[1:])]
-        hidden_TD = self.head.hidden(features_TMD)
+        hidden_TD = self.modules.hidden(features_TMD)
         last = self.head.num_modules - 1
         num_extra = 0
         for step in range(num):
@@ -123,16 +136,21 @@ class MtpDrafter:
                 slot, hidden_TD = self.num_final[k], self.with_waiting(k, hidden_TD)
             else:
                 slot, hidden_TD, num_extra = num_slots + step - last - 1, hidden_TD[-1:], num_extra + 1
-            handed_TD, logits_C = self.head.run(k, hidden_TD, block.text[slot + 1 + k :][: len(hidden_TD)], slot, self.cache)
+            handed_TD, logits_C = self.modules.run(k, hidden_TD, block.text[slot + 1 + k :][: len(hidden_TD)], slot, self.cache)
             if step <= last:
                 self.settle(k, hidden_TD, num_slots)
             hidden_TD = handed_TD
             if not block.take(logits_C):
                 break
+            if isinstance(self.modules, NativeChain) and num > 1:
+                drawn = block.drawn()
+                if block.greedy or drawn is not None:
+                    block.follow(*self.modules.follow(hidden_TD[-1], block.text[-1], num - 1, drawn, num_slots, self.cache))
+                    break
         if step < last:  # the next module was not asked: what it would have read waits for it
             self.waiting[step + 1] = self.with_waiting(step + 1, hidden_TD)[: self.num_final[step] - self.num_final[step + 1]].clone()
         for k in range(min(step, last) + 1):
-            self.head.forget(k, num_slots - self.num_final[k] + (num_extra if k == last else 0), self.cache)
+            self.modules.forget(k, num_slots - self.num_final[k] + (num_extra if k == last else 0), self.cache)
         self.whole = True
         return block.finish()
 
@@ -172,7 +190,7 @@ class Block:
             return False  # tokens that led here stay: to drop a draft for what it drew would change the law
 
     def choose(self, k: int, logits_C: torch.Tensor) -> bool:
-        if self.law.greedy and not self.law.processors:  # no need to form such laws
+        if self.greedy:
             self.text.append(self.token(best(logits_C[None])[0]))
             return True
         ids_C = torch.arange(len(logits_C), device=logits_C.device) if self.draft_ids is None else self.draft_ids
@@ -189,6 +207,24 @@ class Block:
         self.laws.append(q_C)
         self.text.append(self.token(where))
         return True
+
+    @property
+    def greedy(self) -> bool:
+        """Each token is the best of its row, which no processor changes: such laws need not be formed."""
+        return self.law.greedy and not self.law.processors
+
+    def drawn(self) -> Drawn | None:
+        """How the rest of it is drawn, where a runner can."""
+        k = len(self.text) - self.start
+        places = range(len(self.text), self.start + self.num)
+        return drawn_by(self.law, self.noise, self.uniforms[k:], places, self.vocab_size, self.device)
+
+    def follow(self, choices: Sequence[int], logits_KC: torch.Tensor) -> None:
+        """Take the rest as a runner has chosen it; at a row without a finite number the draft ends."""
+        num = next((k for k, choice in enumerate(choices) if choice < 0), len(choices))
+        self.text += [self.token(choice) for choice in choices[:num]]
+        if not self.greedy:
+            self.laws += list(logits_KC[:num])
 
     def token(self, where: int) -> int:
         return where if self.draft_ids is None else int(self.draft_ids[where])

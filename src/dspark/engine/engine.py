@@ -28,6 +28,7 @@ from dspark.engine.request import Event, Failed, Finished, Request, Round, Step,
 from dspark.engine.running import NOTHING, Running
 from dspark.errors import Busy, SettingError
 from dspark.generation import check_request, usual_acceptance
+from dspark.head.chain import NativeChain, make_modules
 from dspark.head.context import feature_pool, make_runner
 from dspark.head.mtp import MtpHead
 from dspark.head.recurrent import AnyHead, RecurrentHead
@@ -83,6 +84,7 @@ class Engine:
         self.head, self.mtp = (head, mtp) if speculate else (None, None)
         self.max_running, self.max_waiting, self.on_step = max_running, max_waiting, on_step
         self.runner = None if self.head is None else make_runner(self.head, target)
+        self.modules = None if self.mtp is None else make_modules(self.mtp, target)
         target.untap()
         layers = {*(self.head.config.target_layer_ids if self.head else ()), *(self.mtp.layer_ids if self.mtp else ())}
         if layers:
@@ -301,7 +303,7 @@ class Engine:
         if self.head is not None and filling.head is None:
             filling.head = DSparkDrafter(self.head, self.target, runner=self.runner)
         if self.mtp is not None and not filling.state.num_tokens:
-            filling.mtp = MtpDrafter(self.mtp, self.target)
+            filling.mtp = MtpDrafter(self.mtp, self.target, modules=self.modules)
         if filling.arbiter is not None:
             filling.arbiter.head, filling.arbiter.mtp = filling.head, filling.mtp  # a preempted request has new ones
         return filling
@@ -342,6 +344,7 @@ class Engine:
         """Keys, values and features of running requests and prefixes, each counted once. Pages of others that use this target count too."""
         pools = [] if self.target.runtime is None else [self.target.runtime.pool]
         pools += [] if self.runner is None else [pool for pool in (self.runner.pool, self.runner.feature_pool) if pool]
+        pools += [self.modules.pool] if isinstance(self.modules, NativeChain) else []
         holders: list[Entry | Running] = [*self.prefixes.entries, *self.running]
         eager = [h.state for h in holders if h.state is not None and not isinstance(h.state.cache, Cache)]
         own = [h.head.context.own for h in holders if h.head is not None]
@@ -392,6 +395,7 @@ class Engine:
         size = entry.state.cache.pool.page_bytes if isinstance(entry.state.cache, Cache) else entry.state.num_bytes
         if self.runner is not None:
             size += sum(pool.page_bytes for pool in (self.runner.pool, self.runner.feature_pool) if pool)
+        size += self.modules.pool.page_bytes if isinstance(self.modules, NativeChain) else 0
         return size + (0 if entry.mtp is None else entry.mtp.num_bytes)
 
     def _most_bytes(self, num_tokens: int) -> int:
@@ -404,7 +408,8 @@ class Engine:
             pending = min(num_tokens, PENDING_TOKENS + CHUNK_ALONE) + self.most_rows
             size += pages_for(pending) * (0 if self.runner.feature_pool is None else self.runner.feature_pool.page_bytes)
         # all hidden states of a text may wait for the first draft
-        return size + (self.hidden_bytes + self.slot_bytes) * rows
+        slots = PAGE_TOKENS * pages_for(rows) if isinstance(self.modules, NativeChain) else rows
+        return size + self.hidden_bytes * rows + self.slot_bytes * slots
 
     def _guard(self, num_decoding: int) -> Guard | None:
         """Of this load. One request alone has its planner, which knows what it gained."""
@@ -435,7 +440,7 @@ class Engine:
             if drafts[i] is not None:
                 continue
             by_head = r.source == "dspark"
-            more = r.head.draft_bytes() if by_head and r.head else self.slot_bytes * r.mtp.num_slots if r.mtp else 0
+            more = r.head.draft_bytes() if by_head and r.head else r.mtp.draft_bytes(self.slot_bytes) if r.mtp else 0
             if not self._free(needed + more):
                 drafts[i] = r.without_models()
             elif by_head and r.head is not None:
@@ -456,11 +461,11 @@ class Engine:
             return NOTHING
 
     def _draft_with_modules(self, r: Running) -> Draft:
-        assert r.mtp is not None
+        assert r.mtp is not None and r.arbiter is not None
         try:
-            return r.mtp.draft(r.ids, r.left - 1, r.request.law, r.noise.draft)
+            return r.mtp.draft(r.ids, r.arbiter.to_draft(r.left - 1), r.request.law, r.noise.draft)
         except Exception:  # memory, say, or broken numbers
-            if not r.mtp.whole and r.arbiter is not None:
+            if not r.mtp.whole:
                 r.mtp = r.arbiter.mtp = None
             return NOTHING
 
@@ -532,8 +537,9 @@ class Engine:
             costs, one = self.load.at(context), self.load.plain(context)
             drafted = sum(costs.draft for done in rounds if done is not None and done.drafter == "dspark")
             if self.mtp_costs is not None:
-                each = self.mtp_costs.at(context).draft
-                drafted += sum(each for done in rounds if done is not None and done.drafter == "mtp")
+                whole, most = self.mtp_costs.at(context), self.mtp.block_size if self.mtp else 0
+                lengths = [done.drafted for done in rounds if done is not None and done.drafter == "mtp"]
+                drafted += sum(whole.draft - whole.each * (most - length) for length in lengths)
             if not chunk:
                 self.drift += NEWEST * (elapsed / (sum(costs.score(count) for count in planned) + drafted) - self.drift)
                 if guard is not None:
@@ -576,7 +582,7 @@ class Engine:
         """Of a hidden state that waits for the modules, and of a slot in all their caches."""
         if self.mtp is None:
             return 0, 0
-        drafter, ids = MtpDrafter(self.mtp, self.target), [0] * PAGE_TOKENS
+        drafter, ids = MtpDrafter(self.mtp, self.target, modules=self.modules), [0] * PAGE_TOKENS
         drafter.commit(self.target.prefill(self.target.start(), ids[:-1]))
         hidden = drafter.num_bytes // (PAGE_TOKENS - 1)
         drafter.draft(ids, drafter.block_size, GREEDY, torch.Generator())

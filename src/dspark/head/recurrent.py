@@ -43,6 +43,11 @@ class RecurrentLayer(nn.Module):
         """Residual [N, T, D] and input of the attention."""
         raise NotImplementedError
 
+    @property
+    def joint(self) -> tuple[RMSNorm, RMSNorm, nn.Linear | None]:
+        """What `read` does, by its parts: the norms of embeddings and states, and what makes a residual of the two."""
+        raise NotImplementedError
+
     def forward(self, embedded: torch.Tensor, state: torch.Tensor, angles: Any, attend: Attend) -> torch.Tensor:
         """Embeddings and states [N, T, D] -> states [N, T, D], before the norm."""
         x, normed = self.read(embedded, state)
@@ -62,6 +67,10 @@ class MtpLayer(RecurrentLayer):
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(state.to(embedded.dtype))], dim=-1))
         return x, self.input_layernorm(x)
 
+    @property
+    def joint(self):
+        return self.enorm, self.hnorm, self.eh_proj
+
 
 class Eagle3Layer(RecurrentLayer):
     def __init__(self, config: RecurrentConfig):
@@ -70,6 +79,10 @@ class Eagle3Layer(RecurrentLayer):
 
     def read(self, embedded, state):
         return state, torch.cat([self.input_layernorm(embedded), self.hidden_norm(state.to(embedded.dtype))], dim=-1)
+
+    @property
+    def joint(self):
+        return self.input_layernorm, self.hidden_norm, None
 
 
 class RecurrentHead(nn.Module):
@@ -117,6 +130,11 @@ class RecurrentHead(nn.Module):
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """States behind the norm [..., D] -> [..., Vd]."""
+        return F.linear(normed, self.rows.to(normed.dtype))
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The output rows [Vd, D]."""
         raise NotImplementedError
 
     # Drafting, in the manner of MtpHead
@@ -215,8 +233,9 @@ class Mtp(RecurrentHead):
     def context(self, features: torch.Tensor) -> torch.Tensor:
         return self.layer.hnorm(self.first_state(features))
 
-    def logits(self, normed: torch.Tensor) -> torch.Tensor:
-        return F.linear(normed, self.output_rows.to(normed.dtype))
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.output_rows
 
 
 class Eagle3(RecurrentHead):
@@ -241,8 +260,9 @@ class Eagle3(RecurrentHead):
     def context(self, features: torch.Tensor) -> torch.Tensor:
         return self.midlayer.hidden_norm(self.first_state(features))
 
-    def logits(self, normed: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(normed)
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.lm_head.weight
 
 
 NETWORKS: dict[str, type[Mtp] | type[Eagle3]] = {"mtp": Mtp, "eagle3": Eagle3}

@@ -495,6 +495,9 @@ struct Layer {
     const float *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm, k_norm: null for families without
     Linear q, k, v, o, gate, up, down;
 };
+// How a head that drafts a token a pass joins its rows of x with embeddings e: as [norm(e); norm(x)], which `fc` makes the residual
+// stream of (MTP), or where there is none the first layer's attention reads beside x as it is (EAGLE-3).
+struct Joint { const float *embedded_norm, *state_norm; Linear fc; };
 struct Stack {
     int32_t num_layers, hidden, heads, kv_heads, head_dim, inner, kind;
     float eps, rope_scale;
@@ -502,6 +505,7 @@ struct Stack {
     const Layer* layers;
     const float* final_norm;
     Linear output;
+    Joint joint;
 };
 // The keys and values of one request lie in pages of 32 positions: [layer][key or value][kv head], then 32 * E numbers, laid
 // out so that sixteen lanes can be read at once (N numbers a lane: 2 of 16 bits, 1 of 32): keys [position / 16][E / N][16][N],
@@ -514,6 +518,7 @@ struct Pass {
     int32_t causal, num_logits, num_taps, threads;
     const int32_t* tap_layers;
     float* x;        // [T, D] residual stream, in and out
+    const float* embedded;  // [T, D] to be joined with x before the first layer; null: x is not joined with anything
     float* taps;     // [T, M, D]
     float* logits;   // [num_logits, V]
     float* normed;   // [num_logits, D] the states behind the logits
@@ -542,6 +547,19 @@ struct Chain {
     float *confidences;       // [R, G] logits
     float *margins;           // [R, G] the largest logit less the second
     int32_t num_requests, num_tokens, threads;
+};
+// The rest of one request's draft by a head that drafts a token a pass: each slot joins the state of the one before with the token
+// that was chosen there.
+struct Follow {
+    Segment rest;             // a row a token, after the slots that are cached
+    const void* embeddings;   // [V, D], in the precision of the stack's weights
+    const int64_t* draft_ids; // [Vd] target ids
+    const Sampling* sampling;
+    float* x;                 // [D] the last slot's state, in and out
+    float* logits;            // [G, Vd]; where a token is drawn its row becomes its law
+    int32_t* choices;         // [G] which draft tokens, -1 as in `best` above, then also for all after it
+    int64_t token;            // the first one that is joined
+    int32_t threads;
 };
 
 }  // extern "C"
@@ -1010,9 +1028,9 @@ template <class Dot, class Lanes> struct Runner {
         Barrier barrier;
 #pragma omp parallel num_threads(p.threads)
         {
-            Rows<X> normed(T, D), attention_rows(T, HE), inner_rows(T, s.inner);
+            Rows<X> normed(T, D), attention_rows(T, HE), inner_rows(T, s.inner), joined(p.embedded ? T : 0, 2 * D);
             const TileConfig tiles(normed.tiled);
-            Aligned<float> one_row(D), head_TE(size_t(T) * E);
+            Aligned<float> one_row(2 * D), head_TE(size_t(T) * E);
             Scratch scratch;
             std::vector<f16v> ys(2 * T);
             f16v *y = ys.data(), *z = y + T;
@@ -1033,16 +1051,32 @@ template <class Dot, class Lanes> struct Runner {
                     }
                 }
             };
+            for (int t = 0; p.embedded && t < T; t++) {
+                rms_norm(p.embedded + int64_t(t) * D, s.joint.embedded_norm, s.eps, D, one_row.data());
+                rms_norm(p.x + int64_t(t) * D, s.joint.state_norm, s.eps, D, one_row.data() + D);
+                joined.take(t, one_row.data());
+            }
+            if (p.embedded && s.joint.fc.weight) {
+                barrier.meet();  // all have read x
+                const Range mine = share(D / 16);
+                for (int n = mine.first * 16; n < mine.last * 16; n += 16) {
+                    outputs(s.joint.fc, n, joined, y);
+                    for (int t = 0; t < T; t++) store(p.x + int64_t(t) * D + n, y[t]);
+                }
+                barrier.meet();
+            }
             for (int layer = 0; layer < s.num_layers; layer++) {
                 const Layer& l = s.layers[layer];
-                norm_rows(l.input_norm);
+                const bool reads_joined = layer == 0 && p.embedded && !s.joint.fc.weight;
+                if (!reads_joined) norm_rows(l.input_norm);
+                Rows<X>& seen = reads_joined ? joined : normed;
                 const Range heads = share(s.heads + 2 * s.kv_heads);
                 for (int unit = heads.first; unit < heads.last; unit++) {
                     if (unit >= s.heads) {
-                        key_or_value(layer, unit - s.heads, normed, y, head_TE.data());
+                        key_or_value(layer, unit - s.heads, seen, y, head_TE.data());
                         continue;
                     }
-                    project_head(l.q, unit, normed, y, head_TE.data(), l.q_norm, true);
+                    project_head(l.q, unit, seen, y, head_TE.data(), l.q_norm, true);
                     for (int t = 0; t < T; t++)
                         for (int e = 0; e < E; e += 16) put(&q[size_t(t) * HE + unit * E + e], load(&head_TE[t * E + e]));
                 }
@@ -1201,6 +1235,27 @@ template <class Dot, class Lanes> struct Runner {
         }
     }
 
+    // One request's tokens, a pass each.
+    static void follow(const Stack& s, const Follow& f) {
+        const int D = s.hidden, Vd = s.output.num_out;
+        Aligned<float> embedded(D), normed(D);
+        Drawing drawing;
+        int64_t token = f.token;
+        for (int k = 0, choice = 0; k < f.rest.num_rows; k++) {
+            if (choice >= 0) {
+                if constexpr (!std::is_same_v<typename Dot::W, int8_t>)  // heads have no 8-bit weights
+                    for (int i = 0; i < D; i += 16) store(&embedded[i], load((const typename Dot::W*)f.embeddings + token * D + i));
+                float* row = f.logits + int64_t(k) * Vd;
+                const Segment slot{f.rest.pages, 1, f.rest.past + k, 0};
+                const Pass pass{{&slot, 1}, 1, 1, 0, f.threads, nullptr, f.x, embedded.data(), nullptr, row, normed.data(), &choice};
+                Runner(s, pass.segments).forward(pass);
+                if (choice >= 0 && f.sampling->temperature > 0.0f) choice = drawing.draw(row, Vd, row[choice], *f.sampling, k, f.draft_ids);
+                if (choice >= 0) token = f.draft_ids[choice];
+            }
+            f.choices[k] = choice;
+        }
+    }
+
     static float dot(const float* a, const float* b, int n) {
         f16v total{};
         for (int i = 0; i < n; i += 16) total = multiply_add(load(a + i), load(b + i), total);
@@ -1231,6 +1286,10 @@ void stack_context(const Stack* stack, const Segments* segments, const Linear* f
 void stack_bias(const Stack* stack, const Linear* w2, int num_rows, const float* z, float* const* logits, int32_t* best, int threads) {
     const Segment rows{nullptr, num_rows, 0, 0};
     with_runner(*stack, Segments{&rows, 1}, [&](auto& runner) { runner.bias(*w2, z, logits, best, threads); });
+}
+
+void stack_follow(const Stack* stack, const Follow* follow) {
+    with_runner(*stack, Segments{&follow->rest, 1}, [&](auto& runner) { runner.follow(*stack, *follow); });
 }
 
 void stack_chain(const Stack* stack, const Chain* chain) {

@@ -32,6 +32,10 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Joint(ctypes.Structure):
+    _fields_ = [*[(name, ctypes.c_void_p) for name in ("embedded_norm", "state_norm")], ("fc", Linear)]
+
+
 class Stack(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "inner", "kind")],
@@ -41,6 +45,7 @@ class Stack(ctypes.Structure):
         ("layers", ctypes.POINTER(Layer)),
         ("final_norm", ctypes.c_void_p),
         ("output", Linear),
+        ("joint", Joint),
     ]
 
 
@@ -56,7 +61,7 @@ class Pass(ctypes.Structure):
     _fields_ = [
         ("segments", Segments),
         *[(name, ctypes.c_int32) for name in ("causal", "num_logits", "num_taps", "threads")],
-        *[(name, ctypes.c_void_p) for name in ("tap_layers", "x", "taps", "logits", "normed", "best")],
+        *[(name, ctypes.c_void_p) for name in ("tap_layers", "x", "embedded", "taps", "logits", "normed", "best")],
     ]
 
 
@@ -74,6 +79,15 @@ class Chain(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("w1", "draft_ids", "confidence", "hidden", "anchors", "sampling", "logits")],
         *[(name, ctypes.c_void_p) for name in ("choices", "confidences", "margins")],
         *[(name, ctypes.c_int32) for name in ("num_requests", "num_tokens", "threads")],
+    ]
+
+
+class Follow(ctypes.Structure):
+    _fields_ = [
+        ("rest", Segment),
+        *[(name, ctypes.c_void_p) for name in ("embeddings", "draft_ids", "sampling", "x", "logits", "choices")],
+        ("token", ctypes.c_int64),
+        ("threads", ctypes.c_int32),
     ]
 
 
@@ -122,8 +136,13 @@ def segments(parts: Sequence[Rows]) -> Segments:
 class NativeStack:
     """Layers that stack.cpp can run. Holds references to every tensor whose address it handed out."""
 
-    def __init__(self, config: Any, layers: Sequence[Any], final_norm: Any, output: torch.Tensor, rope: tuple[torch.Tensor, float]):
-        """`config` names heads and sizes, `layers` are modules in Llama's names, `output` are the rows of the LM head."""
+    def __init__(
+        self, config: Any, layers: Sequence[Any], final_norm: Any, output: torch.Tensor, rope: tuple[torch.Tensor, float],
+        joint: tuple[Any, Any, Any] | None = None,
+    ):  # fmt: skip
+        """`config` names heads and sizes, `layers` are modules in Llama's names, `output` are the rows of the LM head.
+
+        `joint`: the norms of embeddings and of states, and the linear layer that joins the two, or None where the first layer's attention does."""
         self.kept: list[torch.Tensor] = []
         self.num_out, self.dtype = output.shape[0], torch.int8 if is_int8(output) else output.dtype
         self.hidden, self.head_dim = config.hidden_size, config.head_dim
@@ -134,7 +153,7 @@ class NativeStack:
         self.stack = Stack(
             len(layers), config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
             layers[0].mlp.gate_proj.weight.shape[0], KINDS.index(self.dtype), config.rms_norm_eps, rope_scale,
-            self._float(inverse_frequencies), self.layers, self._float(final_norm.weight), self.linear(output),
+            self._float(inverse_frequencies), self.layers, self._float(final_norm.weight), self.linear(output), self._joint(*joint or ()),
         )  # fmt: skip
 
     def _keep(self, tensor: torch.Tensor) -> int:
@@ -159,19 +178,27 @@ class NativeStack:
             *[self.linear(p.weight, p.bias) for p in projections],
         )  # fmt: skip
 
-    def forward(self, parts: Sequence[Rows], x_TD: torch.Tensor, num_logits: int, taps: Sequence[int] = (), causal: bool = True) -> Passed:
+    def _joint(self, embedded_norm: Any = None, state_norm: Any = None, fc: Any = None) -> Joint:
+        norms = [None if norm is None else self._float(norm.weight) for norm in (embedded_norm, state_norm)]
+        return Joint(*norms, Linear() if fc is None else self.linear(fc.weight))
+
+    def forward(
+        self, parts: Sequence[Rows], x_TD: torch.Tensor, num_logits: int, taps: Sequence[int] = (), causal: bool = True,
+        embedded_TD: torch.Tensor | None = None,
+    ) -> Passed:  # fmt: skip
         """One pass over rows of requests, those of each after those of the one before it; logits of the last `num_logits`.
 
-        `x_TD` holds embeddings in float32 and is overwritten. `causal`: a row sees its request's rows before it and itself;
+        `x_TD` holds embeddings, or states to be joined with `embedded_TD`, in float32; the last layer's states take their place. `causal`: a row sees its request's rows before it and itself;
         otherwise all of them. A request may come twice, with rows that follow each other."""
         T = len(x_TD)
         logits = torch.empty(num_logits, self.num_out)
         tapped, normed = torch.empty(T, len(taps), self.hidden), torch.empty(num_logits, self.hidden)
         layers, best = (ctypes.c_int32 * len(taps))(*taps), (ctypes.c_int32 * num_logits)()
         x_TD = x_TD.contiguous()
+        embedded_TD = None if embedded_TD is None else embedded_TD.contiguous()
         described = Pass(
             segments(parts), causal, num_logits, len(taps), torch.get_num_threads(), ctypes.addressof(layers), x_TD.data_ptr(),
-            tapped.data_ptr(), logits.data_ptr(), normed.data_ptr(), ctypes.addressof(best),
+            None if embedded_TD is None else embedded_TD.data_ptr(), tapped.data_ptr(), logits.data_ptr(), normed.data_ptr(), ctypes.addressof(best),
         )  # fmt: skip
         compiled().stack_forward(ctypes.byref(self.stack), ctypes.byref(described))
         return Passed(logits, tapped, normed, list(best))
@@ -210,12 +237,7 @@ class NativeStack:
         hidden_R = [h_GD.float().contiguous() for h_GD in hidden_R]
         addresses = [(ctypes.c_void_p * R)(*[t.data_ptr() for t in tensors]) for tensors in (hidden_R, logits_R)]
         ids = (ctypes.c_int64 * R)(*anchors)
-        uniforms = [(ctypes.c_double * G)(*(drawn.uniforms if drawn else ())) for drawn in drawn_R]
-        races = [(ctypes.c_void_p * G)(*[race.data_ptr() for race in (drawn.races if drawn else ())]) for drawn in drawn_R]
-        sampling = (Sampling * R)(*[
-            Sampling(d.temperature, d.top_p, d.min_p, d.top_k, ctypes.addressof(u), ctypes.addressof(r)) if d else Sampling()
-            for d, u, r in zip(drawn_R, uniforms, races, strict=True)
-        ])  # fmt: skip
+        sampling, _alive = samplings(drawn_R, G)
         described = Chain(
             w2, w1.data_ptr(), draft_ids.data_ptr(), None if confidence is None else confidence.data_ptr(),
             ctypes.addressof(addresses[0]), ctypes.addressof(ids), ctypes.addressof(sampling), ctypes.addressof(addresses[1]),
@@ -224,6 +246,34 @@ class NativeStack:
         compiled().stack_chain(ctypes.byref(self.stack), ctypes.byref(described))
         parts = [slice(r * G, (r + 1) * G) for r in range(R)]
         return [(choices[part], confidences[part], margins[part]) for part in parts]
+
+    def follow(
+        self, rest: Rows, embeddings: torch.Tensor, draft_ids: torch.Tensor, x_D: torch.Tensor, token: int, drawn: Drawn | None
+    ) -> tuple[list[int], torch.Tensor]:  # fmt: skip
+        """What a head that drafts a token a pass says after a slot with the state `x_D`, float32 and overwritten, and `token` behind it, a
+        row of `rest` each: where its tokens are (-1 as in `chain`), and logits [G, Vd], which for drawn tokens have become laws.
+
+        `embeddings` [V, D] are of the stack's precision."""
+        G = rest.num_rows
+        logits, choices = torch.empty(G, self.num_out), (ctypes.c_int32 * G)()
+        sampling, _alive = samplings([drawn], G)
+        described = Follow(
+            segments([rest]).all[0], embeddings.data_ptr(), draft_ids.data_ptr(), ctypes.addressof(sampling), x_D.data_ptr(),
+            logits.data_ptr(), ctypes.addressof(choices), token, torch.get_num_threads(),
+        )  # fmt: skip
+        compiled().stack_follow(ctypes.byref(self.stack), ctypes.byref(described))
+        return list(choices), logits
+
+
+def samplings(drawn_R: Sequence[Drawn | None], num_tokens: int) -> tuple[Any, list]:
+    """As stack.cpp reads them, of each request (None: greedy), and what must live as long."""
+    uniforms = [(ctypes.c_double * num_tokens)(*(drawn.uniforms if drawn else ())) for drawn in drawn_R]
+    races = [(ctypes.c_void_p * num_tokens)(*[race.data_ptr() for race in (drawn.races if drawn else ())]) for drawn in drawn_R]
+    described = [
+        Sampling(d.temperature, d.top_p, d.min_p, d.top_k, ctypes.addressof(u), ctypes.addressof(r)) if d else Sampling()
+        for d, u, r in zip(drawn_R, uniforms, races, strict=True)
+    ]
+    return (Sampling * len(described))(*described), [uniforms, races]
 
 
 def passes(parts: Sequence[Rows]) -> Iterator[tuple[list[Rows], int, int]]:
