@@ -417,8 +417,8 @@ def test_without_prompts_the_target_invents_some(place, capsys, tmp_path):
     [
         (["--max-new-tokens", 2], "too few to calibrate on"),
         (["--num-prompts", 5], "--num-prompts cannot take effect"),
-        (["--temperature", -1], "temperature is -1.0"),
-        (["--top-p", 0], "top_p is 0.0"),
+        (["--temperature", -1], "--temperature is -1.0"),
+        (["--top-p", 0], "--top-p is 0.0"),
         (["--max-new-tokens", 600], "exceeds the target's context"),
         (["--max-new-tokens", 0], "--max-new-tokens is 0"),
     ],

@@ -18,7 +18,7 @@ import dspark.generation
 from dspark.cli.main import VERBS, main, parse
 from dspark.cli.options import check_file, cores, starting
 from dspark.cli.train import advice
-from dspark.errors import PromptError, RuntimeUnavailable
+from dspark.errors import PromptError, RuntimeUnavailable, SettingError
 from dspark.measure.lossless import roll_back
 from dspark.prompts import ROLES, read_prompts
 from dspark.server.schemas import Message
@@ -65,10 +65,10 @@ def test_streamed_text_is_the_text(place, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["generate", "{target}", "hi", "--temperature", "-1"], "temperature is -1.0"),
-        (["generate", "{target}", "hi", "--top-p", "0"], "top_p is 0.0"),
-        (["generate", "{target}", "hi", "--seed", "-2"], "seed is -2"),
-        (["generate", "{target}", "hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "{target}", "hi", "--temperature", "-1"], "--temperature is -1.0"),
+        (["generate", "{target}", "hi", "--top-p", "0"], "--top-p is 0.0"),
+        (["generate", "{target}", "hi", "--seed", "-2"], "--seed is -2"),
+        (["generate", "{target}", "hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["generate", "{target}", ""], "prompt 0 is empty"),
         (["generate", "{target}"], "no prompt given"),
         (["generate", "", "hi"], "TARGET is empty\nhint: give one"),
@@ -80,6 +80,8 @@ def test_streamed_text_is_the_text(place, capsys):
         (["serve", "{target}", "--name="], "--name is empty"),
         (["generate", "{target}", "hi", "--prompts", ""], "--prompts is empty"),
         (["bench", "{target}", "--trace="], "--trace is empty"),
+        (["generate", "{target}", "hi", "--device", ""], "--device is empty"),
+        (["train", "{target}", "--out", "{new}", "--device="], "--device is empty"),
         (["generate", "{target}", "x" * 600], "exceeds the target's context of 512"),
         (["generate", "{target}", "x" * 600], "hint: shorten the prompt\n"),
         (["generate", "{target}", "hi", "--head", "none", "--drafter", "dspark"], "needs a head, and there is none"),
@@ -117,7 +119,7 @@ def test_streamed_text_is_the_text(place, capsys):
         (["bench", "{target}", "--prompts", "{prompts}", "--other", "mine"], "write NAME=HEAD"),
         (["bench", "{target}", "--prompts", "{prompts}", "--other", "mine=/nowhere", "--compare", "plain,mine"], "/nowhere"),
         (["bench", "{target}", "--prompts", "{long}", "--compare", "hf"], "prompt 1 (set p): prompt of"),
-        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--seed", "-1"], "seed is -1"),
+        (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--seed", "-1"], "--seed is -1"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--max-new-tokens", "600"], "600 new ones exceeds"),
         (["bench", "{target}", "--prompts", "{prompts}", "--head", "{head}", "--trace", "/nowhere/t"], "--trace is /nowhere/t"),
         (["bench", "{target}", "--prompts", "{prompts}", "--compare", "hf", "--report", "out"], "add plain to --compare"),
@@ -145,6 +147,15 @@ def test_a_mistake_gives_one_message_and_exit_2(place, capsys, tmp_path, argumen
     code, out, err = run(capsys, *[a.format(**names) if a.startswith("{") else a for a in arguments])
     assert code == 2 and out == ""
     assert says in err and err.count("error:") == 1 and "Traceback" not in err
+
+
+def test_an_empty_key_in_the_environment_does_not_open_the_server(capsys, monkeypatch):
+    monkeypatch.setenv("DSPARK_API_KEY", "")
+    told = "error: $DSPARK_API_KEY is set and empty\nhint: give it a key, or `unset DSPARK_API_KEY` for a server that needs none\n"
+    assert run(capsys, "serve", "/nowhere") == (2, "", told)
+    assert "no folder /nowhere" in run(capsys, "serve", "/nowhere", "--port", 0, "--api-key", "sesame")[2]  # what is given wins
+    monkeypatch.delenv("DSPARK_API_KEY")
+    assert "no folder /nowhere" in run(capsys, "serve", "/nowhere", "--port", 0)[2]
 
 
 def test_a_bad_prompts_line_is_named(place, capsys, tmp_path):
@@ -214,7 +225,16 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
     monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc", "set": "one"}\n{"prompt": "hello you", "set": "two"}\n')
-    code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
+    code, out, err = run(capsys, "verify", place / "target", "--head", place / "head", "--prompts", file, "--max-new-tokens", 16)
+    for stage in (
+        "greedy tokens, drafter dspark",
+        "greedy tokens, drafter lookup",
+        "law of a round, drafter lookup",
+        "roll-back",
+        "replay",
+    ):
+        assert f"{stage}:   0%" in err and f"{stage}: 100%" in err and f"{stage}:" not in out
+    assert "| 2/2 [" in err
     assert code == 0 and "FAIL" not in out and out.count("ok  ") >= 4
     assert "ok   law of a round at T=1 (lookup)" in out
     code, out, _ = run(
@@ -241,7 +261,7 @@ def test_verify_passes_on_a_real_pair_and_bench_ends_with_json(place, capsys, tm
     assert code == 0 and "T=1, top-p 1e-06" in err
     assert [r["token_ids"] for r in json.loads(out.splitlines()[-1])["prompts"]] == [r["token_ids"] for r in document["prompts"]]
     code, _, err = run(capsys, "bench", "/nowhere", "--prompts", file, "--temperature", 1, "--top-p", 1.5)
-    assert code == 2 and "top_p is 1.5" in err
+    assert code == 2 and "--top-p is 1.5" in err
     code, _, err = run(capsys, "bench", "/nowhere", "--prompts", file, "--contexts", "16", "--limit", 1, "--top-p", 0.9)
     assert code == 2 and "--top-p cannot take effect with --contexts" in err
 
@@ -290,13 +310,30 @@ def test_heads_that_are_none_are_told_before_the_target_is_loaded(place, capsys,
     assert "no head at /nowhere/head" in run(capsys, *bench, "--compare", "plain,b", "--other", "b=/nowhere/head")[2]
 
 
+def test_a_head_in_the_place_of_the_target_is_told_its_target(place, capsys, tmp_path):
+    folder = place / "head"
+    hint = f"give its target, {place / 'target'}, and this as the head: `--head {folder}`"
+    assert run(capsys, "generate", folder, "hi") == (2, "", f"error: {folder} is a draft head, not a target\nhint: {hint}\n")
+    for config, target in (
+        ({"speculators_model_type": "dspark", "speculators_config": {"verifier": {"name_or_path": "org/model"}}}, "org/model"),
+        ({"model_type": "qwen3", "dflash_config": {}, "dspark": {"target": "mine"}}, "mine"),
+        ({"model_type": "qwen3", "target_layer_ids": [1], "block_size": 7}, "TARGET"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        err = run(capsys, "generate", tmp_path, "hi")[2]
+        assert (
+            err.startswith(f"error: {tmp_path} is a draft head, not a target\nhint: give its target, {target}, and")
+            and len(err.splitlines()) == 2
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["generate", "/nowhere", "hi", "--drafter", "magic"], "unknown drafter 'magic'"),
         (["chat", "/nowhere", "--plan", "length:-1"], "unknown plan 'length:-1'"),
         (["verify", "/nowhere", "--drafter", "dspark", "--drafter", "magic"], "unknown drafter 'magic'"),
-        (["verify", "/nowhere", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["verify", "/nowhere", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["calibrate", "/nowhere/head", "--target", "/nowhere", "--temperature", "1", "--temperature", "-1"], "temperature is -1.0"),
         (["profile", "/nowhere", "--costs", "/nowhere/file"], "--costs is /nowhere/file"),
     ],
@@ -370,6 +407,23 @@ def test_a_recorded_bench_run_is_reported_and_replayed(place, capsys, tmp_path, 
         assert code == 2 and out == "" and says in err
 
 
+def test_a_report_that_fails_leaves_the_figures_of_the_run(place, capsys, tmp_path, monkeypatch):
+    def fails(*_):
+        raise SettingError("cannot write the report", "name another folder")
+
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
+    monkeypatch.setattr("dspark.profiling.PLANNING_SECONDS", 0.1)
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dspark.measure.report.write_report", fails)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n')
+    code, out, err = run(
+        capsys, "bench", place / "target", "--head", place / "head", "--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 4, "--compare", "plain",
+        "--trace", tmp_path / "t", "--report", tmp_path / "page", "--json",
+    )  # fmt: skip
+    assert code == 2 and err.endswith("error: cannot write the report\nhint: name another folder\n") and (tmp_path / "t").exists()
+    assert "tokens/s" in out.splitlines()[0] and json.loads(out.splitlines()[-1])["modes"].keys() == {"plain", "dspark@fixed"}
+
+
 def test_verify_fails_on_a_target_that_does_not_roll_back(place, capsys, monkeypatch):
     monkeypatch.setattr("dspark.target.rollback.Rollback.crop", lambda *_: None)
     code, out, _ = run(capsys, "verify", place / "target", "--head", place / "head", "--max-new-tokens", 16)
@@ -432,6 +486,53 @@ def test_train_resumes_by_itself_names_what_differs_and_says_when_it_is_finished
         "--sequences=2", "--anchors=4"])  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("sglng", "specforge, for SGLang"), ("sglang", "specforge, for SGLang"), ("VLLM", "speculators, for vLLM"), ("llama.cpp", "gguf, for llama.cpp"),
+     ("llamacpp", "gguf, for llama.cpp"), ("GGUF", "gguf, for llama.cpp"), ("speculator", "speculators, for vLLM"), ("DeepSpec", "deepspec")],
+)  # fmt: skip
+def test_who_names_an_engine_or_mistypes_a_format_is_told_the_format(capsys, given, meant):
+    every = "speculators (vLLM), specforge (SGLang), gguf (llama.cpp), deepspec, dspark"
+    for option, formats in (("--to", every), ("--from", f"{every}, eagle3")):
+        code, out, err = run(capsys, "convert", "/nowhere", "out", option, given)
+        assert code == 2 and out == "" and err.startswith(f"error: {option} is {given!r}, which is no format\nhint: use {option} {meant}; ")
+        assert err.endswith(f"; all formats: {formats}\n")
+    assert (
+        run(capsys, "convert", "/nowhere", "out", "--to", "onnx")[2]
+        == f"error: --to is 'onnx', which is no format\nhint: all formats: {every}\n"
+    )
+
+
+def test_a_head_whose_run_was_stopped_says_so_and_how_to_go_on(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.profiling.BANDWIDTH_BYTES", 2**22)
+    out = tmp_path / "my head"
+    begin = ["train", place / "target", "--out", out, "--num-prompts", 6, "--held-out", 2, "--max-answer-tokens", 12]
+    begin += ["--steps", 2, "--sequences", 2, "--anchors", 4, "--draft-vocab", 0, "--dtype", "float32", "--layers", 1]
+    generate = ["generate", place / "target", "hi", "--head", out, "--max-new-tokens", 3]
+    go_on = f"`dspark train {place / 'target'} --out '{out}' --resume`"
+    note = f"warning: the run that makes {out} was stopped before it measured and calibrated this head; go on with {go_on}"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dspark.train.run.run_steps", stopped)
+        assert run(capsys, *begin)[0] == 130
+    code, _, err = run(capsys, *generate)
+    assert code == 2 and f"no head in {out}: it holds no config.json\nhint: its run goes on with {go_on}\n" in err
+    with monkeypatch.context() as patch:
+        patch.setattr("dspark.train.run.held_out_rounds", stopped)
+        assert run(capsys, *begin, "--resume")[0] == 130
+    code, _, err = run(capsys, *generate)
+    assert code == 0 and err.splitlines().count(note) == 1
+    code, _, err = run(capsys, "inspect", out)
+    assert code == 0 and note in err
+    code, _, err = run(capsys, *shlex.split(go_on.strip("`"))[1:])
+    assert code == 0 and "warning: the run" not in err
+    code, _, err = run(capsys, *generate)
+    assert code == 0 and "warning: the run" not in err and "warning" not in run(capsys, "inspect", out)[2]
+
+
 @pytest.mark.parametrize(("tau", "warns"), [(1.0, True), (99.0, False)])
 def test_a_head_that_does_not_pay_here_yet_is_said(place, tau, warns):
     text = advice(str(place / "head"), {"break_even": 1.5, "held_out_rounds": {"tau_t0": tau}})
@@ -447,6 +548,15 @@ def test_inspect_prints_the_card(place, capsys):
     card.write_text("# a card\n")
     code, out, _ = run(capsys, "inspect", place / "head", "--json")
     assert json.loads(out)["config"]["block_size"] == 4
+
+
+def test_the_command_on_a_card_works_as_inspect_prints_it(place, capsys, tmp_path):
+    folder = shutil.copytree(place / "head", tmp_path / "my head")
+    (folder / "README.md").write_text(f'    dspark generate {place / "target"} "..." --head DIR\n')
+    line = run(capsys, "inspect", folder)[1].splitlines()[0]
+    assert line == f"    dspark generate {place / 'target'} \"...\" --head '{folder}'"
+    assert run(capsys, *shlex.split(line)[1:], "--max-new-tokens", 3)[0] == 0
+    assert "--head" not in run(capsys, "inspect", "smollm2-135m")[1].partition("Trained on")[0]  # the target's own: found without
 
 
 @pytest.mark.parametrize(
@@ -649,7 +759,7 @@ def test_arguments_that_cannot_be_read_give_one_message_and_no_usage(capsys, arg
 
 def test_texts_and_values_may_begin_with_a_dash(capsys):
     code, _, err = run(capsys, "generate", "/nowhere", "--stop=--end", "--repetition-penalty", "-1", "-5 degrees", "--", "--hepl", "-x")
-    assert code == 2 and "repetition_penalty is -1.0" in err
+    assert code == 2 and "--repetition-penalty is -1.0" in err
     assert parse(["generate", "target", "hi", "--stop=--"]).stop == ["--"]
 
 
@@ -669,10 +779,28 @@ def test_no_verb_shows_the_verbs(capsys):
     assert ended.value.code == 0 and all(verb in out for verb in VERBS)
 
 
-def test_sampling_settings_are_checked_before_anything_is_loaded(capsys):
+def test_sampling_settings_are_checked_in_the_options_names_before_anything_is_loaded(capsys):
     for verb in (["generate", "/nowhere", "hi"], ["chat", "/nowhere"]):
-        for setting, says in (("--temperature", "temperature is"), ("--seed", "seed is"), ("--max-new-tokens", "max_new_tokens is")):
-            assert says in run(capsys, *verb, setting, "-1")[2]
+        for setting in ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--max-new-tokens"):
+            code, out, err = run(capsys, *verb, setting, "-1")
+            assert code == 2 and out == "" and err.startswith(f"error: {setting} is -1")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "/nowhere", "hi", "--temperature", "-1"],
+        ["chat", "/nowhere", "--max-new-tokens", "0"],
+        ["bench", "/nowhere", "--prompts", "/nowhere", "--seed", "-1"],
+        ["calibrate", "/nowhere", "--target", "/nowhere", "--top-p", "2"],
+        ["verify", "/nowhere", "--max-new-tokens", "0"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_setting_without_meaning_is_said_before_torch_is_imported(command):
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "dspark", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"error: {command[-2]} is {command[-1]}" in done.stderr
+    assert "| torch" not in done.stderr and "| transformers" not in done.stderr
 
 
 def test_the_collector_waits_for_a_start_only():

@@ -374,6 +374,16 @@ def test_a_failure_between_renames_leaves_one_whole_head(num_renamed, folder, ta
     load_head(folder, target)
 
 
+def test_a_save_puts_a_file_in_the_place_of_a_link_and_leaves_what_is_behind_it(folder, target):
+    away = folder.parent / "away"
+    (folder / "model.safetensors").rename(away)
+    (folder / "model.safetensors").symlink_to(away)
+    before = away.read_bytes()
+    save(tiny_head(target, seed=3), target, folder)
+    assert load_head(folder, target).state_dict().keys() and not (folder / "model.safetensors").is_symlink()
+    assert away.read_bytes() == before != (folder / "model.safetensors").read_bytes()
+
+
 def test_a_head_with_nan_is_not_saved(folder, target):
     before, head = contents(folder), tiny_head(target)
     head.fc.weight.data[0, 0] = float("nan")

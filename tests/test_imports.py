@@ -13,7 +13,7 @@ PACKAGE = Path(dspark.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 # A file may import from a lower layer, and from its own part of the package.
 LAYERS = [
-    {"errors", "config", "prompts", "text", "warpers", "core"},
+    {"errors", "config", "limits", "prompts", "text", "warpers", "core"},
     {"target", "head"},
     {"drafters"},
     {"profiling"},
@@ -27,6 +27,8 @@ WITHIN_A_LAYER = {
     ("prompts", "errors"),
     ("config", "errors"),
     ("core", "errors"),
+    ("limits", "core"),
+    ("limits", "errors"),
     ("head", "target"),
     ("grafting", "generation"),
     ("train", "measure"),

@@ -161,6 +161,12 @@ def test_unknown_plans_are_refused():
             make_step_planner(name, GAMMA, COSTS["example"], 1)
 
 
+def test_a_length_that_was_never_drafted_is_refused():
+    make_step_planner(f"length:{GAMMA}", GAMMA, COSTS["example"], 1)
+    with pytest.raises(SettingError, match=f"than are ever drafted: at most {GAMMA} here"):
+        make_step_planner(f"length:{GAMMA + 1}", GAMMA, COSTS["example"], 1)
+
+
 def test_machines_for_a_load_are_what_the_steps_and_the_prompts_take():
     trace = make_trace(0.6)  # prompts of 40 tokens, answers of 100
     costs = StepCosts(((1, 10.0), (39, 10.0), (1000, 40.0)), ((1, 1.0),))

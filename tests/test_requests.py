@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from dspark.core.decode import decode
 from dspark.core.planner import Always, Costs, worth
 from dspark.core.sampling import Law, Streams
 from dspark.drafters import DSparkDrafter, PromptLookup
+from dspark.drafters.arbiter import LOOKUP_TOKENS
 from dspark.drafters.lookup import Found
 from dspark.errors import LogitsError, PromptError, SettingError, TargetError
 from dspark.generation import generate, make_law, stream
@@ -103,6 +105,17 @@ def test_values_without_meaning_are_refused(changes, error, reason, target):
     request = {"prompt_ids": PROMPT, "max_new_tokens": 4} | changes
     with pytest.raises(error, match=reason):
         generate(target, None, request.pop("prompt_ids"), **request)
+
+
+def test_a_length_that_is_never_drafted_is_refused_with_the_drafters_own(target):
+    head = tiny_head(target)
+    most = {"dspark": head.config.block_size, "auto": LOOKUP_TOKENS, "lookup": PromptLookup(1).block_size}
+    for drafter, length in most.items():
+        for more in (length + 1, 99999):
+            told = f"plan 'length:{more}' asks for more tokens than are ever drafted: at most {length} here\nhint: use length:{length}, or fixed"
+            with pytest.raises(SettingError, match=re.escape(told)):
+                generate(target, head, PROMPT, 4, drafter=drafter, plan=f"length:{more}")
+        assert generate(target, head, PROMPT, 4, drafter=drafter, plan=f"length:{length}").num_tokens == 4
 
 
 def test_a_prompt_that_just_fits_is_answered(target):

@@ -397,7 +397,6 @@ def test_a_completion_with_a_fault_is_refused(http, body, says):
         (b"{", "application/json", "not JSON"),
         (b"", "application/json", "JSON object"),
         (b"[1]", "application/json", "JSON object"),
-        (b'{"messages": []}', "text/plain", "Content-Type"),
         (b"[" * 5000, "application/json", "too deeply"),
         (b'{"seed": ' + b"1" * 5000 + b"}", "application/json", "too long"),
         (b"\xff\xfe", "application/json", "JSON"),
@@ -407,6 +406,17 @@ def test_a_completion_with_a_fault_is_refused(http, body, says):
 def test_a_body_that_is_no_json_object_is_refused(http, content, kind, says):
     answer = http.post("/v1/chat/completions", content=content, headers={"Content-Type": kind})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize("kind", [None, "", "text/plain", "json", "application/x-www-form-urlencoded"])
+def test_a_body_of_another_content_type_is_refused_by_the_headers_name(http, kind):
+    body = json.dumps({"messages": CHAT, "max_tokens": 4})
+    answer = http.post("/v1/chat/completions", content=body, headers={} if kind is None else {"Content-Type": kind})
+    told = "the body was not read as JSON: send the header Content-Type: application/json with it"
+    assert answer.status_code == 400
+    assert answer.json() == {"error": {"message": told, "type": "invalid_request_error", "param": None, "code": None}}
+    for right in ("application/json; charset=utf-8", "APPLICATION/JSON"):
+        assert http.post("/v1/chat/completions", content=body, headers={"Content-Type": right}).status_code == 200
 
 
 def test_nesting_that_only_a_later_step_cannot_take_is_refused(http):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from dspark.target.target import Target
 from dspark.train import trainer
 from dspark.train.answers import answer_prompts, invent_prompts, read_answers, read_records
 from dspark.train.batch import make_batch
-from dspark.train.estimate import CALIBRATION_TOKENS, Pace, estimate, measuring, pace, sampling_all, space
+from dspark.train.estimate import CALIBRATION_TOKENS, Pace, done_before, estimate, measuring, pace, sampling_all, space
 from dspark.train.features import FeatureStore
 from dspark.train.loss import greedy_agreement, log_softmax_at, losses
 from dspark.train.run import held_out_first, interleave, train
@@ -314,6 +315,50 @@ def test_the_estimate_names_every_stage_that_will_run(target, tmp_path):
     assert "at most" not in served and "for features" in served
 
 
+def test_the_estimate_of_a_resumed_run_counts_what_is_left(tmp_path, capsys, monkeypatch):
+    stages = ("to invent", "to sample", "for features", "steps", "for measuring and calibrating")
+    target, out, work = load_target(save_tiny_target(tmp_path / "target")), tmp_path / "head", tmp_path / "head" / "progress"
+    config = replace(CONFIG, num_prompts=6, steps=4, checkpoint_seconds=0.0)
+
+    def said(text: str) -> list[str]:
+        return [stage for stage in stages if stage in text]
+
+    monkeypatch.setattr("dspark.train.run.held_out_calibration", lambda *_: None)
+    monkeypatch.setattr("dspark.train.estimate.pace", lambda *_: Pace(128, 0.1, 0.1))
+
+    def estimated() -> str:
+        return next(line for line in capsys.readouterr().err.splitlines() if " of memory (" in line)
+
+    train(target, out, config, WITH_BYTES)
+    first = estimated()
+    assert said(first) == list(stages) and "left" not in first
+    (out / "provenance.json").unlink()  # killed while it measured
+    train(target, out, config, WITH_BYTES, resume=True)
+    resumed = estimated()
+    assert (
+        said(resumed) == ["for measuring and calibrating"]
+        and resumed.startswith("what is left: as fast as")
+        and " MB more of disk" in resumed
+    )
+
+    def left() -> str:
+        return estimate(target, config, WITH_BYTES, None, [], done=done_before(work))
+
+    checkpoint = torch.load(work / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"step": 1}, work / "checkpoint.pt")
+    assert "for 3 steps" in left() and said(left()) == ["steps", "for measuring and calibrating"]
+    (work / "checkpoint.pt").unlink()
+    assert "for 4 steps" in left() and said(left()) == ["steps", "for measuring and calibrating"]
+    shutil.rmtree(work / "cache")
+    assert said(left()) == list(stages[2:])
+    answers = (work / "answers.jsonl").read_text().splitlines(keepends=True)
+    (work / "answers.jsonl").write_text("".join(answers[:-1]))
+    assert said(left()) == list(stages[1:])
+    (work / "answers.jsonl").unlink()
+    (work / "prompts.jsonl").unlink()
+    assert said(left()) == list(stages)
+
+
 def test_the_estimate_is_what_sampling_takes_here(target, monkeypatch):
     forward = target.model.forward
     monkeypatch.setattr(target.model, "forward", lambda *args, **kwargs: (time.sleep(0.02), forward(*args, **kwargs))[1])
@@ -324,7 +369,7 @@ def test_the_estimate_is_what_sampling_takes_here(target, monkeypatch):
     sample_batch(target, [[1, 2, 3]] * 128, [1.0] * 128, 40, 0, frozenset())
     assert 0.25 < sampling_all(target, 128, 43, found) / (time.perf_counter() - begin) < 4
     assert sampling_all(target, 256, 43, slow) == pytest.approx(200 * sampling_all(target, 128, 43, found))
-    assert measuring(target, replace(CONFIG, held_out=20), SHAPE, slow) > 2 * 20 * CALIBRATION_TOKENS * slow.token_seconds
+    assert measuring(target, replace(CONFIG, held_out=20), SHAPE, slow, CONFIG.steps) > 2 * 20 * CALIBRATION_TOKENS * slow.token_seconds
 
 
 @pytest.mark.parametrize(("seconds", "known"), [(0.0, True), (0.003, True), (0.15, True), (0.4, False), (1.0, False)])

@@ -23,6 +23,7 @@ from dspark.drafters.arbiter import GUESS_TRUST, GUESSED, LOOKUP_TOKENS, NOMINAL
 from dspark.errors import PromptError, SettingError
 from dspark.head.mtp import MtpHead, load_mtp, own_mtp
 from dspark.head.recurrent import AnyHead, RecurrentHead
+from dspark.limits import ADAPTIVE, check_law, check_length, check_names, check_settings
 from dspark.profiling import planning_costs
 from dspark.target.target import Target
 from dspark.text import TextStream
@@ -32,10 +33,6 @@ from dspark.warpers import UnsortedTopP
 PREFIX_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, UnsortedTopP, MinPLogitsWarper)
 # Processors that remember earlier calls: replaying a row after a rejection would feed them tokens that never were.
 STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor", "WhisperTimeStampLogitsProcessor")
-MIN_TEMPERATURE = 1e-4  # below it, logits overflow float32 instead of becoming greedy
-DRAFTERS = ("auto", "dspark", "dflash", "mtp", "eagle3", "mtp+dspark", "lookup", "none")
-PLANS = ("auto", "online", "fixed", "length:N", "threshold:P", "early-stop", "lagged")
-ADAPTIVE = ("auto", "online")
 DEFAULT_DRAFTER, DEFAULT_PLAN = "auto", "auto"
 
 
@@ -75,20 +72,7 @@ def make_law(
     """The sampling law of these settings, in transformers' order. Raises `SettingError` for values without meaning.
 
     At temperature 0 the warpers are left out: they never remove the best token."""
-    for name, value, ok, rule in (
-        (
-            "temperature",
-            temperature,
-            temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf"),
-            f"0 (greedy) or at least {MIN_TEMPERATURE:g}",
-        ),
-        ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "0 (off) or a positive count"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "a positive number, 1 for none"),
-    ):
-        if not ok:
-            raise SettingError(f"{name} is {value}", f"{name} must be {rule}")
+    check_law(temperature, top_k, top_p, min_p, repetition_penalty)
     processors = list(logits_processors)
     if repetition_penalty != 1.0:
         processors.insert(0, RepetitionPenaltyLogitsProcessor(repetition_penalty))
@@ -114,16 +98,6 @@ def split_law(processors: Sequence[Callable], greedy: bool) -> Law:
     while split and type(processors[split - 1]) in PREFIX_FREE:
         split -= 1
     return Law(tuple(processors[:split]), tuple(processors[split:]), greedy)
-
-
-def check_names(drafter: str | None = None, plan: str | None = None) -> None:
-    """Raises `SettingError` for a drafter or a plan that is none, whatever the target and the head are."""
-    if drafter is not None and drafter not in DRAFTERS:
-        raise SettingError(f"unknown drafter {drafter!r}", f"choose one of {', '.join(DRAFTERS)}")
-    if plan is not None and plan not in (*ADAPTIVE, "early-stop", "lagged") and always(plan) is None:
-        raise SettingError(
-            f"unknown plan {plan!r}", f"choose one of {', '.join(PLANS)}; N is a number of tokens, P a chance of survival from 0 to 1"
-        )
 
 
 def make_drafter(name: str | None, target: Target, head: AnyHead | None) -> Drafter:
@@ -188,7 +162,8 @@ def usual_acceptance(drafter: Drafter) -> tuple[Sequence[float], float]:
 
 
 def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callable[[str], None] = lambda text: None) -> Planner:
-    """The planner that `spec` names, one of `PLANS`; None: auto. Raises `SettingError` for another.
+    """The planner that `spec` names, one of `limits.PLANS`; None: auto. Raises `SettingError` for another, and for a length that the
+    drafter never drafts.
 
     online is auto with confidences corrected by what was accepted so far. Both, early-stop and lagged need this machine's costs, which are measured at first use (profiling.py).
     An adaptive planner remembers the rounds it has seen: hand one object to many calls to keep what it learned,
@@ -198,6 +173,7 @@ def make_planner(spec: str | None, target: Target, drafter: Drafter, say: Callab
     lengths: Planner | None = always(spec)
     if drafter.block_size == 0:
         return Always()
+    check_length(spec, drafter.block_size)
     if lengths is not None:
         return drafter.plan_with(NOMINAL, lengths) if isinstance(drafter, Arbiter) else lengths
     models = drafter.models if isinstance(drafter, Arbiter | SeededDrafter) else [drafter]
@@ -257,7 +233,7 @@ def generate(
 
     `max_new_tokens` counts exactly; `stop` ends the text before any of the given strings;
     `drafter` overrides the head's own ("lookup", "none", or an object); `plan` says how much to speculate, a name of
-    `PLANS` or an object (`make_planner`); it changes the speed, not the law; `on_text` receives text
+    `limits.PLANS` or an object (`make_planner`); it changes the speed, not the law; `on_text` receives text
     as it becomes final. The same seed replays the same tokens. Raises the `UserError` family."""
     law = make_law(temperature, top_k, top_p, min_p, repetition_penalty, logits_processors)
     stop = options["stop"] = as_strings(options.get("stop", ()))
@@ -278,16 +254,6 @@ def generate(
 
 def as_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
-
-
-def check_settings(max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
-    """What is wrong whatever the target and the prompt are. Raises `SettingError`."""
-    if max_new_tokens < 1:
-        raise SettingError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1 new token")
-    if not isinstance(seed, int) or not 0 <= seed < 2**61:
-        raise SettingError(f"seed is {seed}", "seeds are whole numbers from 0 to 2**61 - 1")
-    if any(not s for s in stop):
-        raise SettingError("a stop string is empty", "leave it out")
 
 
 def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:

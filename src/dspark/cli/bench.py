@@ -14,13 +14,16 @@ from dspark.cli.options import (
     add_target,
     check_file,
     check_folder,
+    flag,
     open_head,
     open_prompts,
     open_target,
     say,
     say_calibration,
+    say_unfinished,
 )
 from dspark.errors import HeadError, SettingError
+from dspark.limits import check_law, check_settings
 
 RECORDED = "dspark@fixed"  # the mode whose rounds a trace holds
 
@@ -75,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     for name in ("max_new_tokens", "repeats", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
+            raise SettingError(f"{flag(name)} is {getattr(options, name)}", "use 1 or more")
+    check_settings(options.max_new_tokens, options.seed, (), flag)
+    check_law(options.temperature, top_p=options.top_p, called=flag)
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
     lengths, given = context_lengths(options), prompts
     prompts = first_of_each_set(prompts, options.limit)
@@ -86,7 +91,6 @@ def run(options: argparse.Namespace) -> int:
     if lengths:
         asked = [prompt for prompt, _ in prompts]
         return bench_contexts(options, lengths, asked, [prompt for prompt, _ in given if prompt not in asked])
-    from dspark.generation import make_law
     from dspark.head.folder import find_head, kind_in, load_head, named_head
     from dspark.head.mtp import own_mtp
     from dspark.measure.bench import Mode, aggregate, bench, check_modes, identical_to_plain, machine, table
@@ -104,7 +108,6 @@ def run(options: argparse.Namespace) -> int:
         check_report(options.report, names)
     if recorded:
         names += [RECORDED] if RECORDED not in names else []
-    make_law(options.temperature, top_p=options.top_p)
     kinds = {name.partition("@")[0] for name in names}
     if options.mtp is not None and not kinds & {"auto", "mtp", "mtp+dspark"}:
         raise SettingError("--mtp cannot take effect: no mode drafts with it", "name auto, mtp or mtp+dspark in --compare, or leave it out")
@@ -118,6 +121,7 @@ def run(options: argparse.Namespace) -> int:
         raise HeadError("mode dflash needs --dflash-head", "train one with `dspark train TARGET --rank 0 --out DIR`")
     for folder in [options.dflash_head] * ("dflash" in kinds) + [folder for name, folder in others.items() if name in kinds]:
         kind_in(named_head(folder))
+        say_unfinished(named_head(folder))
     target = open_target(options)
     if no_head and "auto" in kinds and own_mtp(target, say) is None:
         raise HeadError(
@@ -158,7 +162,24 @@ def run(options: argparse.Namespace) -> int:
         )
     made_by = {"machine": machine(target.device), "arguments": {k: v for k, v in vars(options).items() if k not in ("run", "verb")}}
     report = aggregate(runs)
-    if recorded:
+    law = f"T={options.temperature:g}" + (f", top-p {options.top_p:g}" if options.top_p < 1 and options.temperature else "")
+    say(
+        f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, batch 1, {law}, {options.max_new_tokens} new tokens, interleaved"
+    )
+    print(table(report), flush=True)
+    if "plain" in report:
+        report["plain"]["reading"] = {"weight_bytes": weight_bytes(target), "bandwidth": read_bandwidth(device=str(target.device))}
+        print(reading(report["plain"]["tokens_per_second"], **report["plain"]["reading"]))
+    if options.temperature == 0:
+        same = identical_to_plain(runs)
+        for name, count in same.items():
+            report[name]["identical_to_plain"] = count
+        if same:
+            print(f"texts identical to plain's: {', '.join(f'{name} {count} of {len(ids)}' for name, count in same.items())}")
+    if options.json:
+        document = {**made_by, "modes": report, "prompts": [asdict(r) for r in runs]}
+        print(json.dumps(document), flush=True)
+    if recorded:  # last: what fails here takes no figure along
         assert own is not None  # the recorded mode wants it
         costs = planning_costs(target, own, 1 + own.config.block_size, say)
         trace = Trace(own.config.block_size, costs, tuple(requests), made_by)
@@ -177,23 +198,6 @@ def run(options: argparse.Namespace) -> int:
         }
         write_report(figures(report, trace, made_by, shapes), table(report), Path(options.report))
         say(f"report in {Path(options.report) / 'index.html'}")
-    law = f"T={options.temperature:g}" + (f", top-p {options.top_p:g}" if options.top_p < 1 and options.temperature else "")
-    say(
-        f"{device_name(target.device)}, {machine()['threads']} threads, {options.dtype}, batch 1, {law}, {options.max_new_tokens} new tokens, interleaved"
-    )
-    print(table(report))
-    if "plain" in report:
-        report["plain"]["reading"] = {"weight_bytes": weight_bytes(target), "bandwidth": read_bandwidth(device=str(target.device))}
-        print(reading(report["plain"]["tokens_per_second"], **report["plain"]["reading"]))
-    if options.temperature == 0:
-        same = identical_to_plain(runs)
-        for name, count in same.items():
-            report[name]["identical_to_plain"] = count
-        if same:
-            print(f"texts identical to plain's: {', '.join(f'{name} {count} of {len(ids)}' for name, count in same.items())}")
-    if options.json:
-        document = {**made_by, "modes": report, "prompts": [asdict(r) for r in runs]}
-        print(json.dumps(document))
     return 0
 
 
@@ -230,14 +234,12 @@ def bench_contexts(options: argparse.Namespace, lengths: list[int], asked: list,
     from tqdm import tqdm
 
     from dspark.drafters import DSparkDrafter, MtpDrafter
-    from dspark.generation import make_law
     from dspark.head.folder import find_head
     from dspark.head.head import Head
     from dspark.measure.bench import machine
     from dspark.measure.contexts import answered, by_context, check_lengths, context_table
     from dspark.train.card import add_contexts, check_card
 
-    make_law(options.temperature)
     folder = None if options.head == "none" else find_head(options.head, options.target)
     if options.card and folder is not None:
         check_card(folder)

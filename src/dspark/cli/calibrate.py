@@ -6,8 +6,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from dspark.cli.options import add_target, open_prompts, open_target, say
+from dspark.cli.options import add_target, flag, open_prompts, open_target, say
 from dspark.errors import SettingError
+from dspark.limits import check_law
 
 INVENTED = 128
 # Training begins at multiples of 100,000 and goes up by one a batch: no head saw what this seed invents.
@@ -39,14 +40,13 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError("--num-prompts cannot take effect beside --prompts", "leave one of them out")
     for name in ("num_prompts", "max_new_tokens"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", "use 1 or more")
+            raise SettingError(f"{flag(name)} is {getattr(options, name)}", "use 1 or more")
+    for temperature in options.temperature or [0.0]:  # at 0 the other two are left out, but must have a meaning
+        check_law(temperature, options.top_k, options.top_p, called=flag)
     prompts = [(p, str(p.extra.get("set") or Path(file).stem)) for file in options.prompts for p in open_prompts([], file)]
-    from dspark.generation import make_law
     from dspark.head.calibration import beside_kept, doubts, refuse_unwritable, write_calibration
     from dspark.head.folder import dspark_only, load_head, named_head, read_config
 
-    for temperature in options.temperature or [0.0]:  # at 0 the other two are left out, but must have a meaning
-        make_law(temperature, options.top_k, options.top_p)
     folder = named_head(options.head)
     read_config(folder)
     refuse_unwritable(folder)

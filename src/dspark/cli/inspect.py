@@ -3,8 +3,10 @@
 import argparse
 import json
 import re
+import shlex
 from dataclasses import asdict
 
+from dspark.cli.options import say_unfinished
 from dspark.errors import HeadError
 from dspark.prompts import read_json
 
@@ -23,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
 
     folder = named_head(options.head)
     config, section = read_any_config(folder)
+    say_unfinished(folder)
     calibration = read_calibration(folder, config.block_size)
     golden = golden_file(folder)
     drafted = told_by(read_tensors(golden)) if golden.exists() else None
@@ -37,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
     card = folder / "README.md"
     text = f"{folder}: no card; target {section.get('target')}, block size {config.block_size}"
     try:
-        print(FRONT_MATTER.sub("", card.read_text(encoding="utf-8")) if card.exists() else text)
+        shown = FRONT_MATTER.sub("", card.read_text(encoding="utf-8")) if card.exists() else text
+        print(shown.replace("--head DIR", f"--head {shlex.quote(options.head)}"))  # a card does not know where its head lies
         if drafted is not None:
             print("golden text: draft accepted {} of {} tokens when the head was saved".format(*drafted))
         if calibration is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from dspark import collector_waits
 from dspark.config import RECURRENT_KINDS
 from dspark.errors import PromptError, SettingError
+from dspark.limits import check_law, check_names, check_settings
 from dspark.prompts import Prompt, read_prompts
 
 NEED_NO_HEAD = ("mtp",)  # drafters: this one's weights are the target's own, unless a head of its kind is given
@@ -57,7 +58,7 @@ def add_target(parser: argparse.ArgumentParser, dtype: str = "auto", name: str =
         default=dtype,
         help=f"precision of the target: auto (the checkpoint's own), float32, bfloat16 or int8 weights (default {dtype})",
     )
-    parser.add_argument("--device", default="cpu", help="where the target runs (default cpu)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="where the target runs (default cpu)")
     parser.add_argument(
         "--runtime",
         default="auto",
@@ -107,14 +108,16 @@ def sampling_options(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
 
 
-@starting()
 def check_sampling(options: argparse.Namespace) -> None:
-    """Raises `SettingError` for sampling settings without meaning, and for drafters and plans that are none, before anything is loaded or measured."""
-    from dspark.generation import check_names, check_settings, make_law
-
+    """Raises `SettingError` for sampling settings without meaning, and for drafters and plans that are none, before torch is imported."""
     check_names(options.drafter, options.plan)
-    check_settings(options.max_new_tokens, options.seed, options.stop)
-    make_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    check_settings(options.max_new_tokens, options.seed, options.stop, flag)
+    check_law(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty, flag)
+
+
+def flag(name: str) -> str:
+    """The option that sets what Python calls so."""
+    return f"--{name.replace('_', '-')}"
 
 
 def threads_help() -> str:
@@ -166,6 +169,7 @@ def open_target(options: argparse.Namespace):
         from dspark.head.folder import load_head, named_head
         from dspark.head.mtp import stand_for_modules
 
+        say_unfinished(named_head(options.mtp))
         stand_for_modules(target, load_head(named_head(options.mtp), target))
     return target
 
@@ -183,10 +187,19 @@ def open_head(options: argparse.Namespace, target, otherwise: str = "decoding pl
         say(f"no head is known for {target.name}: {otherwise} (train one: `dspark train {target.name} --out DIR`)")
     if folder is None:
         return None
+    say_unfinished(folder)
     head = load_head(folder, target)
     if isinstance(head, Head) and head.bundled:
         say(f"drafting with the head in the checkpoint {folder}")
     return head
+
+
+def say_unfinished(folder: Path) -> None:
+    """A word where the run that makes the head in this folder was stopped before its end."""
+    from dspark.head.folder import way_on
+
+    if on := way_on(folder):
+        say(f"warning: the run that makes {folder} was stopped before it measured and calibrated this head; go on with `{on}`")
 
 
 def say_calibration(head, temperature: float) -> None:

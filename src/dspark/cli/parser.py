@@ -12,7 +12,7 @@ from dspark.errors import SettingError
 OPTION = re.compile(r"-[^\s]+")  # what stands where a text with blanks or a lone dash does not
 NUMBER_FIRST = re.compile(r"-[\d.]")  # a number, or a text that begins with one
 # What an option that must not be empty shows: as a folder it would be the current one, as a key none at all.
-NAMES = ("TARGET", "HEAD", "DIR", "SRC", "DST", "FILE", "FILE.jsonl", "TRACE", "NAME", "URL", "KEY")
+NAMES = ("TARGET", "HEAD", "DIR", "SRC", "DST", "FILE", "FILE.jsonl", "TRACE", "NAME", "URL", "KEY", "DEVICE")
 NEAR = 0.7  # of difflib's ratio of the names without their dashes; --taps and --mtp come to 0.57
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dspark.cli.options import add_head, add_modules, add_target, open_head, open_target, say, starting
+from dspark.cli.options import add_head, add_modules, add_target, flag, open_head, open_target, say, starting
 from dspark.errors import SettingError
 
 KEY = "DSPARK_API_KEY"
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         say(note)
     canary = Canary(engine, options.canary, metrics.on_canary, options.canary_dir)
     settings = Options(
-        model=options.name or model_name(options.target), api_key=options.api_key or os.environ.get(KEY) or None,
+        model=options.name or model_name(options.target), api_key=options.api_key or os.environ.get(KEY),
         max_request_bytes=options.max_request_kb * 1024, request_seconds=options.request_seconds, speculation=options.speculation,
     )  # fmt: skip
     app = make_app(engine, settings, metrics, canary)
@@ -114,14 +114,16 @@ def open_modules(options: argparse.Namespace, target):
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises `SettingError` for numbers without meaning."""
+    """Raises `SettingError` for numbers without meaning, and for a key that is none."""
+    if options.api_key is None and os.environ.get(KEY) == "":
+        raise SettingError(f"${KEY} is set and empty", f"give it a key, or `unset {KEY}` for a server that needs none")
     for name, least in (("max_running", 1), ("max_waiting", 0), ("max_request_kb", 1)):
         if getattr(options, name) < least:
-            raise SettingError(f"--{name.replace('_', '-')} is {getattr(options, name)}", f"give at least {least}")
+            raise SettingError(f"{flag(name)} is {getattr(options, name)}", f"give at least {least}")
     for name in ("cache_gb", "request_seconds", "drain_seconds"):
         value = getattr(options, name)
         if value is not None and not (0 < value < float("inf") or (name == "drain_seconds" and value == 0)):
-            raise SettingError(f"--{name.replace('_', '-')} is {value:g}", "give a number above 0")
+            raise SettingError(f"{flag(name)} is {value:g}", "give a number above 0")
 
 
 def model_name(target: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cli.options import add_modules, add_target, open_target, say
+from dspark.cli.options import add_modules, add_target, flag, open_target, say
 from dspark.cli.parser import Parser
 from dspark.config import KINDS, RECURRENT_KINDS, SEQUENTIAL_HEADS, TrainConfig
 from dspark.errors import HeadError, SettingError
@@ -331,10 +331,6 @@ def command_of(options: argparse.Namespace, verb: list[str], defaults: dict[str,
     given = [(flag(name), getattr(options, name)) for name in (*defaults, "threads") if getattr(options, name) is not None]
     each = [f"{name}={value}" for name, values in given for value in (values if isinstance(values, list) else [values])]
     return shlex.join(["dspark", *verb, "--out", options.out, *each])
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def head_shape(options: argparse.Namespace) -> dict:

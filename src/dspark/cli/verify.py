@@ -5,7 +5,8 @@ import json
 from dataclasses import asdict
 from importlib.resources import files
 
-from dspark.cli.options import add_head, add_target, open_head, open_prompts, open_target, say, starting
+from dspark.cli.options import add_head, add_target, flag, open_head, open_prompts, open_target
+from dspark.limits import check_names, check_settings
 from dspark.prompts import read_prompts
 
 OUTCOMES = {True: "ok  ", False: "FAIL", None: "skip"}
@@ -29,19 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    prompts = open_prompts([], options.prompts) if options.prompts else read_prompts(str(files("dspark") / "demo_prompts.jsonl"))
-    with starting():
-        from dspark.generation import check_names, check_settings
-
-    check_settings(options.max_new_tokens, 0, ())
+    check_settings(options.max_new_tokens, 0, (), flag)
     for name in options.drafter:
         check_names(name)
+    prompts = open_prompts([], options.prompts) if options.prompts else read_prompts(str(files("dspark") / "demo_prompts.jsonl"))
     target = open_target(options)
     head = open_head(options, target)
     from dspark.measure.lossless import verify_pair
+    from dspark.train.run import Bar
 
     ids = [target.prompt_ids(p.content) for p in prompts]
-    checks = verify_pair(target, head, ids, options.max_new_tokens, options.drafter, say)
+    checks = verify_pair(target, head, ids, options.max_new_tokens, options.drafter, Bar())
     passed = all(check.passed is not False for check in checks)
     if options.json:
         print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks]}))

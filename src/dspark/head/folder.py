@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -129,7 +130,8 @@ def save_head(
     golden: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a head that `load_head` accepts, in bfloat16 where `precisions` say nothing else of a tensor. Its golden vectors
-    are made on a text that begins with `golden_ids`, unless there are some. Raises `HeadError` when the disk is full or closed to us."""
+    are made on a text that begins with `golden_ids`, unless there are some. A link in the folder gives way to a file, and what it points to
+    stays as it is: other heads may share it, and files are renamed into place together, which no two file systems do. Raises `HeadError` when the disk is full or closed to us."""
     if isinstance(head, Head) and head.bundled:
         raise only_read(target.name or "this")
     precisions = precisions or {}
@@ -253,7 +255,9 @@ def read_any_config(folder: Path) -> tuple[HeadConfig | RecurrentConfig, dict]:
     refuse_bundled(folder)
     undo_interrupted_save(folder)
     if not (folder / "config.json").exists():
-        raise HeadError(f"no head in {folder.absolute()}: it holds no config.json", WHAT_A_HEAD_IS)
+        on = way_on(folder)
+        hint = f"its run goes on with `{on}`" if on else WHAT_A_HEAD_IS
+        raise HeadError(f"no head in {folder.absolute()}: it holds no config.json", hint)
     raw = read_json(folder / "config.json", HeadError, "restore the file, or train the head again")
     section = raw.get("dspark", {}) if isinstance(raw, dict) else None
     rope = (raw.get("rope_parameters") or {}) if isinstance(raw, dict) else None
@@ -269,6 +273,19 @@ def read_any_config(folder: Path) -> tuple[HeadConfig | RecurrentConfig, dict]:
     values["draft_vocab_size"] = section.get("draft_vocab_size", raw.get("vocab_size"))
     values |= {name: section.get(name, 0) for name in ("shortlist", "window")}
     return checked_config(values, f"{folder}/config.json"), section
+
+
+def way_on(folder: Path) -> str | None:
+    """The command that goes on with the run which makes the head in this folder; None where none is, or it was finished: a run measures
+    its head at the end, and one that is saved before that loads like any other. A damaged record of one is for the run itself to tell."""
+    run, record = folder / "progress" / "settings.json", folder / "provenance.json"
+    try:
+        if not run.exists() or (record.exists() and json.loads(record.read_text(encoding="utf-8")).get("held_out_rounds")):
+            return None
+        begun = shlex.split(json.loads(run.read_text(encoding="utf-8"))["command"])
+        return shlex.join([*begun[: begun.index("--out")], "--out", str(folder), "--resume"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def kind_in(folder: Path) -> str:

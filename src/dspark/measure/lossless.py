@@ -4,8 +4,9 @@ Three questions, asked of the real pair: are greedy tokens those of plain decodi
 not, were the two logits a near-tie that row-count dependent kernels broke differently); does
 roll-back restore the state; is the law of a sampled round the target's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,12 @@ TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 LAW_PROMPTS = 4
 NOTHING_DRAFTED = "nothing was drafted on these prompts; --prompts takes others"
 NEVER_DRAFTS = "this drafter never drafts: there is nothing to compare"
+Item = TypeVar("Item")
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """For who wants no progress."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +48,27 @@ def verify_pair(
     prompts: Sequence[list[int]],
     max_new_tokens: int = 64,
     drafters: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = silent,
 ) -> list[Check]:
-    """Run all checks; none may fail for `dspark verify` to exit 0."""
+    """Run all checks; none may fail for `dspark verify` to exit 0. `progress` hears of each what it is, and how much of it is done, of how much."""
     own = [] if head is None else [head.kind, "auto"]
     names = list(drafters) or [*own, "lookup"]
     checks = [] if head is None or head.self_test is None else [golden_text(head.self_test)]
     for name in names:
-        progress(f"greedy tokens, drafter {name}")
-        checks.append(greedy_tokens(target, head, prompts, max_new_tokens, name))
+        checks.append(greedy_tokens(target, head, prompts, max_new_tokens, name, progress))
         if name != "auto":  # its drafts are those of the other two
-            progress(f"law of a sampled round, drafter {name}")
-            checks.append(round_law(target, head, prompts[:LAW_PROMPTS], name))
-    progress("roll-back")
-    checks.append(roll_back(target, prompts[0]))
-    progress("replay")
-    checks.append(replay(target, head, prompts[0], names[0]))
+            checks.append(round_law(target, head, prompts[:LAW_PROMPTS], name, progress=progress))
+    checks.append(roll_back(target, prompts[0], progress=progress))
+    checks.append(replay(target, head, prompts[0], names[0], progress))
     return checks
+
+
+def counted(items: Sequence[Item], stage: str, progress: Progress) -> Iterator[Item]:
+    """The items, each told when it is done."""
+    progress(stage, 0, len(items))
+    for done, item in enumerate(items, 1):
+        yield item
+        progress(stage, done, len(items))
 
 
 def golden_text(test: SelfTest) -> Check:
@@ -65,13 +76,15 @@ def golden_text(test: SelfTest) -> Check:
     return Check("golden vectors come out again", test.good, str(test))
 
 
-def greedy_tokens(target: Target, head: AnyHead | None, prompts: Sequence[list[int]], max_new_tokens: int, drafter: str) -> Check:
+def greedy_tokens(
+    target: Target, head: AnyHead | None, prompts: Sequence[list[int]], max_new_tokens: int, drafter: str, progress: Progress = silent
+) -> Check:
     same = num_drafted = 0
     chosen = make_drafter(drafter, target, head)
     plan = make_planner("auto" if drafter == "auto" else "fixed", target, chosen)
     ties: list[str] = []
     wrong: list[str] = []
-    for index, ids in enumerate(prompts):
+    for index, ids in enumerate(counted(prompts, f"greedy tokens, drafter {drafter}", progress)):
         plain = generate(target, None, ids, max_new_tokens, drafter="none").token_ids
         result = generate(target, head, ids, max_new_tokens, drafter=chosen, plan=plan)
         drafted = result.token_ids
@@ -106,7 +119,9 @@ def logit_gap(target: Target, prefix: list[int], one: int | None, other: int | N
     return abs(logits[one] - logits[other]).item()
 
 
-def round_law(target: Target, head: AnyHead | None, prompts: Sequence[list[int]], drafter: str, num_drafts: int = 8) -> Check:
+def round_law(
+    target: Target, head: AnyHead | None, prompts: Sequence[list[int]], drafter: str, num_drafts: int = 8, progress: Progress = silent
+) -> Check:
     """For real drafts at T = 1, at every drafted position: what drafts bring of each token there and what the residual adds must be p,
     times the chance that the block stands so far.
 
@@ -117,7 +132,7 @@ def round_law(target: Target, head: AnyHead | None, prompts: Sequence[list[int]]
     worst, drawn_ok, num_positions = 0.0, True, 0
     generator = torch.Generator().manual_seed(0)
     twice = [[*ids, *ids] for ids in prompts if 2 * len(ids) + MAX_BLOCK <= target.max_context]
-    for ids in [*prompts, *twice[:1]]:
+    for ids in counted([*prompts, *twice[:1]], f"law of a round, drafter {drafter}", progress):
         state, engine = target.start(), make_drafter(drafter, target, head)
         engine.start()
         engine.commit(target.prefill(state, ids[:-1]))
@@ -157,14 +172,14 @@ def law_error(p_V: torch.Tensor, q_V: torch.Tensor, standing: float = 1.0) -> fl
     return (kept_V + replaced_V - standing * p_V).abs().max().item()
 
 
-def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:
+def roll_back(target: Target, ids: list[int], block: int = 5, progress: Progress = silent) -> Check:
     """Score wrong tokens, roll all or some back, and compare the next logits with a state that never saw them.
 
     A third state that was never rolled back reads the same tokens one a pass: what it differs by is rounding of this runtime, in
     kernels that depend on the number of rows, and twice that is allowed."""
     worst = rounding = 0.0
     wrong = [(ids[-1] + 1 + i) % target.vocab_size for i in range(block)]
-    for kept in range(block + 1):
+    for kept in counted(range(block + 1), "roll-back", progress):
         tried, straight, single = target.start(), target.start(), target.start()
         for state in (tried, straight, single):
             target.prefill(state, ids[:-1])
@@ -182,6 +197,9 @@ def roll_back(target: Target, ids: list[int], block: int = 5) -> Check:
     return Check("roll-back restores the state", worst <= tolerance, f"largest logit difference {worst:.1e} (tolerance {tolerance:g})")
 
 
-def replay(target: Target, head: AnyHead | None, ids: list[int], drafter: str) -> Check:
-    answers = [generate(target, head, ids, 24, temperature=1.0, seed=7, drafter=drafter, plan="fixed").token_ids for _ in range(2)]
+def replay(target: Target, head: AnyHead | None, ids: list[int], drafter: str, progress: Progress = silent) -> Check:
+    answers = [
+        generate(target, head, ids, 24, temperature=1.0, seed=7, drafter=drafter, plan="fixed").token_ids
+        for _ in counted(range(2), "replay", progress)
+    ]
     return Check("a seed replays", answers[0] == answers[1], f"{len(answers[0])} sampled tokens, twice")

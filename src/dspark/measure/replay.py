@@ -17,6 +17,7 @@ from typing import Protocol
 
 from dspark.core.planner import Adaptive, Always, Costs, CostTable, admit, always, budget, cut, survivals_of
 from dspark.errors import SettingError, TraceError
+from dspark.limits import check_length
 from dspark.measure.trace import Drafted, Request, Trace, number, whole
 from dspark.prompts import read_json
 
@@ -218,9 +219,10 @@ def share(costs: StepCosts, num_requests: int, limit: int) -> CostTable:
 
 
 def make_step_planner(name: str, limit: int, costs: StepCosts, num_requests: int) -> StepPlanner:
-    """The planner that `name` says, one of `PLANS`. Raises `SettingError` for another."""
+    """The planner that `name` says, one of `PLANS`. Raises `SettingError` for another, and for a length above `limit`."""
     simple = Always(length=0) if name == "plain" else always(name)
     if simple is not None:
+        check_length(name, limit)
         return Alike(simple)
     if name == "early-stop":
         return Admitting()

@@ -89,8 +89,10 @@ def of_validation(errors: Sequence[dict]) -> Refusal:
     kind, message, loc = error["type"], error["msg"], error["loc"]
     if kind == "json_invalid":
         return Refusal(400, f"the body is not JSON ({error['ctx']['error']} at character {loc[-1] + 1})")
+    if loc == ("body",) and isinstance(error.get("input"), bytes):  # FastAPI reads no other type
+        return Refusal(400, "the body was not read as JSON: send the header Content-Type: application/json with it")
     if loc == ("body",) and kind in ("model_attributes_type", "missing"):
-        return Refusal(400, "the body is not a JSON object: send one, with Content-Type: application/json")
+        return Refusal(400, "the body is not a JSON object: send one")
     steps = [step for step in loc[1:] if isinstance(step, int) or not ("[" in step or step in ("str", "list", "TextPart"))]
     if kind in OUR_FIELDS and steps[-1:] != [kind]:
         steps.append(kind)

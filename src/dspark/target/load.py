@@ -25,6 +25,7 @@ DTYPES = {
 }  # fmt: skip
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.tiktoken")
+ONLY_HEADS_HAVE = ("dspark", "speculators_model_type", "dflash_config", "target_layer_ids", "draft_vocab_size")  # in config.json
 RUNTIMES = ("auto", "native", "eager", "graph")
 
 
@@ -55,8 +56,9 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
         raise TargetError(f"no folder {name}", f"{like(name)}give a folder written by `save_pretrained`, a hub id, or {demo.NAME}")
     source, cached_only = (where, False) if where.is_dir() else (str(name), not hub.answers())
     try:
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PreTrainedConfig
 
+        refuse_head(name, PreTrainedConfig.get_config_dict(source, local_files_only=cached_only)[0])
         config = AutoConfig.from_pretrained(source, local_files_only=cached_only)
         # Weights that are to be gathered (pages.py) stay in the file until then, and are rounded or quantised on their way.
         runs = (config.architectures or [""])[0] in ARCHITECTURES and getattr(config, "quantization_config", None) is None
@@ -103,6 +105,18 @@ def load_target(name: str | Path, dtype: str = "float32", device: str = "cpu", r
     say_rollback(target, say)
     use_runtime(target, runtime, gather=not gathers)
     return target
+
+
+def refuse_head(name: str | Path, raw: dict[str, Any]) -> None:
+    """Raise `TargetError` where config.json is of a draft head, dspark's or another project's."""
+    if not any(key in raw for key in ONLY_HEADS_HAVE):
+        return
+    own, verifier = raw.get("dspark"), raw.get("speculators_config")
+    verifier = verifier.get("verifier") if isinstance(verifier, dict) else None
+    target = own.get("target") if isinstance(own, dict) else verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    raise TargetError(
+        f"{name} is a draft head, not a target", f"give its target, {target or 'TARGET'}, and this as the head: `--head {name}`"
+    )
 
 
 def model_class(config: Any) -> Any:

@@ -19,7 +19,7 @@ from dspark.profiling import profile
 from dspark.prompts import Prompt, read_json
 from dspark.target.target import Target
 from dspark.train.card import write_card
-from dspark.train.estimate import estimate, minutes
+from dspark.train.estimate import Done, done_before, estimate, minutes
 from dspark.train.features import FeatureStore
 from dspark.train.lowrank import add_low_rank, matrices, merge_low_rank
 from dspark.train.remote import Server
@@ -82,7 +82,7 @@ def adapt(
         say(f"the run in {out} is finished: nothing is left to do")
         return done | {"finished_before": True}
     bar = Bar()
-    say(estimate(target, config, vars(given.config), prompts, answers, server is not None))
+    say(estimate(target, config, vars(given.config), prompts, answers, server is not None, done_before(work) if resume else Done()))
     records = brought or make_answers(target, config, prompts, work, bar, server)
     judged = records[: min(config.held_out, JUDGED_PROMPTS)]
     before = once(work / "rounds-before.json", lambda: count_rounds(target, given, judged, bar, " of the head as it is"))

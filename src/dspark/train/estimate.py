@@ -1,12 +1,13 @@
 """What a training run will take, said before it starts: seconds of the stages from what sampling and decoding take here at this
 moment, measured for two or three seconds; memory and disk by arithmetic."""
 
+import contextlib
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dspark.profiling import device_name
 from dspark.prompts import Prompt
 from dspark.target.target import Target
 from dspark.train.answers import INVENT_TOKENS, OPENER_TOKENS, batch_size
-from dspark.train.features import default_taps, fits_gpu, token_bytes
+from dspark.train.features import SUFFIX, default_taps, fits_gpu, token_bytes
 from dspark.train.sample import sample_batch
 
 # What is measured while training: points of the curve at most, steps between two at least (a look costs more than a step), and answers
@@ -54,6 +55,32 @@ class Pace:
     def passes(self, num_tokens: float) -> float:
         """The target over so many tokens that are known."""
         return num_tokens * self.batch_seconds / self.rows
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an earlier start of the run left: instructions, answers, answers with features, steps, bytes on disk."""
+
+    invented: int = 0
+    answered: int = 0
+    cached: int = 0
+    steps: int = 0
+    size: int = 0
+
+
+def done_before(work: Path) -> Done:
+    """Read from the files of a run's work; what is damaged counts as nothing here, and is told by who needs it."""
+    lines = {name: file.read_bytes().count(b"\n") if (file := work / name).exists() else 0 for name in ("prompts.jsonl", "answers.jsonl")}
+    filled, steps = work / "cache" / f"filled.{SUFFIX[torch.uint8]}", 0
+    with contextlib.suppress(Exception):  # torch raises a dozen kinds for a file that is cut or changed
+        steps = int(torch.load(work / "checkpoint.pt", weights_only=True, map_location="cpu", mmap=True)["step"])
+    return Done(
+        lines["prompts.jsonl"],
+        lines["answers.jsonl"],
+        filled.read_bytes().count(1) if filled.exists() else 0,
+        steps,
+        sum(file.stat().st_size for file in work.rglob("*") if file.is_file()),
+    )
 
 
 def pace(target: Target, most_rows: int) -> Pace | None:
@@ -105,25 +132,35 @@ def tries(run: Callable[[], Any], limit: float) -> list[float]:
 
 
 def estimate(
-    target: Target, config: TrainConfig, shape: dict, prompts: Sequence[Prompt] | None, answers: Sequence[Path], served: bool = False
+    target: Target,
+    config: TrainConfig,
+    shape: dict,
+    prompts: Sequence[Prompt] | None,
+    answers: Sequence[Path],
+    served: bool = False,
+    done: Done = Done(),
 ) -> str:
     """One paragraph: time, memory and disk, rough to a factor of two while the machine's load stays as it is. How long a
-    server takes to answer is not known."""
+    server takes to answer is not known. Of a run that goes on, what is left beside what is `done`."""
     num_answers = sum(Path(a).read_bytes().count(b"\n") for a in answers) if answers else config.num_prompts + len(prompts or ())
     answer_tokens = PROMPT_TOKENS + config.max_answer_tokens
-    passes = min(config.steps * config.sequences_per_step + config.held_out, num_answers) * answer_tokens
+    if done.cached or done.steps:  # what did not fit the context has no answer, and all others have
+        done = replace(done, answered=num_answers)
+    steps = max(0, config.steps - done.steps)
+    seen = steps * config.sequences_per_step + (0 if done.cached else config.held_out)  # what is held out is looked at early
+    passes = max(0, min(seen, num_answers - done.cached)) * answer_tokens
     found = pace(target, min(batch_size(target, answer_tokens), max(1, num_answers)))
     if found is None:
         time_needed = "time unknown until measured: a batch of answers takes too long to try one; each stage shows what is left of it"
     else:
         sampled: dict[str, float] = {} if answers else {
-            "to invent instructions": sampling_all(target, config.num_prompts, OPENER_TOKENS + INVENT_TOKENS, found),
-            "to sample answers": 0 if served else sampling_all(target, num_answers, answer_tokens, found),
+            "to invent instructions": sampling_all(target, config.num_prompts - done.invented, OPENER_TOKENS + INVENT_TOKENS, found),
+            "to sample answers": 0 if served else sampling_all(target, num_answers - done.answered, answer_tokens, found),
         }  # fmt: skip
         others = {
             "for features": found.passes(passes),
-            f"for {config.steps} steps": stepping(target, config, shape, found),
-            "for measuring and calibrating on held-out answers": measuring(target, config, shape, found),
+            f"for {steps} steps": stepping(target, config, shape, found, steps),
+            "for measuring and calibrating on held-out answers": measuring(target, config, shape, found, steps),
         }
         # texts end where they like: what is sampled is counted as if each were as long as it may be
         parts = [f"at most {listed(sampled)}"] if any(sampled.values()) else []
@@ -131,18 +168,18 @@ def estimate(
     memory, features, other, free = space(target, config, shape, num_answers * answer_tokens)
     threads = torch.get_num_threads()
     where = device_name(target.device) if target.device.type == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
-    return (
-        f"{time_needed} on {where}; about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now) and {size(features + other)} of disk"
-        + (
-            f", {size(features)} of it features in {config.feature_dtype}, never more than {config.cache_gigabytes:g} GB"
-            if features
-            else ""
-        )
+    needed = f"about {memory / 1e9:.1f} GB of memory ({free / 1e9:.0f} GB free now)"
+    if done.size:
+        return f"what is left: {time_needed} on {where}; {needed} and {size(max(0, features + other - done.size))} more of disk"
+    return f"{time_needed} on {where}; {needed} and {size(features + other)} of disk" + (
+        f", {size(features)} of it features in {config.feature_dtype}, never more than {config.cache_gigabytes:g} GB" if features else ""
     )
 
 
 def sampling_all(target: Target, num_texts: int, num_tokens: int, found: Pace) -> float:
-    """Seconds to sample so many texts of so many tokens, in batches."""
+    """Seconds to sample so many texts of so many tokens, in batches; 0 for none."""
+    if num_texts < 1:
+        return 0.0
     rows = max(1, min(batch_size(target, num_tokens), num_texts))
     return math.ceil(num_texts / rows) * num_tokens * found.batch(rows)
 
@@ -166,8 +203,10 @@ def trained_rows(shape: dict) -> int:
     return shape.get("trained_steps") or (1 if shape.get("kind") == "mtp" else shape.get("block_size", 5))
 
 
-def stepping(target: Target, config: TrainConfig, shape: dict, found: Pace) -> float:
-    rows = config.steps * config.sequences_per_step * config.anchors_per_sequence * trained_rows(shape)
+def stepping(target: Target, config: TrainConfig, shape: dict, found: Pace, steps: int) -> float:
+    if steps == 0:
+        return 0.0
+    rows = steps * config.sequences_per_step * config.anchors_per_sequence * trained_rows(shape)
     return found.passes(3 * rows * row_work(target, shape)) + (GPU_COMPILING if target.device.type == "cuda" else 0)  # forth and back
 
 
@@ -176,9 +215,9 @@ def curve_every(steps: int) -> int:
     return max(CURVE_STEPS, steps // CURVE_POINTS)
 
 
-def measuring(target: Target, config: TrainConfig, shape: dict, found: Pace) -> float:
-    """The curve's points, the last look at held-out answers (an anchor a token), rounds that are decoded, and the calibration's."""
-    looks = math.ceil(config.steps / curve_every(config.steps)) * min(CURVE_ANSWERS, config.held_out) + config.held_out
+def measuring(target: Target, config: TrainConfig, shape: dict, found: Pace, steps: int) -> float:
+    """The curve's points of so many steps, the last look at held-out answers (an anchor a token), rounds that are decoded, and the calibration's."""
+    looks = math.ceil(steps / curve_every(config.steps)) * min(CURVE_ANSWERS, config.held_out) + config.held_out
     rows = looks * config.max_answer_tokens * shape.get("block_size", 5)
     decoded = 2 * (min(ROUNDS_PROMPTS, config.held_out) * ROUNDS_TOKENS + config.held_out * CALIBRATION_TOKENS)
     return found.passes(rows * row_work(target, shape)) + decoded * found.token_seconds

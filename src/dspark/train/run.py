@@ -39,7 +39,7 @@ from dspark.train.answers import (
 )
 from dspark.train.card import write_card
 from dspark.train.distributed import ALONE, Ranks
-from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, ROUNDS_PROMPTS, ROUNDS_TOKENS, curve_every, estimate
+from dspark.train.estimate import CALIBRATION_TOKENS, CURVE_ANSWERS, ROUNDS_PROMPTS, ROUNDS_TOKENS, Done, curve_every, done_before, estimate
 from dspark.train.features import FeatureStore, default_taps
 from dspark.train.remote import Server, ask_server
 from dspark.train.trainer import LOOK_EVERY, measure, train_steps
@@ -128,8 +128,9 @@ def train(
         ranks.once(say, f"the run in {out} is finished: nothing is left to do")
         return before | {"finished_before": True}
     bar = Bar(shown=ranks.leads)
+    done = ranks.once(done_before, work) if resume else Done()
     planned = shape if given is None else vars(given.config)
-    ranks.once(lambda: announce(ranks, config, estimate(target, config, planned, prompts, answers, server is not None)))
+    ranks.once(lambda: announce(ranks, config, estimate(target, config, planned, prompts, answers, server is not None, done)))
     records = brought or make_answers(target, config, prompts, work, bar, server, ranks)
     if only_answers:
         return {"answers": len(records)}
