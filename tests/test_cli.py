@@ -492,14 +492,14 @@ def test_train_resumes_by_itself_names_what_differs_and_says_when_it_is_finished
      ("llamacpp", "gguf, for llama.cpp"), ("GGUF", "gguf, for llama.cpp"), ("speculator", "speculators, for vLLM"), ("DeepSpec", "deepspec")],
 )  # fmt: skip
 def test_who_names_an_engine_or_mistypes_a_format_is_told_the_format(capsys, given, meant):
-    for option in ("--to", "--from"):
+    every = "speculators (vLLM), specforge (SGLang), gguf (llama.cpp), deepspec, dspark"
+    for option, formats in (("--to", every), ("--from", f"{every}, eagle3")):
         code, out, err = run(capsys, "convert", "/nowhere", "out", option, given)
         assert code == 2 and out == "" and err.startswith(f"error: {option} is {given!r}, which is no format\nhint: use {option} {meant}; ")
-    every = "speculators (vLLM), specforge (SGLang), gguf (llama.cpp), deepspec, dspark\n"
-    assert err.endswith(f"; all formats: {every}")
+        assert err.endswith(f"; all formats: {formats}\n")
     assert (
         run(capsys, "convert", "/nowhere", "out", "--to", "onnx")[2]
-        == f"error: --to is 'onnx', which is no format\nhint: all formats: {every}"
+        == f"error: --to is 'onnx', which is no format\nhint: all formats: {every}\n"
     )
 
 

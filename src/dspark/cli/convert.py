@@ -16,15 +16,17 @@ FORMATS = {
     "deepspec": "",
     "dspark": "",
 }  # and the engine that each is for
-LISTED = ", ".join(f"{name} ({engine})" if engine else name for name, engine in FORMATS.items())
+READ = {**FORMATS, "eagle3": ""}  # the last one is not written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="head: a folder, a GGUF file, a hub id, or the name of a shipped head")
     parser.add_argument("out", metavar="DST", nargs="?", type=Path, help="folder, or GGUF file, to write")
     parser.add_argument("--out", dest="out_option", metavar="DST", type=Path, help="the same")
-    parser.add_argument("--to", default="dspark", metavar="FORMAT", help=f"format to write: {LISTED} (default dspark)")
-    parser.add_argument("--from", dest="kind", default=None, metavar="FORMAT", help="format of SRC (default: what its files say)")
+    parser.add_argument("--to", default="dspark", metavar="FORMAT", help=f"format to write: {listed(FORMATS)} (default dspark)")
+    parser.add_argument(
+        "--from", dest="kind", default=None, metavar="FORMAT", help=f"format of SRC: {', '.join(READ)} (default: what its files say)"
+    )
     parser.add_argument(
         "--taps", type=layers, default=None, metavar="I,J,..",
         help="target layers that the converted head reads in the place of its own, one for each, like 1,8,15,22,28 where the last one is not to be had; costs acceptance",
@@ -41,22 +43,26 @@ def layers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layers: give numbers with commas, like 1,8,15,22,28") from None
 
 
-def check_format(option: str, given: str) -> None:
+def listed(formats: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({engine})" if engine else name for name, engine in formats.items())
+
+
+def check_format(option: str, given: str, formats: dict[str, str]) -> None:
     """Raises `SettingError` for what is no format, naming the one that may be meant: many think of the engine."""
-    if given in FORMATS:
+    if given in formats:
         return
-    meant = {name: name for name in FORMATS} | {engine.lower(): name for name, engine in FORMATS.items() if engine}
+    meant = {name: name for name in formats} | {engine.lower(): name for name, engine in formats.items() if engine}
     told = ""
     for near in difflib.get_close_matches(given.lower(), meant, n=1):
         name = meant[near]
-        told = f"use {option} {name}, for {FORMATS[name]}; " if FORMATS[name] else f"use {option} {name}; "
-    raise SettingError(f"{option} is {given!r}, which is no format", f"{told}all formats: {LISTED}")
+        told = f"use {option} {name}, for {formats[name]}; " if formats[name] else f"use {option} {name}; "
+    raise SettingError(f"{option} is {given!r}, which is no format", f"{told}all formats: {listed(formats)}")
 
 
 def run(options: argparse.Namespace) -> int:
-    check_format("--to", options.to)
+    check_format("--to", options.to, FORMATS)
     if options.kind is not None:
-        check_format("--from", options.kind)
+        check_format("--from", options.kind, READ)
     path = options.out or options.out_option
     if path is None or (options.out and options.out_option):
         raise SettingError("one place to write is needed", "dspark convert SRC DST --to FORMAT")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dspark.errors import HeadError, SettingError
-from dspark.formats import deepspec, gguf_file, specforge, speculators
+from dspark.formats import deepspec, eagle3, gguf_file, specforge, speculators
 from dspark.formats.portable import Portable, refuse_other_rows
 from dspark.head import calibration
 from dspark.head.folder import (
@@ -29,7 +29,7 @@ from dspark.head.head import Head, SelfTest
 from dspark.prompts import read_json, read_prompts
 from dspark.target.target import Target
 
-OWN = "dspark"
+OWN, EAGLE3 = "dspark", "eagle3"  # the latter is only read
 FORMATS = {"deepspec": deepspec, "speculators": speculators, "specforge": specforge, "gguf": gguf_file}
 Say = Callable[[str], None]
 
@@ -45,6 +45,8 @@ def detect(path: Path) -> str:
         raise HeadError(f"no head at {path}: no file, and no folder with config.json", "give a GGUF file, or the folder of a head")
     raw = config_of(path)
     section = raw.get("dspark")
+    if eagle3.is_eagle3(raw):
+        return EAGLE3
     if "speculators_model_type" in raw:
         return "speculators"
     if "dflash_config" in raw:
@@ -79,6 +81,8 @@ def layers_read(path: Path, kind: str) -> tuple[list[int], int | None]:
     elif kind == "gguf":
         keys, _ = gguf_file.read_file(path)
         taps, first, number = keys.get(f"{gguf_file.ARCH}.target_layers"), 1, keys.get("dspark.num_target_layers")
+    elif kind == EAGLE3:
+        taps, first, number = None, 0, None
     else:
         raw = config_of(path)
         inner = raw.get("dflash_config")
@@ -110,6 +114,11 @@ def convert(
     Raises `HeadError` for what a format cannot hold, for a head of another target, for files that are not whole or
     follow another convention, and for golden vectors that do not come out again."""
     refuse_existing(path)
+    if kind == EAGLE3:
+        if to != OWN or taps is not None:
+            raise SettingError("an EAGLE-3 head is only read, as it is", "convert it --to dspark, without --taps")
+        eagle3.bring_in(source, path, target, golden_ids(target), command)
+        return load_head(path, target).self_test
     head = read_own(source) if kind == OWN else FORMATS[kind].read(source, target)
     refuse_other_target(head.config, head.section, target)
     refuse_broken(head.weights, f"{head.where} is damaged", "restore the file")
@@ -200,10 +209,15 @@ def import_head(head: Portable, network: Head, path: Path, target: Target, kind:
         provenance = read_json(kept / "provenance.json", HeadError, "delete it") | {"converted": provenance}
     if kept is not None:
         network.calibration = calibration.read_calibration(kept, head.config.block_size)
-    prompt = read_prompts(str(files("dspark") / "demo_prompts.jsonl"))[0].content
-    ids = [] if golden else list(range(1, 17)) if target.tokenizer is None else target.prompt_ids(prompt)
+    ids = [] if golden else golden_ids(target)
     precisions = {name: tensor.dtype for name, tensor in head.weights.items()}
     save_head(network, target, path, ids, provenance, card(head, target, OWN), precisions, golden)
+
+
+def golden_ids(target: Target) -> list[int]:
+    """A text to make golden vectors on begins with these."""
+    prompt = read_prompts(str(files("dspark") / "demo_prompts.jsonl"))[0].content
+    return list(range(1, 17)) if target.tokenizer is None else target.prompt_ids(prompt)
 
 
 def card(head: Portable, target: Target, to: str) -> str:

@@ -70,15 +70,19 @@ def refuse_other_rows(head: Portable, target: Target) -> None:
         if name not in head.rows:
             continue
         wanted = embedding_rows(target) if name == SHARED[0] else target.output_rows(head.draft_ids).cpu()
-        found = head.rows[name].float()
-        if found.shape != wanted.shape:
-            raise HeadError(f"{head.where}: {name} has shape {tuple(found.shape)} instead of {tuple(wanted.shape)}")
-        error = ((found - wanted).norm() / wanted.norm()).item()
-        if not error < 0.05:  # 4-bit rounding of the target comes to less
-            raise HeadError(
-                f"{head.where}: {name} differs from the target's own rows by {error:.0%}, and dspark drafts with the target's",
-                "was the head made for another target? a head with rows of its own cannot be run",
-            )
+        refuse_unlike(name, head.rows[name].float(), wanted, head.where)
+
+
+def refuse_unlike(name: str, found: torch.Tensor, wanted: torch.Tensor, where: str) -> None:
+    """Raise `HeadError` where rows that a head brings are not the target's."""
+    if found.shape != wanted.shape:
+        raise HeadError(f"{where}: {name} has shape {tuple(found.shape)} instead of {tuple(wanted.shape)}")
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    if not error < 0.05:  # 4-bit rounding of the target comes to less
+        raise HeadError(
+            f"{where}: {name} differs from the target's own rows by {error:.0%}, and dspark drafts with the target's",
+            "was the head made for another target? a head with rows of its own cannot be run",
+        )
 
 
 def draft_ids_of_offsets(tensors: dict[str, torch.Tensor], vocab: int, draft_vocab: int, where: str) -> torch.Tensor:

@@ -345,8 +345,9 @@ def checked_config(values: dict, where: str) -> HeadConfig:
 
 
 def refuse_other_formats(raw: dict, folder: Path) -> None:
-    """Raise `HeadError` with the way out for folders of speculators and SpecForge."""
+    """Raise `HeadError` with the way out for folders of speculators and SpecForge, and for EAGLE-3 heads of others."""
     name = "speculators" if "speculators_model_type" in raw else "SpecForge" if "dflash_config" in raw else None
+    name = "EAGLE-3" if any("Eagle3" in str(each) for each in raw.get("architectures") or []) else name
     if name:
         raise HeadError(f"{folder} is a head in the format of {name}", f"convert it first: `dspark convert {folder} DIR --target TARGET`")
 

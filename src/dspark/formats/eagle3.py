@@ -1,0 +1,119 @@
+"""EAGLE-3 heads of other projects, which are only read: SpecForge's folder (SGLang serves it) and that of speculators (vLLM).
+
+One decoder layer, `fc` in front of it, and output rows of its own over a draft vocabulary. Which of the target's layers it reads is told
+in two ways: SpecForge counts layers' outputs from 0, as dspark does, speculators one higher, with the embeddings as 0. Where nothing is told,
+the engines take the outputs of layers 1, n/2 - 1 and n - 4 of n. Neither says how many tokens a draft has."""
+
+import pickle
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspark.errors import HeadError
+from dspark.formats.portable import draft_ids_of_offsets, embedding_rows, embedding_scale, refuse_unlike
+from dspark.head.folder import SHARED, empty_head, read_weights, recurrent_config, refuse_other_target, refuse_other_tensors, save_head
+from dspark.head.golden import refuse_broken
+from dspark.head.recurrent import RecurrentHead
+from dspark.prompts import read_json
+from dspark.target.target import Target
+
+BLOCK = 5  # planners ask for fewer where fewer pay
+SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps", "vocab_size")
+# What some of them compute besides, by the keys that say so.
+OTHERS = {"fc_norm": "a norm before its layers meet", "norm_output": "a norm of the state that it hands on", "mlp_bias": "biases in its MLP",
+          "norm_before_residual": "the norm before the residual"}  # fmt: skip
+
+
+def is_eagle3(raw: dict) -> bool:
+    """Does this config.json describe one of another project?"""
+    if "dspark" in raw or "dflash_config" in raw or "target_layer_ids" in raw:
+        return False
+    if "speculators_model_type" in raw:
+        return raw["speculators_model_type"] == "eagle3"
+    # the first ones call themselves a Llama of one layer
+    named = any("Eagle3" in str(name) for name in raw.get("architectures") or [])
+    return named or ("draft_vocab_size" in raw and raw.get("num_hidden_layers") == 1)
+
+
+def read(path: Path, target: Target) -> RecurrentHead:
+    """The head in a folder. Raises `HeadError` for one of another target, or with layers that dspark does not run."""
+    where = f"{path}/config.json"
+    raw = read_json(path / "config.json", HeadError, "restore the file")
+    layer = raw.get("transformer_layer_config") or raw
+    told = raw.get("eagle_config") or {}
+    rope = layer.get("rope_parameters") or {}
+    if not isinstance(layer, dict) or not isinstance(told, dict) or not isinstance(rope, dict):
+        raise HeadError(f"{where} is damaged: an object was expected", "restore the file")
+    reasons = [reason for key, reason in OTHERS.items() if raw.get(key) or layer.get(key)]
+    if raw.get("target_hidden_size") not in (None, layer.get("hidden_size")):
+        reasons.append("states of another size than the target's")
+    if layer.get("num_hidden_layers", 1) != 1:
+        reasons.append(f"{layer['num_hidden_layers']} layers")
+    if reasons:
+        raise HeadError(
+            f"{where}: an EAGLE-3 head with {' and '.join(reasons)}", "dspark runs the layer of the paper: one, normed on its way in"
+        )
+    values: dict[str, Any] = {name: layer.get(name) for name in SIZES}
+    values |= {
+        "head_dim": layer.get("head_dim") or (layer.get("hidden_size") or 0) // (layer.get("num_attention_heads") or 1),
+        "rope_theta": float(layer.get("rope_theta") or rope.get("rope_theta") or 10_000.0),  # Llama's default
+        "draft_vocab_size": raw.get("draft_vocab_size") or layer.get("vocab_size"),
+    }
+    section = {"kind": "eagle3", "block_size": BLOCK, "trained_steps": BLOCK, "num_target_layers": target.num_layers}
+    section["target_layer_ids"] = layers_read(raw, told, target.num_layers)
+    config = recurrent_config(layer | values, section, where)
+    refuse_other_target(config, {}, target)
+    if embedding_scale(target) != 1:
+        raise HeadError(f"{target.name} scales its embeddings, and EAGLE-3's layer takes them raw: dspark cannot run {path}")
+    file = f"{path}: the file of its weights"
+    tensors = {name.removeprefix("model.").replace("layers.0.", "midlayer."): tensor for name, tensor in weights_in(path).items()}
+    draft_ids = draft_ids_of_offsets(tensors, config.vocab_size, config.draft_vocab_size, file)
+    embedded = tensors.pop(SHARED[0], None)  # some bring a copy of the target's
+    if embedded is not None:
+        refuse_unlike(SHARED[0], embedded.float(), embedding_rows(target), file)
+    refuse_broken(tensors, f"{file} is damaged", "restore the file")
+    refuse_other_tensors(config, tensors, file)
+    head = empty_head(config, draft_ids, target)
+    head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    assert isinstance(head, RecurrentHead)
+    return head
+
+
+def weights_in(path: Path) -> dict[str, torch.Tensor]:
+    """Safetensors, or the pickle that the first heads were published as, of which nothing but tensors is taken."""
+    pickled = path / "pytorch_model.bin"
+    if any(path.glob("*.safetensors*")) or not pickled.exists():
+        return read_weights(path)
+    try:
+        return torch.load(pickled, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise HeadError(f"cannot read {pickled}: {str(error).splitlines()[0]}", "restore the file") from error
+
+
+def layers_read(raw: dict, told: dict, num_layers: int) -> list[int]:
+    """The target's layers, counted as dspark does."""
+    name, first = "eagle_aux_hidden_state_layer_ids", 1 if "speculators_model_type" in raw else 0
+    ids = told.get(name) or raw.get(name)
+    return (
+        [i - first for i in ids] if isinstance(ids, list) and all(type(i) is int for i in ids) else [1, num_layers // 2 - 1, num_layers - 4]
+    )
+
+
+def bring_in(source: Path, path: Path, target: Target, golden_ids: list[int], command: str) -> None:
+    """Write it as a head of dspark's own."""
+    head = read(source, target)
+    provenance = {"command": command, "converted_from": "eagle3", "python": platform.python_version()}
+    layers = ", ".join(map(str, head.layer_ids))
+    save_head(head, target, path, golden_ids, provenance, CARD.format(name=target.name, layers=layers, config=head.config))
+
+
+CARD = """---
+base_model: {name}
+tags: [speculative-decoding, eagle3]
+---
+# EAGLE-3 head for {name}
+
+One layer, {config.draft_vocab_size} of {config.vocab_size} tokens, taps after layers {layers}. Converted by `dspark convert`.
+"""
