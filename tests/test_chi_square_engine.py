@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from chances import p_value
+from dspark.core.decode import judge_fast
 from dspark.core.sampling import Law, probs
 from dspark.drafters.arbiter import NOMINAL
 from dspark.engine.engine import Engine
@@ -106,6 +107,7 @@ def plain(law: Law) -> Callable[[], Request]:
 
 def test_a_wrong_rule_is_seen(monkeypatch):
     monkeypatch.setattr("dspark.core.verifier.acceptance", lambda p_V, q_V, token, standing: 1.0)
+    monkeypatch.setattr("dspark.target.target.judge_natively", judge_fast)  # which obeys it
     answers, _, _ = sample(plain(LAWS["T=1"]), 300, "fixed")
     assert p_value(beginnings(answers), exact_law(LAWS["T=1"])) < 1e-6
 

@@ -210,7 +210,7 @@ def stream(
     chosen = make_drafter(drafter, target, head) if drafter is None or isinstance(drafter, str) else drafter
     planner = make_planner(plan, target, chosen) if plan is None or isinstance(plan, str) else plan
     finished = stopping_rule(target, target.eos_ids if eos_ids is None else eos_ids, stop)
-    yield from decode(target, chosen, prompt_ids, law, Streams(seed), max_new_tokens, finished, planner)
+    yield from decode(target, chosen, prompt_ids, law, Streams(seed), max_new_tokens, finished, planner, target.judge)
 
 
 def generate(

@@ -123,7 +123,7 @@ def run(grafted: Speculating, streamer, model, input_ids, *, logits_processor, s
     num_new = generation_config.max_length - len(prompt)
     with torch.inference_mode():
         planner = grafted.greedy_planner if law.greedy else grafted.planner()
-        for done in decode(grafted.target, grafted.drafter, prompt, law, Streams(seed), num_new, finished, planner):
+        for done in decode(grafted.target, grafted.drafter, prompt, law, Streams(seed), num_new, finished, planner, grafted.target.judge):
             new += done.tokens
             if streamer is not None:
                 for token in done.tokens:

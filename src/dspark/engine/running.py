@@ -6,7 +6,7 @@ from secrets import randbits
 
 import torch
 
-from dspark.core.decode import Judge, Scored, judge_coupled, judge_fast
+from dspark.core.decode import Judge, Scored, judge_coupled
 from dspark.core.sampling import Coupled, Streams
 from dspark.core.verifier import Draft, FewTokens, Verdict
 from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, PromptLookup
@@ -33,7 +33,7 @@ class Running:
         self.arbiter: Arbiter | None = None
         self.loads_seen = -1  # the change of load that its planner was last told of
         self.noise: Streams | Coupled = Streams(randbits(32)) if request.seed is None else Coupled(request.seed)
-        self.judge: Judge = judge_fast if request.seed is None else judge_coupled
+        self.judge: Judge = target.judge if request.seed is None else judge_coupled
         self.ends = stopping_rule(target, target.eos_ids if request.eos_ids is None else request.eos_ids, request.stop)
         self.cancelled = False
         self.stopped = False

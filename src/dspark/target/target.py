@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from dspark.core.decode import Scored
+from dspark.core.decode import Judge, Scored, judge_fast
 from dspark.errors import LogitsError, PromptError, RuntimeUnavailable, TargetError
 from dspark.target.delta import recorded
 from dspark.target.graphs import Graphs, Slot
+from dspark.target.native.judge import judge_natively
 from dspark.target.native.runtime import NativeRuntime, Piece
 from dspark.target.native.stack import Cache as NativeCache
 from dspark.target.quantize import is_int8, rows_of
@@ -108,6 +109,11 @@ class Target:
         eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
         eos = self.text_config.eos_token_id if eos is None else eos
         return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+    @property
+    def judge(self) -> Judge:
+        """What says which drafted tokens stand: natively where it decodes so."""
+        return judge_fast if self.runtime is None else judge_natively
 
     @property
     def runtime_name(self) -> str:

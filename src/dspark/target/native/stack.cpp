@@ -562,6 +562,17 @@ struct Follow {
     int32_t threads;
 };
 
+// What stands of a draft of K tokens, and the token after it: core/verifier.py's block verification.
+struct Judging {
+    const float* target;       // [K + 1, V] the target's laws
+    const int64_t* ids;        // [K, C] the tokens that the draft chose from, and their chances; rows a distance apart
+    const float* chances;
+    const int64_t* tokens;     // [K]
+    const double* uniforms;    // [K], and one for the next token
+    int64_t ids_distance, chances_distance, next;  // next: out, the token after what stands
+    int32_t num_tokens, num_choices, vocabulary;
+};
+
 }  // extern "C"
 
 namespace {
@@ -728,6 +739,14 @@ class Drawing {
     }
 
   public:
+    // A token of a law, or of numbers in proportion to one.
+    int draw(const float* law, int n, double uniform) {
+        up_to.resize(n / 16);
+        double sum = 0.0;
+        for (int i = 0; i < n; i += 16) up_to[i / 16] = sum += sum_of(load(law + i));
+        return at(law, uniform, n);
+    }
+
     // The token of step k from a row of n logits whose largest is `most`; the row becomes the law it is drawn from.
     int draw(float* row, int n, float most, const Sampling& how, int k, const int64_t* ids) {
         for (int i = 0; i < n; i += 16) {
@@ -749,6 +768,63 @@ class Drawing {
         }
         const float* race = how.races ? how.races[k] : nullptr;
         return race ? raced(row, race, n, ids) : at(row, how.uniforms[k], n);
+    }
+};
+
+// The verifier of one draft. Names and order of steps are those of core/verifier.py: verify.
+class Verifier {
+    Judging& j;
+    std::vector<double> standing{1.0};  // after each part of the block, from none of it on
+    Aligned<float> left;
+    Drawing drawing;
+
+    const float* law(int k) const { return j.target + int64_t(k) * j.vocabulary; }
+
+    float drafted_with(int k, int64_t token) const {
+        const int64_t* ids = j.ids + k * j.ids_distance;
+        const int64_t* found = std::find(ids, ids + j.num_choices, token);
+        return found == ids + j.num_choices ? 0.0f : j.chances[k * j.chances_distance + (found - ids)];
+    }
+
+    // What the next token still needs of each word's chance once tokens of this draft have brought theirs; their sum.
+    double left_over(int k) {
+        const float* p = law(k);
+        const float s = float(standing[k]);
+        for (int i = 0; i < j.vocabulary; i += 16) store(&left[i], load(p + i) * s);
+        for (int c = 0; c < j.num_choices; c++) {
+            float& rest = left[j.ids[k * j.ids_distance + c]];
+            rest = std::max(rest - j.chances[k * j.chances_distance + c], 0.0f);
+        }
+        f16v low{};  // a few thousand sums in a row: pairs of them in double would cost more than all the rest
+        double total = 0.0;
+        for (int i = 0; i < j.vocabulary; i += 256) {
+            low = f16v{};
+            for (int n = i; n < std::min(i + 256, j.vocabulary); n += 16) low += load(&left[n]);
+            total += sum(low);
+        }
+        return total;
+    }
+
+    double chance_of_end(int k) {
+        if (k == j.num_tokens || standing[k] == 1.0) return standing[k];
+        const double rest = left_over(k);
+        return rest / (rest + 1.0 - standing[k]);
+    }
+
+  public:
+    explicit Verifier(Judging& judging) : j(judging), left(judging.vocabulary) {}
+
+    int judge() {
+        for (int k = 0; k < j.num_tokens; k++) {
+            const double chance = std::min(1.0, double(law(k)[j.tokens[k]] / drafted_with(k, j.tokens[k])) * standing[k]);
+            if (chance == 0.0) break;
+            standing.push_back(chance);
+        }
+        int k = int(standing.size()) - 1;
+        while (k > 0 && j.uniforms[k - 1] >= chance_of_end(k)) k--;
+        const bool anew = k < j.num_tokens && left_over(k) > 0.0;
+        j.next = drawing.draw(anew ? left.data() : law(k), j.vocabulary, j.uniforms[j.num_tokens]);
+        return k;
     }
 };
 
@@ -1291,6 +1367,8 @@ void stack_bias(const Stack* stack, const Linear* w2, int num_rows, const float*
 void stack_follow(const Stack* stack, const Follow* follow) {
     with_runner(*stack, Segments{&follow->rest, 1}, [&](auto& runner) { runner.follow(*stack, *follow); });
 }
+
+int32_t stack_judge(Judging* judging) { return Verifier(*judging).judge(); }
 
 void stack_chain(const Stack* stack, const Chain* chain) {
     const Segment rows{nullptr, chain->num_requests, 0, 0};
