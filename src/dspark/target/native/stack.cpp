@@ -795,10 +795,9 @@ class Verifier {
             float& rest = left[j.ids[k * j.ids_distance + c]];
             rest = std::max(rest - j.chances[k * j.chances_distance + c], 0.0f);
         }
-        f16v low{};  // a few thousand sums in a row: pairs of them in double would cost more than all the rest
         double total = 0.0;
-        for (int i = 0; i < j.vocabulary; i += 256) {
-            low = f16v{};
+        for (int i = 0; i < j.vocabulary; i += 256) {  // all in double would take longer than the rest of this
+            f16v low{};
             for (int n = i; n < std::min(i + 256, j.vocabulary); n += 16) low += load(&left[n]);
             total += sum(low);
         }
