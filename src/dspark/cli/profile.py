@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     for n, milliseconds in found.rows.items():
         print(f"{n:>4} {milliseconds:>7.2f} {milliseconds / found.rows[1]:>14.2f}")
     if found.draft is not None:
-        print(f"draft of {found.block_size} tokens: {found.draft:.2f} ms; the head pays above {found.break_even:.2f} tokens a round")
+        each = f", {found.draft_each:.2f} of them for each token behind the first" if found.draft_each else ""
+        print(f"draft of {found.block_size} tokens: {found.draft:.2f} ms{each}; the head pays above {found.break_even:.2f} tokens a round")
     print(
         f"one row reads {found.weight_bytes / 1e6:.0f} MB of weights at {found.weight_bytes / found.rows[1] / 1e6:.1f} GB/s, "
         f"{found.share_of_bandwidth:.0%} of the {found.bandwidth / 1e9:.1f} GB/s this machine reads"
