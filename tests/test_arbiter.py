@@ -1,6 +1,7 @@
 """The arbiter takes the drafter that gains more, lets the other's state follow, and changes no token."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from dspark.core.verifier import Draft, FewTokens
 from dspark.drafters import Arbiter, DSparkDrafter, MtpDrafter, PromptLookup
 from dspark.errors import SettingError
 from dspark.generation import generate, make_drafter, make_law, make_planner, stream
-from dspark.profiling import planning_costs, profile
+from dspark.profiling import planning_costs, profile, stored_costs
 from dspark.target.load import use_runtime
 from dspark.target.target import Target
 from tiny import NATIVE_SHAPE, tiny_head, tiny_model, tiny_recurrent
@@ -163,6 +164,23 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("DSPARK_CACHE", "/proc/nowhere")  # a cache that cannot be written is measured anew, without a word more
     planning_costs(target, head, 6, said.append)
     assert len(said) == 8
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"each": None}, {"each": -0.1}, {"each": 5.1}, {"each": math.nan}, {"draft": math.inf}, {"draft": math.inf, "each": math.inf},
+        {"rows": [1.0, math.nan]}, {"rows": [1.0, math.inf]}, {"contexts": [2048, 256]}, {"contexts": [256, 256]}, {"contexts": [math.inf, 1]},
+        "[" * 10**5, "[]", {},
+    ],
+)  # fmt: skip
+def test_senseless_costs_in_the_cache_are_as_none(damage, tmp_path):
+    file, depends_on = tmp_path / "costs.json", {"rows": 2}
+    changes = damage if isinstance(damage, dict) else {}
+    costs = {"draft": 5.0, "rows": [1.0, 1.1], "each": 1.0} | {key: value for key, value in changes.items() if key != "contexts"}
+    whole = {"depends_on": depends_on, "contexts": changes.get("contexts", [256, 2048]), "costs": [costs, costs]}
+    file.write_text(damage if isinstance(damage, str) else json.dumps(whole))
+    assert (stored_costs(file, depends_on) is None) == bool(damage)
 
 
 def test_a_draft_is_measured_as_in_a_round(monkeypatch):

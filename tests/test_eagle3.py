@@ -132,6 +132,18 @@ def test_layers_counted_otherwise_give_other_laws(target, tmp_path):
         ({"eagle_config": 3}, "an object was expected"),
         ({"num_attention_heads": None}, "lacks num_attention_heads"),
         ({"draft_vocab_size": 64}, "t2d .* and d2t .* do not fit 64 of 128"),
+        ({"transformer_layer_config": [1]}, "an object was expected"),
+        ({"rope_parameters": "linear"}, "an object was expected"),
+        ({"rope_theta": [1e4]}, "rope_theta is"),
+        ({"rope_theta": "fast"}, "rope_theta is"),
+        ({"rope_theta": 10**400}, "rope_theta is"),
+        ({"hidden_size": "32", "head_dim": None}, "head_dim|hidden_size"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": ["1", "3", "4"]}}, "a list of layer numbers was expected"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [True, 3, 4]}}, "a list of layer numbers was expected"),
+        ({"eagle_aux_hidden_state_layer_ids": {"1": 3}}, "a list of layer numbers was expected"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": []}}, "are not ascending layer numbers"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 4]}}, "fc.weight has shape"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3, 4]}}, "fc.weight has shape"),
     ],
 )
 def test_what_dspark_does_not_compute_is_refused(change, says, target, tmp_path):
@@ -150,6 +162,8 @@ def test_what_dspark_does_not_compute_is_refused(change, says, target, tmp_path)
         (lambda t: t.update({"embed_tokens.weight": torch.randn(128, 32)}), "embed_tokens.weight differs from the target's"),
         (lambda t: t.update({"d2t": t["d2t"] + torch.arange(64)}), "d2t holds target ids"),
         (lambda t: t.pop("t2d"), "lacks t2d"),
+        (lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.float8_e4m3fn)}), "fc.weight is of the type torch.float8"),
+        (lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.int8)}), "fc.weight is of the type torch.int8"),
     ],
 )
 def test_damaged_tensors_are_refused(change, says, target, tmp_path):
@@ -175,6 +189,53 @@ def test_a_pickle_that_is_more_than_tensors_is_refused(target, tmp_path):
         brought_in(source, target, tmp_path / "out")
 
 
+class Hostile:
+    """What would run a command at load, were it let."""
+
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"PK", {"fc.weight": Hostile()}, [torch.zeros(3)], {"state_dict": {"fc.weight": torch.zeros(3)}}, {3: torch.zeros(3)},
+        {"fc.weight": torch.zeros(3, 3).to_sparse()}, {"fc.weight": torch.zeros(3, device="meta")},
+    ],
+)  # fmt: skip
+def test_a_pickle_of_anything_else_is_refused(content, target, tmp_path, capsys):
+    source = first_ones(tmp_path / "source", tiny_recurrent(target, "eagle3", layer_ids=USUAL))
+    if isinstance(content, bytes):
+        (source / "pytorch_model.bin").write_bytes(content)
+    else:
+        torch.save(content, source / "pytorch_model.bin")
+    with pytest.raises(HeadError, match=r"pytorch_model\.bin"):
+        brought_in(source, target, tmp_path / "out")
+    assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["..", "../model.safetensors", "", 3, None])
+def test_an_index_names_files_of_the_folder_only(place, target, tmp_path):
+    source = specforge(tmp_path / "source", tiny_recurrent(target, "eagle3", layer_ids=USUAL))
+    (source / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"fc.weight": place}}))
+    with pytest.raises(HeadError):
+        brought_in(source, target, tmp_path / "out")
+
+
+@pytest.mark.parametrize("architectures", [3, True, {"a": 1}, [None], "LlamaForCausalLMEagle3", None])
+def test_names_of_any_kind_are_looked_at(architectures, target, tmp_path):
+    source = specforge(tmp_path / "source", tiny_recurrent(target, "eagle3", layer_ids=USUAL), architectures=architectures)
+    assert detect(source) == "eagle3"
+
+
+def test_a_config_that_is_no_object_is_refused(target, tmp_path):
+    source = specforge(tmp_path / "source", tiny_recurrent(target, "eagle3", layer_ids=USUAL))
+    (source / "config.json").write_text("[1]")
+    with pytest.raises(HeadError, match="an object was expected"):
+        convert(source, "eagle3", "dspark", tmp_path / "out", target, "", lambda text: None)
+
+
 def test_it_is_only_read(target, tmp_path):
     source = specforge(tmp_path / "source", tiny_recurrent(target, "eagle3", layer_ids=USUAL))
     with pytest.raises(SettingError, match="only read"):
@@ -190,6 +251,9 @@ def test_the_command_line_brings_one_in(tmp_path, capsys):
     source = specforge(tmp_path / "source", tiny_recurrent(target, "eagle3", layer_ids=USUAL))
     code, _, errors = run(capsys, "convert", str(source), str(tmp_path / "out"))
     assert code == 2 and "--target TARGET" in errors
+    for more in (["--to", "gguf"], ["--taps", "1,2,3"]):  # before a target is loaded
+        code, _, errors = run(capsys, "convert", str(source), str(tmp_path / "out"), "--target", str(tmp_path / "none"), *more)
+        assert code == 2 and "only read" in errors
     code, out, errors = run(capsys, "convert", str(source), str(tmp_path / "out"), "--target", str(folder), "--dtype", "float32")
     assert code == 0 and out.strip() == str(tmp_path / "out"), errors
     code, _, errors = run(capsys, "inspect", str(tmp_path / "out"))

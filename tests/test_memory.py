@@ -18,10 +18,11 @@ from dspark.engine import engine as engine_module
 from dspark.engine.engine import Engine
 from dspark.engine.request import Request
 from dspark.errors import SettingError
+from dspark.head.chain import NativeChain
 from dspark.head.context import Context
 from dspark.target.native.cache import PAGE_TOKENS, SLAB_BYTES, Cache, Pool
 from test_engine import Ear, make_engine, make_target, own_cache, reference, serve  # noqa: F401  own_cache is a fixture
-from tiny import tiny_head
+from tiny import tiny_head, tiny_recurrent
 
 EDGES = (1, PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 2 * PAGE_TOKENS, 100, 150)
 MOST = 200  # tokens of the longest request
@@ -31,6 +32,7 @@ def pools_of(engine: Engine) -> list[Pool]:
     runtime = engine.target.runtime
     pools = [None if runtime is None else runtime.pool]
     pools += [] if engine.runner is None else [engine.runner.pool, engine.runner.feature_pool]
+    pools += [engine.modules.pool] if isinstance(engine.modules, NativeChain) else []
     return [pool for pool in pools if pool is not None]
 
 
@@ -105,6 +107,50 @@ def test_an_engine_never_holds_more_than_its_bound(runtime, head, plan, times, m
     engine.prefixes.entries.clear()
     gc.collect()
     assert engine.held_bytes == watch.live_bytes() == 0
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(("kind", "draft_vocab"), [("mtp", None), ("eagle3", 64), ("eagle3", 100)])
+def test_the_slots_of_a_chain_are_within_the_bound(kind, draft_vocab, times):
+    target = make_target()
+    head = tiny_recurrent(target, kind, 5, draft_vocab, head_dim=16)
+    engine = Engine(target, head, max_running=6, plan="fixed", cache_bytes=10**9)
+    assert isinstance(engine.modules, NativeChain) == (draft_vocab != 100)
+    engine.cache_bytes = times * engine._most_bytes(MOST)
+    seen, drafted = [], []
+
+    def note(step):
+        seen.append(engine.held_bytes)
+        drafted.extend(done.drafted for done in step.rounds if done.drafter == "mtp")
+
+    engine.on_step = note
+    requests = adversarial(12, seed=times)
+    ears = serve(engine, requests, all_at_once=times == 1)
+    assert [ear.ids for ear in ears] == [reference(target, request) for request in requests]
+    assert 0.6 * engine.cache_bytes < max(seen) <= engine.cache_bytes and sum(drafted)
+    engine.prefixes.entries.clear()
+    gc.collect()
+    assert engine.held_bytes == 0
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("runtime", ["native", "eager"])
+def test_room_is_made_for_the_first_round_of_a_prompt_that_is_all_in(runtime, head, monkeypatch):
+    """Of one token, or one that a finished text knows."""
+    engine = make_engine(runtime, head, plan="fixed")
+    score, calls = engine.target.score_many, []
+
+    def watched(pieces):
+        allowed = engine.held_bytes + engine.reserved
+        scored = score(pieces)
+        calls.append(engine.held_bytes <= allowed)
+        return scored
+
+    monkeypatch.setattr(engine.target, "score_many", watched)
+    first = Request([5], 2 * PAGE_TOKENS, eos_ids=frozenset())
+    answer = serve(engine, [first])[0].ids
+    following = serve(engine, [Request([5, *answer], PAGE_TOKENS, eos_ids=frozenset())])[0]
+    assert following.last.cached_tokens == 2 * PAGE_TOKENS and all(calls)
 
 
 @pytest.mark.parametrize("runtime", ["native", "eager"])

@@ -6,6 +6,7 @@ What the planner needs of them is kept in the user's cache, under a name that ho
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -220,11 +221,13 @@ def stored_costs(path: Path, depends_on: dict) -> CostTable | None:
         costs = tuple(Costs(float(c["draft"]), tuple(float(r) for r in c["rows"]), float(c["each"])) for c in found["costs"])
         table = CostTable(tuple(int(context) for context in found["contexts"]), costs)
         sound = (
-            all(len(c.rows) == depends_on["rows"] and min(c.rows) > 0 <= c.draft >= c.each for c in costs)
+            all(len(c.rows) == depends_on["rows"] and min(c.rows) > 0 <= c.each <= c.draft for c in costs)
+            and all(math.isfinite(cost) for c in costs for cost in (c.draft, *c.rows))
             and len(costs) == len(table.contexts) > 0
+            and list(table.contexts) == sorted(set(table.contexts))
         )
         return table if sound else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     if path is None or (options.out and options.out_option):
         raise SettingError("one place to write is needed", "dspark convert SRC DST --to FORMAT")
     set_threads(options)
-    from dspark.formats.convert import convert, detect, layers_read, named_target, refuse_existing, refuse_taps
+    from dspark.formats.convert import convert, detect, layers_read, named_target, refuse_existing, refuse_only_read, refuse_taps
     from dspark.head.folder import named_head
     from dspark.target.load import load_target
 
@@ -78,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if kind == options.to and options.taps is None:
         raise SettingError(f"{source} is in the format {kind} already", "choose another with --to")
     refuse_existing(path)
+    refuse_only_read(kind, options.to, options.taps)
     own, num_layers = layers_read(source, kind)
     if options.taps is not None:
         refuse_taps(options.taps, own, num_layers)

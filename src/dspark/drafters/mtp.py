@@ -83,9 +83,10 @@ class MtpDrafter:
 
     def draft_bytes(self, slot_bytes: int) -> int:
         """Memory that the next draft takes at most, beyond what it has, with so much for a slot."""
+        waiting = 4 * self.target.hidden_size * sum(waiting_TD is None for waiting_TD in self.waiting)  # a state of each, from then on
         if isinstance(self.cache, Cache):
-            return self.cache.growth(self.num_final[0], self.num_committed + self.block_size)
-        return slot_bytes * (self.num_committed - min(self.num_final) + self.block_size)
+            return waiting + self.cache.growth(self.num_final[0], self.num_committed + self.block_size)
+        return waiting + slot_bytes * (self.num_committed - min(self.num_final) + self.block_size)
 
     def can_fork(self, num_tokens: int) -> bool:
         """Are the modules' caches cut back to so many tokens without what a sliding window has forgotten?"""

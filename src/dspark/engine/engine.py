@@ -367,7 +367,8 @@ class Engine:
         """For all that this step's pass will add: old prefixes go, then the newest request goes back to the queue."""
         while True:
             holding = [r for r in self.running if r.state is not None]
-            growth = sum(self._growth(r, chunk if r is filling else self.most_rows) for r in holding)
+            # One whose prompt is known already, or is one token, decodes in the step that it comes in.
+            growth = sum(self._growth(r, chunk if r is filling and r.missing else self.most_rows) for r in holding)
             if self._free(growth) or len(holding) <= 1:  # alone it fits: `submit` has seen to that
                 self.reserved = growth
                 return

@@ -67,7 +67,8 @@ def named_target(path: Path, kind: str) -> str | None:
     if isinstance(section, dict) and section.get("target"):
         return str(section["target"])
     verifier = verifier.get("verifier") if isinstance(verifier, dict) else None
-    return verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def layers_read(path: Path, kind: str) -> tuple[list[int], int | None]:
@@ -105,6 +106,12 @@ def refuse_existing(path: Path) -> None:
         raise HeadError(f"{path} exists already", "choose another place, or delete it")
 
 
+def refuse_only_read(kind: str, to: str, taps: Sequence[int] | None) -> None:
+    """Raise `SettingError` where an EAGLE-3 head would become anything but dspark's own."""
+    if kind == EAGLE3 and (to != OWN or taps is not None):
+        raise SettingError("an EAGLE-3 head is only read, as it is", "convert it --to dspark, without --taps")
+
+
 def convert(
     source: Path, kind: str, to: str, path: Path, target: Target, command: str, say: Say, taps: tuple[int, ...] | None = None
 ) -> SelfTest | None:
@@ -114,9 +121,8 @@ def convert(
     Raises `HeadError` for what a format cannot hold, for a head of another target, for files that are not whole or
     follow another convention, and for golden vectors that do not come out again."""
     refuse_existing(path)
+    refuse_only_read(kind, to, taps)
     if kind == EAGLE3:
-        if to != OWN or taps is not None:
-            raise SettingError("an EAGLE-3 head is only read, as it is", "convert it --to dspark, without --taps")
         eagle3.bring_in(source, path, target, golden_ids(target), command)
         return load_head(path, target).self_test
     head = read_own(source) if kind == OWN else FORMATS[kind].read(source, target)

@@ -4,7 +4,6 @@ One decoder layer, `fc` in front of it, and output rows of its own over a draft 
 in two ways: SpecForge counts layers' outputs from 0, as dspark does, speculators one higher, with the embeddings as 0. Where nothing is told,
 the engines take the outputs of layers 1, n/2 - 1 and n - 4 of n. Neither says how many tokens a draft has."""
 
-import pickle
 import platform
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dspark.target.target import Target
 
 BLOCK = 5  # planners ask for fewer where fewer pay
 SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps", "vocab_size")
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What some of them compute besides, by the keys that say so.
 OTHERS = {"fc_norm": "a norm before its layers meet", "norm_output": "a norm of the state that it hands on", "mlp_bias": "biases in its MLP",
           "norm_before_residual": "the norm before the residual"}  # fmt: skip
@@ -33,19 +33,18 @@ def is_eagle3(raw: dict) -> bool:
     if "speculators_model_type" in raw:
         return raw["speculators_model_type"] == "eagle3"
     # the first ones call themselves a Llama of one layer
-    named = any("Eagle3" in str(name) for name in raw.get("architectures") or [])
+    names = raw.get("architectures")
+    named = any("Eagle3" in str(name) for name in (names if isinstance(names, list) else [names]))
     return named or ("draft_vocab_size" in raw and raw.get("num_hidden_layers") == 1)
 
 
 def read(path: Path, target: Target) -> RecurrentHead:
     """The head in a folder. Raises `HeadError` for one of another target, or with layers that dspark does not run."""
     where = f"{path}/config.json"
-    raw = read_json(path / "config.json", HeadError, "restore the file")
-    layer = raw.get("transformer_layer_config") or raw
-    told = raw.get("eagle_config") or {}
-    rope = layer.get("rope_parameters") or {}
-    if not isinstance(layer, dict) or not isinstance(told, dict) or not isinstance(rope, dict):
-        raise HeadError(f"{where} is damaged: an object was expected", "restore the file")
+    raw = object_in(read_json(path / "config.json", HeadError, "restore the file"), where)
+    layer = object_in(first_told(raw.get("transformer_layer_config"), raw), where)
+    told = object_in(first_told(raw.get("eagle_config"), {}), where)
+    rope = object_in(first_told(layer.get("rope_parameters"), {}), where)
     reasons = [reason for key, reason in OTHERS.items() if raw.get(key) or layer.get(key)]
     if raw.get("target_hidden_size") not in (None, layer.get("hidden_size")):
         reasons.append("states of another size than the target's")
@@ -56,13 +55,14 @@ def read(path: Path, target: Target) -> RecurrentHead:
             f"{where}: an EAGLE-3 head with {' and '.join(reasons)}", "dspark runs the layer of the paper: one, normed on its way in"
         )
     values: dict[str, Any] = {name: layer.get(name) for name in SIZES}
+    hidden, heads = layer.get("hidden_size"), layer.get("num_attention_heads")
     values |= {
-        "head_dim": layer.get("head_dim") or (layer.get("hidden_size") or 0) // (layer.get("num_attention_heads") or 1),
-        "rope_theta": float(layer.get("rope_theta") or rope.get("rope_theta") or 10_000.0),  # Llama's default
-        "draft_vocab_size": raw.get("draft_vocab_size") or layer.get("vocab_size"),
+        "head_dim": first_told(layer.get("head_dim"), hidden // heads if type(hidden) is type(heads) is int and heads else None),
+        "rope_theta": first_told(layer.get("rope_theta"), rope.get("rope_theta"), 10_000.0),  # Llama's default
+        "draft_vocab_size": first_told(raw.get("draft_vocab_size"), layer.get("vocab_size")),
     }
     section = {"kind": "eagle3", "block_size": BLOCK, "trained_steps": BLOCK, "num_target_layers": target.num_layers}
-    section["target_layer_ids"] = layers_read(raw, told, target.num_layers)
+    section["target_layer_ids"] = layers_read(raw, told, target.num_layers, where)
     config = recurrent_config(layer | values, section, where)
     refuse_other_target(config, {}, target)
     if embedding_scale(target) != 1:
@@ -70,15 +70,29 @@ def read(path: Path, target: Target) -> RecurrentHead:
     file = f"{path}: the file of its weights"
     tensors = {name.removeprefix("model.").replace("layers.0.", "midlayer."): tensor for name, tensor in weights_in(path).items()}
     draft_ids = draft_ids_of_offsets(tensors, config.vocab_size, config.draft_vocab_size, file)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in PRECISIONS:
+            raise HeadError(f"{file}: {name} is of the type {tensor.dtype}", "dspark reads heads in float32, float16 and bfloat16")
     embedded = tensors.pop(SHARED[0], None)  # some bring a copy of the target's
     if embedded is not None:
         refuse_unlike(SHARED[0], embedded.float(), embedding_rows(target), file)
-    refuse_broken(tensors, f"{file} is damaged", "restore the file")
     refuse_other_tensors(config, tensors, file)
+    refuse_broken(tensors, f"{file} is damaged", "restore the file")
     head = empty_head(config, draft_ids, target)
     head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     assert isinstance(head, RecurrentHead)
     return head
+
+
+def object_in(value: Any, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise HeadError(f"{where} is damaged: an object was expected", "restore the file")
+    return value
+
+
+def first_told(*values: Any) -> Any:
+    """The first that is not null."""
+    return next((value for value in values if value is not None), None)
 
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
@@ -87,18 +101,29 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
     if any(path.glob("*.safetensors*")) or not pickled.exists():
         return read_weights(path)
     try:
-        return torch.load(pickled, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise HeadError(f"cannot read {pickled}: {str(error).splitlines()[0]}", "restore the file") from error
+        found = torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged one raises anything
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise HeadError(f"cannot read {pickled}: {reason}", "restore the file") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) and is_plain(tensor) for name, tensor in found.items()):
+        raise HeadError(f"{pickled} is damaged: tensors by name were expected", "restore the file")
+    return found
 
 
-def layers_read(raw: dict, told: dict, num_layers: int) -> list[int]:
+def is_plain(tensor: Any) -> bool:
+    """Not a sparse one, or one without numbers, which a pickle may hold too."""
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+def layers_read(raw: dict, told: dict, num_layers: int, where: str) -> list[int]:
     """The target's layers, counted as dspark does."""
     name, first = "eagle_aux_hidden_state_layer_ids", 1 if "speculators_model_type" in raw else 0
-    ids = told.get(name) or raw.get(name)
-    return (
-        [i - first for i in ids] if isinstance(ids, list) and all(type(i) is int for i in ids) else [1, num_layers // 2 - 1, num_layers - 4]
-    )
+    ids = first_told(told.get(name), raw.get(name))
+    if ids is None:
+        return [1, num_layers // 2 - 1, num_layers - 4]
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):  # the usual ones would be a guess
+        raise HeadError(f"{where}: {name} is {ids!r}, a list of layer numbers was expected", "restore the file")
+    return [i - first for i in ids]
 
 
 def bring_in(source: Path, path: Path, target: Target, golden_ids: list[int], command: str) -> None:
