@@ -266,6 +266,15 @@ def test_what_is_drawn_in_one_go_is_what_is_drawn_token_by_token(kind, seeded, l
         assert max((together.probs_KV[k] - alone.probs_KV[k]).abs().max() for k in range(4)) < 1e-5
 
 
+def test_a_head_of_another_precision_than_the_target_drafts_token_by_token(monkeypatch):
+    target = native_target()
+    head = head_for(target, "eagle3")
+    exact = committed(MtpDrafter(head, target), PROMPT).draft(PROMPT, 4, GREEDY, torch.Generator()).tokens
+    monkeypatch.setattr(NativeChain, "follow", lambda *arguments: pytest.fail("it would read embeddings of another precision"))
+    drafter = committed(MtpDrafter(head.bfloat16(), target), PROMPT)
+    assert not drafter.modules.follows and len(drafter.draft(PROMPT, 4, GREEDY, torch.Generator()).tokens) == len(exact) == 4
+
+
 def test_broken_numbers_end_a_draft_behind_the_tokens_they_led_to():
     target = native_target()
     drafter = committed(MtpDrafter(head_for(target, "eagle3"), target), PROMPT)

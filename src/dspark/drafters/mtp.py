@@ -143,7 +143,7 @@ class MtpDrafter:
             hidden_TD = handed_TD
             if not block.take(logits_C):
                 break
-            if isinstance(self.modules, NativeChain) and num > 1:
+            if isinstance(self.modules, NativeChain) and num > 1 and self.modules.follows:
                 drawn = block.drawn()
                 if block.greedy or drawn is not None:
                     block.follow(*self.modules.follow(hidden_TD[-1], block.text[-1], num - 1, drawn, num_slots, self.cache))

@@ -48,12 +48,17 @@ class NativeChain:
         are in the draft vocabulary (-1: no number was finite, from there on), each the best of its row or `drawn`, and the rows [G, Vd],
         those of drawn tokens their laws."""
         rest = Rows(cache, slot, num_tokens)
-        return self.stack.follow(rest, self.embeddings, self.head.draft_ids, state_D.clone(), token, drawn)
+        return self.stack.follow(rest, self.embeddings.contiguous(), self.head.draft_ids, state_D.clone(), token, drawn)
 
     @property
     def embeddings(self) -> torch.Tensor:
-        """The target's [V, D], as they are now, in the precision of the head's weights."""
-        return self.target.model.get_input_embeddings().weight.detach().to(self.stack.dtype).contiguous()
+        """The target's [V, D], as they are now."""
+        return self.target.model.get_input_embeddings().weight.detach()
+
+    @property
+    def follows(self) -> bool:
+        """Can `follow` read the target's embeddings: are they of the precision of the head's weights?"""
+        return self.embeddings.dtype == self.stack.dtype
 
     def forget(self, k: int, num_slots: int, cache: Cache) -> None:
         """Nothing is to be done: the next pass overwrites them."""
