@@ -128,7 +128,10 @@ def test_layers_counted_otherwise_give_other_laws(target, tmp_path):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "positions scaled by 'llama3'"),
         ({"attention_bias": True}, "biases in its attention"),
         ({"hidden_size": 64}, "was trained for hidden size 64"),
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 90]}}, "not all layers of a target with 8"),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 90]}},
+            "eagle_aux_hidden_state_layer_ids is .*not all layers of a target with 8",
+        ),
         ({"eagle_config": 3}, "an object was expected"),
         ({"num_attention_heads": None}, "lacks num_attention_heads"),
         ({"draft_vocab_size": 64}, "t2d .* and d2t .* do not fit 64 of 128"),
@@ -251,11 +254,15 @@ def test_the_command_line_brings_one_in(tmp_path, capsys):
     source = specforge(tmp_path / "source", tiny_recurrent(target, "eagle3", layer_ids=USUAL))
     code, _, errors = run(capsys, "convert", str(source), str(tmp_path / "out"))
     assert code == 2 and "--target TARGET" in errors
+    code, _, errors = run(capsys, "convert", str(tmp_path / "out"), str(tmp_path / "back"), "--to", "eagle3")
+    assert code == 2 and "--to is 'eagle3', a format that is only read" in errors
     for more in (["--to", "gguf"], ["--taps", "1,2,3"]):  # before a target is loaded
         code, _, errors = run(capsys, "convert", str(source), str(tmp_path / "out"), "--target", str(tmp_path / "none"), *more)
         assert code == 2 and "only read" in errors
     code, out, errors = run(capsys, "convert", str(source), str(tmp_path / "out"), "--target", str(folder), "--dtype", "float32")
     assert code == 0 and out.strip() == str(tmp_path / "out"), errors
+    assert "reads the target's layers 1, 3, 4 (the usual ones: the head names none)" in errors
+    assert "on the golden text\n" in errors  # the golden vectors are new: nothing to compare with
     code, _, errors = run(capsys, "inspect", str(tmp_path / "out"))
     assert code == 0
     code, out, errors = run(

@@ -217,6 +217,7 @@ def test_a_converted_head_may_read_other_layers(heads, target, tmp_path):
     taps = tuple(range(count)) if before.config.target_layer_ids != tuple(range(count)) else tuple(range(1, count + 1))
     convert(source, "dspark", "gguf", tmp_path / "there", target, "", said.append, taps)
     convert(tmp_path / "there", "gguf", "dspark", tmp_path / "back", target, "", said.append)
+    assert "brought no golden vectors" in said[-1]
     convert(source, "dspark", "dspark", tmp_path / "own", target, "", said.append, taps)
     assert not any("last layer" in word for word in said) or taps[-1] == target.num_layers - 1
     for name in ("back", "own"):

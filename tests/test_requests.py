@@ -78,6 +78,9 @@ def oracle(target, truth, counts=(GAMMA,)) -> Oracle:
     [
         ({"prompt_ids": []}, PromptError, "empty"),
         ({"prompt_ids": [3, 128]}, PromptError, "128 is outside the target's vocabulary of 128"),
+        ({"prompt_ids": "a text"}, PromptError, "the prompt is text, and token ids are wanted"),
+        ({"prompt_ids": [[3, 5]]}, PromptError, "the prompt is a batch"),
+        ({"prompt_ids": torch.tensor([[3, 5]])}, PromptError, "the prompt is a batch"),
         ({"prompt_ids": [-1]}, PromptError, "-1 is outside"),
         ({"prompt_ids": [1] * 250, "max_new_tokens": 7}, PromptError, "250 tokens plus 7 new ones exceeds .* 256"),
         ({"prompt_ids": [1] * 300}, PromptError, "300 tokens"),

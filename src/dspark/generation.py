@@ -258,6 +258,10 @@ def as_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
     """Values are checked here, once, at the border."""
+    if isinstance(prompt_ids, str):
+        raise PromptError("the prompt is text, and token ids are wanted", "make them of it: target.prompt_ids(text)")
+    if getattr(prompt_ids, "ndim", 1) != 1 or any(isinstance(t, list | tuple) for t in prompt_ids):
+        raise PromptError("the prompt is a batch, and one prompt's token ids are wanted", "give them as one list of numbers")
     if len(prompt_ids) == 0:
         raise PromptError("the prompt is empty", "give at least one token; a chat template always does")
     check_settings(max_new_tokens, seed, stop)

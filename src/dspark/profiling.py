@@ -165,7 +165,7 @@ def planning_costs(
     any case). Without a head the draft costs nothing, as prompt lookup's does."""
 
     def measure() -> CostTable:
-        say("measuring what a round costs on this machine (once, a few seconds)")
+        say("measuring what a round costs on this machine (once for each pair of target and head, a few seconds)")
         longest = target.max_context - most_rows - 1
         contexts = sorted({max(1, min(context, longest)) for context in PLANNING_CONTEXTS})
         found: dict[int, Costs] = {}

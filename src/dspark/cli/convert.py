@@ -56,6 +56,8 @@ def check_format(option: str, given: str, formats: dict[str, str]) -> None:
     for near in difflib.get_close_matches(given.lower(), meant, n=1):
         name = meant[near]
         told = f"use {option} {name}, for {formats[name]}; " if formats[name] else f"use {option} {name}; "
+    if given in READ:
+        raise SettingError(f"{option} is {given!r}, a format that is only read", f"formats to write: {listed(formats)}")
     raise SettingError(f"{option} is {given!r}, which is no format", f"{told}all formats: {listed(formats)}")
 
 

@@ -118,7 +118,7 @@ def measured_load(target: Target, head: Head | None, most_running: int, most_row
         return Load(alone, {})
 
     def measure() -> CostTable:
-        say("measuring what requests cost together on this machine (once, a few seconds)")
+        say("measuring what requests cost together on this machine (once for each pair of target and head, a few seconds)")
         return CostTable(tuple(counts), tuple(measure_together(target, head, counts, most_rows)))
 
     table = cached_costs(target, head, {"requests": counts, "rows": most_rows}, measure)

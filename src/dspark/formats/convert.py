@@ -123,7 +123,9 @@ def convert(
     refuse_existing(path)
     refuse_only_read(kind, to, taps)
     if kind == EAGLE3:
-        eagle3.bring_in(source, path, target, golden_ids(target), command)
+        layers, named = eagle3.bring_in(source, path, target, golden_ids(target), command)
+        whose = "named by the head" if named else "the usual ones: the head names none"
+        say(f"it reads the target's layers {', '.join(map(str, layers))} ({whose})")
         return load_head(path, target).self_test
     head = read_own(source) if kind == OWN else FORMATS[kind].read(source, target)
     refuse_other_target(head.config, head.section, target)
@@ -140,6 +142,8 @@ def convert(
         network, test = build(head, target), None
     if to == OWN:
         import_head(head, network, path, target, kind, command)
+        if head.kept is None:
+            say("it brought no golden vectors and no calibration: the vectors are new, `dspark calibrate` measures the other")
         return load_head(path, target).self_test
     FORMATS[to].write(head, path, target, card(head, target, to))
     back = FORMATS[to].read(path, target)

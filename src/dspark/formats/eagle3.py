@@ -18,6 +18,7 @@ from dspark.head.recurrent import RecurrentHead
 from dspark.prompts import read_json
 from dspark.target.target import Target
 
+NAMED = "eagle_aux_hidden_state_layer_ids"  # the key of the layers it reads
 BLOCK = 5  # planners ask for fewer where fewer pay
 SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps", "vocab_size")
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -117,21 +118,27 @@ def is_plain(tensor: Any) -> bool:
 
 def layers_read(raw: dict, told: dict, num_layers: int, where: str) -> list[int]:
     """The target's layers, counted as dspark does."""
-    name, first = "eagle_aux_hidden_state_layer_ids", 1 if "speculators_model_type" in raw else 0
+    name, first = NAMED, 1 if "speculators_model_type" in raw else 0
     ids = first_told(told.get(name), raw.get(name))
     if ids is None:
         return [1, num_layers // 2 - 1, num_layers - 4]
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):  # the usual ones would be a guess
         raise HeadError(f"{where}: {name} is {ids!r}, a list of layer numbers was expected", "restore the file")
-    return [i - first for i in ids]
+    layers = [i - first for i in ids]
+    if not all(-1 <= i < num_layers for i in layers):
+        raise HeadError(
+            f"{where}: {name} is {ids}, which are not all layers of a target with {num_layers}", "was it made for another target?"
+        )
+    return layers
 
 
-def bring_in(source: Path, path: Path, target: Target, golden_ids: list[int], command: str) -> None:
-    """Write it as a head of dspark's own."""
+def bring_in(source: Path, path: Path, target: Target, golden_ids: list[int], command: str) -> tuple[tuple[int, ...], bool]:
+    """Write it as a head of dspark's own. The target's layers that it reads, and whether its files name them."""
     head = read(source, target)
     provenance = {"command": command, "converted_from": "eagle3", "python": platform.python_version()}
     layers = ", ".join(map(str, head.layer_ids))
     save_head(head, target, path, golden_ids, provenance, CARD.format(name=target.name, layers=layers, config=head.config))
+    return head.layer_ids, NAMED in (source / "config.json").read_text(encoding="utf-8")
 
 
 CARD = """---

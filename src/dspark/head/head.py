@@ -32,7 +32,8 @@ class SelfTest:
         return self.accepted >= self.accepted_then // 2
 
     def __str__(self) -> str:
-        return f"draft accepted {self.accepted} of {self.tokens} on the golden text ({self.accepted_then} when the head was saved)"
+        before = "" if self.accepted == self.accepted_then else f" ({self.accepted_then} when the head was saved)"
+        return f"draft accepted {self.accepted} of {self.tokens} on the golden text{before}"
 
 
 class Head(nn.Module):

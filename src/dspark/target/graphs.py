@@ -44,7 +44,8 @@ class Graphs:
     def __init__(self, model: Any, record: bool = True):
         reason = reason_against(model, record)
         if reason:
-            raise RuntimeUnavailable(f"CUDA graphs cannot run this model: {reason}")
+            on_cpu = model.device.type == "cpu"
+            raise RuntimeUnavailable(f"CUDA graphs cannot run this model: {reason}", "put it on a GPU: --device cuda" if on_cpu else None)
         self.model, self.record = model, record
         self.most = getattr(model.config, "max_position_embeddings", None) or 2**31
         self.cache: Any = None  # a StaticCache, from the first pass on
