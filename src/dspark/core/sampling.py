@@ -12,6 +12,8 @@ import torch
 
 from dspark.errors import LogitsError
 
+IMPOSSIBLE = "no token is possible under these logits and sampling settings (NaN, or every token masked)"
+
 # (prefix_ids [1, L], logits [1, V]) -> logits [1, V], as transformers' LogitsProcessor
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -87,9 +89,6 @@ def draw(probs_V: torch.Tensor, uniform: float) -> int:
     token = int(torch.searchsorted(cdf, uniform * cdf[-1], right=True))
     # Rounding can push the search past the end; the last token with mass is where the cdf first peaks.
     return token if token < len(cdf) else int(cdf.argmax())
-
-
-IMPOSSIBLE = "no token is possible under these logits and sampling settings (NaN, or every token masked)"
 
 
 class Streams:

@@ -62,6 +62,7 @@ def read(path: Path, target: Target) -> RecurrentHead:
         "rope_theta": first_told(layer.get("rope_theta"), rope.get("rope_theta"), 10_000.0),  # Llama's default
         "draft_vocab_size": first_told(raw.get("draft_vocab_size"), layer.get("vocab_size")),
     }
+    # How many steps it was trained on is not told; whoever trains it further does so on these.
     section = {"kind": "eagle3", "block_size": BLOCK, "trained_steps": BLOCK, "num_target_layers": target.num_layers}
     section["target_layer_ids"] = layers_read(raw, told, target.num_layers, where)
     config = recurrent_config(layer | values, section, where)
@@ -116,18 +117,23 @@ def is_plain(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
+def named_layers(raw: dict, told: dict) -> Any:
+    """The layers that the head names, as it counts them; None where it names none."""
+    return first_told(told.get(NAMED), raw.get(NAMED))
+
+
 def layers_read(raw: dict, told: dict, num_layers: int, where: str) -> list[int]:
     """The target's layers, counted as dspark does."""
-    name, first = NAMED, 1 if "speculators_model_type" in raw else 0
-    ids = first_told(told.get(name), raw.get(name))
+    first = 1 if "speculators_model_type" in raw else 0
+    ids = named_layers(raw, told)
     if ids is None:
         return [1, num_layers // 2 - 1, num_layers - 4]
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):  # the usual ones would be a guess
-        raise HeadError(f"{where}: {name} is {ids!r}, a list of layer numbers was expected", "restore the file")
+        raise HeadError(f"{where}: {NAMED} is {ids!r}, a list of layer numbers was expected", "restore the file")
     layers = [i - first for i in ids]
     if not all(-1 <= i < num_layers for i in layers):
         raise HeadError(
-            f"{where}: {name} is {ids}, which are not all layers of a target with {num_layers}", "was it made for another target?"
+            f"{where}: {NAMED} is {ids}, which are not all layers of a target with {num_layers}", "was it made for another target?"
         )
     return layers
 
@@ -138,7 +144,8 @@ def bring_in(source: Path, path: Path, target: Target, golden_ids: list[int], co
     provenance = {"command": command, "converted_from": "eagle3", "python": platform.python_version()}
     layers = ", ".join(map(str, head.layer_ids))
     save_head(head, target, path, golden_ids, provenance, CARD.format(name=target.name, layers=layers, config=head.config))
-    return head.layer_ids, NAMED in (source / "config.json").read_text(encoding="utf-8")
+    raw = read_json(source / "config.json", HeadError, "restore the file")
+    return head.layer_ids, named_layers(raw, raw.get("eagle_config") or {}) is not None
 
 
 CARD = """---

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dspark.head.context import runs_natively
 from dspark.head.mtp import MtpHead
 from dspark.head.recurrent import RecurrentHead
 from dspark.target.native.cache import PAGE_TOKENS, Cache, Pool
@@ -69,8 +70,6 @@ Modules = MtpHead | RecurrentHead | NativeChain
 
 def make_modules(head: MtpHead | RecurrentHead, target: Target) -> Modules:
     """What runs them: natively if the target runs so and the head is a trained one whose shape allows it, else eagerly themselves."""
-    if target.runtime is None or isinstance(head, MtpHead) or head.norm.weight.device.type != "cpu":
+    if isinstance(head, MtpHead) or not runs_natively(head.config, head.norm.weight, target):
         return head
-    config = head.config
-    sizes = (config.hidden_size, config.head_dim, config.draft_vocab_size, config.intermediate_size)
-    return head if any(size % 16 for size in sizes) else NativeChain(head, target)
+    return NativeChain(head, target)

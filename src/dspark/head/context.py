@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from dspark.config import Sizes
 from dspark.head.head import Head
 from dspark.target.native.cache import PAGE_TOKENS, Cache, Page, Pool, pages_for
 from dspark.target.native.stack import Drawn, NativeStack, Rows
@@ -126,10 +127,13 @@ class Runner(Protocol):
 
 def make_runner(head: Head, target: Target) -> Runner:
     """The native runner if the target runs natively and the head's shape allows, else the eager one."""
-    config = head.config
+    return NativeRunner(head) if runs_natively(head.config, head.fc.weight, target) else EagerRunner(head)
+
+
+def runs_natively(config: Sizes, weight: torch.Tensor, target: Target) -> bool:
+    """Does the target run natively, and can a head of these sizes, with weights where this one is?"""
     sizes = (config.hidden_size, config.head_dim, config.draft_vocab_size, config.intermediate_size)
-    native = target.runtime is not None and head.fc.weight.device.type == "cpu" and not any(size % 16 for size in sizes)
-    return NativeRunner(head) if native else EagerRunner(head)
+    return target.runtime is not None and weight.device.type == "cpu" and not any(size % 16 for size in sizes)
 
 
 class EagerRunner:

@@ -188,8 +188,8 @@ class NativeStack:
     ) -> Passed:  # fmt: skip
         """One pass over rows of requests, those of each after those of the one before it; logits of the last `num_logits`.
 
-        `x_TD` holds embeddings, or states to be joined with `embedded_TD`, in float32; the last layer's states take their place. `causal`: a row sees its request's rows before it and itself;
-        otherwise all of them. A request may come twice, with rows that follow each other."""
+        `x_TD` holds embeddings, or states to be joined with `embedded_TD`, in float32; the last layer's states take their place, unless it was
+        not contiguous. `causal`: a row sees its request's rows before it and itself; otherwise all of them. A request may come twice, with rows that follow each other."""
         T = len(x_TD)
         logits = torch.empty(num_logits, self.num_out)
         tapped, normed = torch.empty(T, len(taps), self.hidden), torch.empty(num_logits, self.hidden)
